@@ -1,0 +1,245 @@
+"""The commands on a tiny model: JSON alone on stdout, errors on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_text
+from vqkv.cli import app
+from vqkv.cli.plan import parse_memory
+from vqkv.errors import VQKVError
+
+SCHEME = """
+schema_version: 1
+name: tiny
+keys:
+  rope: pre
+  grouping: {type: contiguous, dim: 4}
+  quantizer: {type: product, code_bits: 4, learner: {type: kmeans, iterations: 4}}
+values:
+  grouping: {type: contiguous, dim: 4}
+  quantizer: {type: product, code_bits: 4, learner: {type: kmeans, iterations: 4}}
+residency: {sinks: 2, window: 16}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two texts, a scheme and an artefact."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_checkpoint(folder / "model")
+    (folder / "a.txt").write_text(tiny_text(400, seed=1))
+    (folder / "b.txt").write_text(tiny_text(1200, seed=2))
+    (folder / "scheme.yaml").write_text(SCHEME)
+    calibrated = run("calibrate", folder / "model", *calibration(folder), "--out", folder / "art")
+    assert calibrated.exit_code == 0, calibrated.stderr
+    return folder
+
+
+def calibration(folder: Path) -> list[Any]:
+    return [
+        *("--scheme", folder / "scheme.yaml", "--text", folder / "a.txt"),
+        *("--tokens", 256, "--context", 64),
+    ]
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def parsed(result: Result) -> dict[str, Any]:
+    """Stdout as the one JSON object that it has to be."""
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert isinstance(data, dict)
+    return data
+
+
+def test_calibrate_json(place: Path, tmp_path: Path) -> None:
+    result = run("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x", "--json")
+    data = parsed(result)
+    assert data["bits_per_value"] == 1.0
+    assert {"seconds_capture", "seconds_learn", "peak_rss_bytes", "side_bytes", "health"} <= set(data)
+    assert not (tmp_path / "x.partial").exists()
+
+
+def test_calibrate_refuses_an_existing_folder_unless_forced(place: Path, tmp_path: Path) -> None:
+    args = ["calibrate", place / "model", *calibration(place), "--out", tmp_path / "x"]
+    assert run(*args).exit_code == 0
+    refused = run(*args, "--json")
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert "exists already" in refused.stderr
+    assert run(*args, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("mode", ["before-use", "chunked"])
+def test_evaluate_json(place: Path, mode: str) -> None:
+    data = parsed(
+        run(
+            *("evaluate", place / "model", "--compressor", place / "art", "--text", place / "b.txt"),
+            *("--tokens", 256, "--context", 128, "--chunk", 32, "--mode", mode),
+            *("--passages", 0, "--no-canary", "--json"),
+        )
+    )
+    expected = {
+        *("mode", "tokens", "kl", "perplexity", "perplexity_exact", "top1_agreement"),
+        *("repeated_passage", "repeated_passage_exact", "interval", "bits_per_value"),
+        *("effective_bits_per_value", "cache_bytes", "cache_bytes_exact", "side_bytes"),
+        *("canary_perplexity", "canary_ok"),
+    }
+    assert expected <= set(data)
+    assert data["mode"] == mode
+    assert data["kl"] > 0
+    assert data["bits_per_value"] == 1.0
+
+
+def test_evaluate_fails_with_code_3_when_the_canary_sees_no_codes_read(place: Path) -> None:
+    # With a window longer than the text no token is ever coded, so destroying codes does nothing.
+    result = run(
+        *("evaluate", place / "model", "--compressor", place / "art", "--text", place / "b.txt"),
+        *("--tokens", 128, "--context", 128, "--mode", "chunked", "--window", 100000),
+        *("--passages", 0, "--json"),
+    )
+    assert result.exit_code == 3, result.stderr
+    assert json.loads(result.stdout)["canary_ok"] is False
+    assert "canary" in result.stderr
+
+
+def test_generate_json(place: Path) -> None:
+    common = ("generate", place / "model", "--compressor", place / "art", "--json")
+    prompt = ("--prompt", tiny_text(100), "--max-new-tokens", 6)
+    decoded = parsed(run(*common, *prompt, "--read", "decode"))
+    attended = parsed(run(*common, *prompt, "--read", "attend"))
+    assert decoded["new_tokens"] == attended["new_tokens"] == 6
+    assert decoded["text"] == attended["text"]
+    assert decoded["cache_bytes"] > 0
+
+
+def test_generate_with_a_data_free_scheme(place: Path) -> None:
+    result = run(
+        *("generate", place / "model", "--scheme", "scalar-4bit", "--prompt", "the cat"),
+        *("--max-new-tokens", 3),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("the cat")
+
+
+def test_a_scheme_that_learns_is_refused_without_calibration(place: Path) -> None:
+    result = run("generate", place / "model", "--scheme", "cq-4c8b", "--prompt", "the cat", "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "vqkv calibrate" in result.stderr
+
+
+def test_either_a_compressor_or_a_scheme(place: Path) -> None:
+    result = run("generate", place / "model", "--prompt", "the cat")
+    assert result.exit_code == 2
+    assert "--compressor DIR or --scheme NAME" in result.stderr
+
+
+def test_an_empty_prompt_is_refused(place: Path) -> None:
+    result = run("generate", place / "model", "--scheme", "scalar-4bit", "--prompt", "")
+    assert result.exit_code == 2
+    assert "prompt is empty" in result.stderr
+
+
+def test_plan_json(place: Path) -> None:
+    data = parsed(
+        run(
+            *("plan", place / "model", "--scheme", "cq-4c8b", "--memory", "1GB"),
+            *("--context", 4096, "--batch", 2, "--json"),
+        )
+    )
+    assert data["bits_per_value"] == 2.0
+    assert data["bytes_per_token"] * 8 == data["bytes_per_token_exact"]
+    assert data["longest_context"] > data["longest_context_exact"]
+    assert data["context_fits"] is True
+
+
+def test_plan_refuses_memory_that_the_weights_fill(place: Path) -> None:
+    result = run("plan", place / "model", "--scheme", "cq-4c8b", "--memory", "10kB", "--json")
+    assert result.exit_code == 2
+    assert "weights take" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("800m", 800 * 10**6), ("512", 512)],
+)
+def test_memory_sizes(text: str, count: int) -> None:
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "12 parsecs", "-4GB", "4iB"])
+def test_memory_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(VQKVError, match="24GB or 22.5GiB"):
+        parse_memory(text)
+
+
+def test_inspect_json(place: Path) -> None:
+    data = parsed(run("inspect", place / "art", "--json"))
+    assert data["scheme"] == "tiny"
+    assert data["calibration"]["tokens"] == 256
+    assert data["health"]["codebooks"] > 0
+
+
+def test_inspect_of_what_is_no_artefact(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 2
+    assert "no vqkv artefact" in result.stderr
+
+
+def test_schemes_list_in_a_pipe_is_a_line_per_name() -> None:
+    lines = run("schemes", "list").stdout.splitlines()
+    names = [line.split("\t")[0] for line in lines]
+    assert {"cq-4c8b", "cq-8c8b", "rvq-2.875", "scalar-4bit"} <= set(names)
+    assert names == sorted(names)
+    assert [s["name"] for s in parsed(run("schemes", "list", "--json"))["schemes"]] == names
+
+
+def test_schemes_show_prints_yaml_that_is_the_scheme(tmp_path: Path) -> None:
+    shown = run("schemes", "show", "cq-4c8b").stdout
+    (tmp_path / "again.yaml").write_text(shown)
+    again = parsed(run("schemes", "validate", tmp_path / "again.yaml", "--json"))
+    assert again["fingerprint"] == parsed(run("schemes", "show", "cq-4c8b", "--json"))["fingerprint"]
+    assert yaml.safe_load(shown)["name"] == "cq-4c8b"
+
+
+def test_schemes_validate_names_the_place(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(SCHEME.replace("code_bits", "code_bit"))
+    result = run("schemes", "validate", tmp_path / "bad.yaml", "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "bad.yaml" in result.stderr
+    assert "keys.quantizer" in result.stderr
+    assert "Did you mean 'code_bits'" in result.stderr
+
+
+def test_schemes_schema_is_json() -> None:
+    assert json.loads(run("schemes", "schema").stdout) == parsed(run("schemes", "schema", "--json"))
+
+
+@pytest.mark.slow
+def test_stdout_of_a_real_process_is_one_json_object(place: Path) -> None:
+    command = [sys.executable, "-m", "vqkv", "inspect", str(place / "art"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["scheme"] == "tiny"
+
+
+@pytest.mark.slow
+def test_errors_of_a_real_process(place: Path) -> None:
+    command = [sys.executable, "-m", "vqkv", "plan", "no-such/model/at/all", "--scheme", "cq-4c8b"]
+    done = subprocess.run([*command, "--memory", "1GB", "--json"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "no-such/model/at/all" in done.stderr
+    assert "Traceback" not in done.stderr

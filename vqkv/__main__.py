@@ -1,0 +1,5 @@
+"""`python -m vqkv`."""
+
+from vqkv.cli import app
+
+app()

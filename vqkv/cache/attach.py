@@ -1,0 +1,127 @@
+"""Attaching a compressor to a model: what a cache cannot see by itself.
+
+A cache sees keys after RoPE and slots without padding. An attached model also tells it positions,
+padding, and how to take RoPE off and on; and it can let attention read codes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from vqkv.artefact import check_fits
+from vqkv.attention import argument, attention_modules, cache_parameter
+from vqkv.cache.before_use import BeforeUseCache
+from vqkv.cache.coded_attention import NAME, register
+from vqkv.cache.rope import ForwardCapture, RotaryAdapter
+from vqkv.cache.rows import Rows
+from vqkv.cache.vqcache import VQCache
+from vqkv.compressor import KVCompressor
+from vqkv.kernels.select import select
+
+Read = Literal["decode", "attend"]
+
+
+class Attachment:
+    """What `attach` yields: makes caches for the attached model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compressor: KVCompressor,
+        adapter: RotaryAdapter | None,
+        capture: ForwardCapture,
+        read: Read,
+    ) -> None:
+        self.model = model
+        self.compressor = compressor
+        self.read = read
+        self._adapter = adapter
+        self._capture = capture
+        self._served: weakref.WeakSet[Rows] = weakref.WeakSet()
+
+    def new_cache(self) -> VQCache:
+        """An empty cache, to pass as `past_key_values`."""
+        return VQCache(self.compressor, self.model.config)
+
+    def introduce(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook of the first compressed layer: tell the forward's cache of its rows."""
+        name = cache_parameter(module)
+        cache = None if name is None else argument(module, name, args, kwargs)
+        if not isinstance(cache, VQCache | BeforeUseCache):
+            return
+        padding = self._capture.left_padding
+        rows = cache.rows
+        rows.note(
+            start=cache.get_seq_length(self.compressor.geometry.compressed[0]),
+            positions=None if self._adapter is None else self._capture.positions,
+            pads=[] if padding is None else padding.tolist(),
+        )
+        rows.rotary = self._adapter
+        rows.attend = self.read == "attend"
+        self._served.add(rows)
+
+    def withdraw(self) -> None:
+        """Caches outlive the attachment; what belongs to the model does not."""
+        for rows in self._served:
+            rows.rotary, rows.attend = None, False
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel, compressor: KVCompressor, *, read: Read = "decode"
+) -> Iterator[Attachment]:
+    """Let caches of `compressor` see positions, padding and RoPE of `model` within a block.
+
+    Needed by pre-RoPE schemes and for left-padded batches. Undone when the block ends, by an
+    exception too.
+
+    Args:
+        model: a causal language model of transformers.
+        compressor: fitted, or data-free.
+        read: `"decode"` decodes a layer's history for whatever attention the model uses;
+            `"attend"` lets attention read the codes, for up to 16 query rows at a time.
+
+    Raises:
+        ArtefactError: the compressor is for another geometry, norm or RoPE.
+        ModelError: the scheme needs pre-RoPE keys and the family cannot give them.
+        KernelError: `read="attend"` and no kernel attends on this scheme's codes.
+    """
+    check_fits(compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor))
+    layers = compressor.geometry.compressed
+    if read == "attend":
+        for (_, stream), codec in compressor.codecs():
+            if stream == "keys":
+                select("attend", codec.layout, model.device)
+    adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
+    with ForwardCapture(model, adapter) as capture, attention_of(model, read):
+        attachment = Attachment(model, compressor, adapter, capture, read)
+        first = attention_modules(model)[layers[0]]
+        hook = first.register_forward_pre_hook(attachment.introduce, with_kwargs=True)
+        try:
+            yield attachment
+        finally:
+            hook.remove()
+            attachment.withdraw()
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, read: Read) -> Iterator[None]:
+    """The model with attention that can read codes, where asked for; its own again afterwards."""
+    if read == "decode":
+        yield
+        return
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,101 @@
+"""A cache that quantizes before use: every state but the sinks is read as its reconstruction.
+
+For comparing quality. A teacher-forced forward through an ordinary cache never reads what it has
+stored, and so measures nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vqkv.artefact import check_fits
+from vqkv.cache.rows import Rows
+from vqkv.compressor import KVCompressor
+from vqkv.errors import CacheError
+
+
+class BeforeUseCache(Cache):
+    """Serves one forward over one window, then is thrown away. Stores nothing.
+
+    Args:
+        compressor: fitted, or data-free; its residency's sinks stay exact, its window is ignored.
+        config: the model's transformers config.
+    """
+
+    def __init__(self, compressor: KVCompressor, config: Any) -> None:
+        check_fits(compressor.geometry, compressor.provenance.base_model, config, repr(compressor))
+        self.rows = Rows()
+        layers = list(DynamicCache(config=config).layers)
+        for index in compressor.geometry.compressed:
+            layers[index] = BeforeUseLayer(index, compressor, self.rows)
+        super().__init__(layers=layers)
+
+
+class BeforeUseLayer(CacheLayerMixin):
+    """One layer of `BeforeUseCache`."""
+
+    is_sliding = False
+
+    def __init__(self, index: int, compressor: KVCompressor, rows: Rows) -> None:
+        super().__init__()
+        self.index = index
+        self.compressor = compressor
+        self.rows = rows
+        self._length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is stored."""
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states `[B, H, T, D]` as they come back from their codes, sinks exact.
+
+        Raises:
+            CacheError: a second forward, padding, or pre-RoPE codes without an attached model.
+        """
+        if self._length:
+            raise CacheError("before-use scores one forward per cache: start a new one")
+        if any(self.rows.pads):
+            raise CacheError("before-use takes windows without padding")
+        self._length = key_states.shape[2]
+        keys = self._keys(key_states).to(key_states.dtype)
+        values = self._through("values", value_states).to(value_states.dtype)
+        sinks = self.compressor.scheme.residency.sinks
+        keys[:, :, :sinks] = key_states[:, :, :sinks]
+        values[:, :, :sinks] = value_states[:, :, :sinks]
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that attention will see, and the first one's index."""
+        return self._length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots seen."""
+        return self._length
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def _keys(self, keys: torch.Tensor) -> torch.Tensor:
+        if self.compressor.codec(self.index, "keys", keys.device).layout.rope != "pre":
+            return self._through("keys", keys)
+        rotary, positions = self.rows.rotary, self.rows.positions
+        if rotary is None or positions is None:
+            raise CacheError(
+                f"scheme {self.compressor.scheme.name!r} codes keys before RoPE: run the model "
+                "inside `with vqkv.attach(model, compressor):`"
+            )
+        tables = rotary.tables(self.index, positions)
+        decoded = self._through("keys", rotary.unrotate(self.index, keys, tables))
+        return rotary.rotate(self.index, decoded, tables)
+
+    def _through(self, stream: Any, states: torch.Tensor) -> torch.Tensor:
+        encoded = self.compressor.encode(self.index, stream, states)
+        return self.compressor.decode(self.index, stream, encoded, batch=states.shape[0])

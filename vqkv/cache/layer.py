@@ -1,0 +1,380 @@
+"""One layer's cache: exact sinks, coded pages, exact tail.
+
+Every row counts its own tokens, from its first unpadded one. Its first `coded` tokens are in
+pages, the rest exact in the tail; its first `sinks` tokens are kept exact beside their codes. So a
+padded row stores just what the same row without padding does. Keys in the tail and among the
+sinks are as the model gave them, after RoPE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from vqkv.attention import Tables
+from vqkv.cache.pages import PageStore
+from vqkv.cache.rows import Rows
+from vqkv.codec import Codec
+from vqkv.compressor import KVCompressor
+from vqkv.errors import CacheError
+from vqkv.layouts import PAGE_TOKENS
+
+#: Tokens decoded at a time, which bounds what decoding holds beside its result.
+DECODE_TOKENS = 4096
+
+#: Query rows up to which attention reads the codes itself; above, they are decoded first.
+ATTEND_ROWS = 16
+
+
+class CodedStates:
+    """What `update` hands to attention in place of tensors, to be read from the codes."""
+
+    def __init__(self, layer: VQLayer) -> None:
+        self.layer = layer
+
+
+class VQLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer, coded once they leave the exact window.
+
+    Args:
+        index: the layer's index in the model.
+        compressor: codecs and residency.
+        rows: shared by the cache's layers.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, index: int, compressor: KVCompressor, rows: Rows) -> None:
+        super().__init__()
+        self.index = index
+        self.rows = rows
+        self.sinks = compressor.scheme.residency.sinks
+        self.window = compressor.scheme.residency.window
+        self._compressor = compressor
+        self._recording = False
+        self._forget()
+
+    # -- transformers' interface -----------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Set up for the batch, type and device of the first states `[B, H, t, D]`."""
+        batch, heads, _, head_dim = key_states.shape
+        geometry = self._compressor.geometry
+        if (heads, head_dim) != (geometry.kv_heads, geometry.head_dim):
+            raise CacheError(
+                f"layer {self.index}: the compressor is for {geometry.kv_heads} KV heads of dim "
+                f"{geometry.head_dim}, the model gives {heads} of dim {head_dim}"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys = PageStore(batch, self.key_codec.layout, self.device)
+        self._values = PageStore(batch, self.value_codec.layout, self.device)
+        self._tail_keys = key_states[:, :, :0]
+        self._tail_values = value_states[:, :, :0]
+        self._sink_keys = key_states.new_zeros(batch, heads, 0, head_dim)
+        self._sink_values = value_states.new_zeros(batch, heads, 0, head_dim)
+        self.coded = [0] * batch
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Take in new states `[B, H, t, D]` and return what attention reads, all T slots.
+
+        Old tokens that leave the window are coded first. What is new is always read exactly in
+        the forward that brings it.
+
+        Raises:
+            CacheError: another batch or geometry, or pre-RoPE codes without an attached model.
+            StateError: NaN or infinity in states to be coded.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states)
+        old, new = self._length, self._length + key_states.shape[2]
+        # While candidates may be rolled back, tokens are coded by the length before them.
+        self._code(old if self._recording else new, old)
+        self._tail_keys = torch.cat([self._tail_keys, key_states], 2)
+        self._tail_values = torch.cat([self._tail_values, value_states], 2)
+        self._length = new
+        exact_until_read = new - old <= self.window
+        if self.rows.attend and new - old <= ATTEND_ROWS and exact_until_read:
+            return CodedStates(self), CodedStates(self)
+        read = self.read(0, new)
+        if not self._recording:
+            self._code(new, new)
+        return read
+
+    def get_seq_length(self) -> int:
+        """T: slots held, padding included."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that attention will see, and the first one's index."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` slots.
+
+        Exact inside the tail. Deeper, the last page is cut and the codes before the cut stay.
+
+        Raises:
+            CacheError: a positive count, or more than there is.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self._length:
+            raise CacheError(
+                f"crop takes a count from -{self._length} to 0, given {tokens_to_remove}"
+            )
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self._length += tokens_to_remove
+        pads = self._pads()
+        self.coded = [
+            min(coded, max(0, self._length - pad))
+            for coded, pad in zip(self.coded, pads, strict=True)
+        ]
+        first = self._tail_start
+        self._tail_start = min(first, self._length)
+        kept = self._length - first
+        self._tail_keys = self._tail_keys[:, :, : max(0, kept)]
+        self._tail_values = self._tail_values[:, :, : max(0, kept)]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        if self.is_initialized:
+            self._select(torch.arange(len(self.coded)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        if self.is_initialized:
+            rows = torch.arange(len(self.coded), device=indices.device)[indices]
+            self._select(rows)
+
+    def activate_past_recording(self) -> None:
+        """From now on tokens may be rolled back, so the latest forward's are not coded yet."""
+        self._recording = True
+
+    def offload(self) -> None:
+        """Move codes, sinks and tail to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move them back to the layer's device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of slots `start` to `stop`, `[B, H, n, D]`, keys after RoPE.
+
+        Coded tokens are decoded; padding is zero.
+        """
+        batch, heads, _, head_dim = self._tail_keys.shape
+        shape = (batch, heads, stop - start, head_dim)
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        exact = max(start, self._tail_start)
+        if exact < stop:
+            held = slice(exact - self._tail_start, stop - self._tail_start)
+            keys[:, :, exact - start :] = self._tail_keys[:, :, held]
+            values[:, :, exact - start :] = self._tail_values[:, :, held]
+        for rows, pad, coded in self._groups():
+            low, high = max(start - pad, 0), min(stop - pad, coded)
+            for first in range(low, high, DECODE_TOKENS):
+                last = min(first + DECODE_TOKENS, high)
+                slots = slice(pad + first - start, pad + last - start)
+                keys[rows, :, slots] = self._decode_keys(rows, pad, first, last).to(self.dtype)
+                values[rows, :, slots] = self._decode_values(rows, first, last).to(self.dtype)
+            sinks = min(high, self._sink_keys.shape[2])
+            if low < sinks:
+                slots = slice(pad + low - start, pad + sinks - start)
+                keys[rows, :, slots] = self._sink_keys[rows, :, low:sinks]
+                values[rows, :, slots] = self._sink_values[rows, :, low:sinks]
+        return keys, values
+
+    @property
+    def tail_start(self) -> int:
+        """First slot from which every row is exact."""
+        return max((pad + coded for _, pad, coded in self._groups()), default=0)
+
+    @property
+    def key_codec(self) -> Codec:
+        """The keys' codec, with codebooks on this layer's device."""
+        return self._compressor.codec(self.index, "keys", self.device)
+
+    @property
+    def value_codec(self) -> Codec:
+        """The values' codec, with codebooks on this layer's device."""
+        return self._compressor.codec(self.index, "values", self.device)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the layer's tensors: codes with their side, exact sinks, exact tail."""
+        if not self.is_initialized:
+            return {"codes": 0, "sinks": 0, "tail": 0}
+        return {
+            "codes": self._keys.nbytes + self._values.nbytes,
+            "sinks": self._sink_keys.nbytes + self._sink_values.nbytes,
+            "tail": self._tail_keys.nbytes + self._tail_values.nbytes,
+        }
+
+    # -- saving ----------------------------------------------------------------------------
+
+    _TENSORS = ("_tail_keys", "_tail_values", "_sink_keys", "_sink_values")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a saved cache holds of this layer."""
+        stores = {"key": self._keys, "value": self._values}
+        coded = {f"{n}_{part}": getattr(s, part) for n, s in stores.items() for part in ("codes", "side")}
+        return coded | {name.lstrip("_"): getattr(self, name) for name in self._TENSORS}
+
+    def load_tensors(
+        self, tensors: dict[str, torch.Tensor], coded: list[int], length: int
+    ) -> None:
+        """Take over what `tensors` returned, with each row's coded count and the length."""
+        for name in self._TENSORS:
+            setattr(self, name, tensors[name.lstrip("_")])
+        self.dtype, self.device = self._tail_keys.dtype, self._tail_keys.device
+        batch = len(coded)
+        self._keys = PageStore(batch, self.key_codec.layout, self.device)
+        self._values = PageStore(batch, self.value_codec.layout, self.device)
+        for name, store in (("key", self._keys), ("value", self._values)):
+            store.codes = tensors[f"{name}_codes"]
+            store.side = tensors[f"{name}_side"]
+        self.coded, self._length = coded, length
+        self._tail_start = length - self._tail_keys.shape[2]
+        self.is_initialized = True
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self.coded: list[int] = []
+        self._length = 0
+        self._tail_start = 0  # the slot that the tail's first entry is
+
+    def _check(self, states: torch.Tensor) -> None:
+        if states.shape[0] != len(self.coded):
+            raise CacheError(
+                f"layer {self.index}: the cache holds {len(self.coded)} rows, given "
+                f"{states.shape[0]}: reset it, or start a new one"
+            )
+        if self.key_codec.layout.rope == "pre":
+            held = 0 if self.rows.positions is None else self.rows.positions.shape[1]
+            if self.rows.rotary is None or held < self._length + states.shape[2]:
+                raise CacheError(
+                    f"scheme {self._compressor.scheme.name!r} codes keys before RoPE, which a "
+                    "cache alone cannot see: run the model inside `with vqkv.attach(model, "
+                    "compressor):`"
+                )
+
+    def _pads(self) -> list[int]:
+        return self.rows.pads_of(len(self.coded))
+
+    def _groups(self) -> list[tuple[torch.Tensor, int, int]]:
+        """Rows that are alike: (indices, padding, coded tokens)."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(self._pads(), self.coded, strict=True)):
+            alike.setdefault(key, []).append(row)
+        return [
+            (torch.tensor(rows, device=self.device), pad, coded)
+            for (pad, coded), rows in alike.items()
+        ]
+
+    def _code(self, length: int, available: int) -> None:
+        """Code whole pages of tokens that the window of a cache `length` long has left behind.
+
+        Only the first `available` slots are there to be coded.
+        """
+        until = min(length - self.window, available)
+        for rows, pad, coded in self._groups():
+            target = max(0, until - pad) // PAGE_TOKENS * PAGE_TOKENS
+            if target > coded:
+                self._code_rows(rows, pad, coded, target)
+        start = min(
+            (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True)), default=0
+        )
+        if start > self._tail_start:
+            # Cloned, so that the memory of what was cut off is freed.
+            self._tail_keys = self._tail_keys[:, :, start - self._tail_start :].clone()
+            self._tail_values = self._tail_values[:, :, start - self._tail_start :].clone()
+            self._tail_start = start
+
+    def _code_rows(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> None:
+        held = slice(pad + start - self._tail_start, pad + stop - self._tail_start)
+        keys, values = self._tail_keys[rows, :, held], self._tail_values[rows, :, held]
+        self._keep_sinks(rows, start, keys, values)
+        if self.key_codec.layout.rope == "pre":
+            keys = self._rotary().unrotate(self.index, keys, self._tables(rows, pad + start, pad + stop))
+        self._keys.write(rows, start, self.key_codec.encode(keys.transpose(1, 2).flatten(0, 1)))
+        values = values.transpose(1, 2).flatten(0, 1)
+        self._values.write(rows, start, self.value_codec.encode(values))
+        for row in rows.tolist():
+            self.coded[row] = stop
+
+    def _keep_sinks(
+        self, rows: torch.Tensor, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Of the tokens from `start` on that are being coded, keep the sinks exactly."""
+        stop = min(self.sinks, start + keys.shape[2])
+        if start >= stop:
+            return
+        if self._sink_keys.shape[2] < stop:
+            room = (0, 0, 0, stop - self._sink_keys.shape[2])
+            self._sink_keys = torch.nn.functional.pad(self._sink_keys, room)
+            self._sink_values = torch.nn.functional.pad(self._sink_values, room)
+        self._sink_keys[rows, :, start:stop] = keys[:, :, : stop - start]
+        self._sink_values[rows, :, start:stop] = values[:, :, : stop - start]
+
+    def _decode_keys(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> torch.Tensor:
+        """Keys after RoPE, `[rows, H, n, D]` in fp32."""
+        tokens = self.key_codec.decode(self._keys.read(rows, start, stop))
+        keys = tokens.unflatten(0, (len(rows), stop - start)).transpose(1, 2)
+        if self.key_codec.layout.rope == "pre":
+            keys = self._rotary().rotate(self.index, keys, self._tables(rows, pad + start, pad + stop))
+        return keys
+
+    def _decode_values(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        tokens = self.value_codec.decode(self._values.read(rows, start, stop))
+        return tokens.unflatten(0, (len(rows), stop - start)).transpose(1, 2)
+
+    def _rotary(self) -> Any:
+        return self.rows.rotary
+
+    def _tables(self, rows: torch.Tensor, start: int, stop: int) -> Tables:
+        """Cosines and sines of slots `start` to `stop`."""
+        assert self.rows.positions is not None  # `_check` has seen to it
+        positions = self.rows.positions[rows.to(self.rows.positions.device), start:stop]
+        tables: Tables = self._rotary().tables(self.index, positions)
+        return tables
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        self.coded = [self.coded[row] for row in rows.tolist()]
+        rows = rows.to(self._tail_keys.device)
+        self._keys.select(rows)
+        self._values.select(rows)
+        for name in self._TENSORS:
+            setattr(self, name, getattr(self, name)[rows])
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            self._keys.to(device)
+            self._values.to(device)
+            for name in self._TENSORS:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))

@@ -1,0 +1,69 @@
+"""What the layers of one cache share about its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vqkv.cache.rope import RotaryAdapter
+
+
+@dataclass(eq=False)  # compared and hashed by identity: an attachment keeps track of them
+class Rows:
+    """Left padding and token positions of each row, and the model's rotary embedding.
+
+    Attributes:
+        pads: padded slots at the start of each row; empty until a row is known, meaning none.
+        positions: position of each slot, `[B, T]` (int32); None while no attached model said.
+        rotary: the attached model's rotary embedding; None while no model is attached.
+        attend: the attached model's attention reads codes.
+    """
+
+    pads: list[int] = field(default_factory=list)
+    positions: torch.Tensor | None = None
+    rotary: RotaryAdapter | None = None
+    attend: bool = False
+
+    def pads_of(self, batch: int) -> list[int]:
+        """Padded slots of each of `batch` rows."""
+        return self.pads if len(self.pads) == batch else [0] * batch
+
+    def note(self, start: int, positions: torch.Tensor | None, pads: list[int]) -> None:
+        """Take in the positions `[B, t]` of the slots from `start` on, and the padding so far.
+
+        A forward that failed may have left positions behind; they give way.
+        """
+        self.pads = pads
+        if positions is None:
+            return
+        if self.positions is None:
+            self.positions = positions
+        else:
+            self.positions = torch.cat([self.positions[:, :start], positions], 1)
+
+    def crop(self, length: int) -> None:
+        """Forget slots from `length` on."""
+        if self.positions is not None:
+            self.positions = self.positions[:, :length]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.positions is not None:
+            self.positions = self.positions[rows.to(self.positions.device)]
+        if self.pads:
+            self.pads = [self.pads[row] for row in rows.tolist()]
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.pads, self.positions = [], None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the positions."""
+        return 0 if self.positions is None else self.positions.nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        """A copy of the rows, without what an attached model lends: it will lend it again."""
+        return Rows(list(self.pads), None if self.positions is None else self.positions.clone())

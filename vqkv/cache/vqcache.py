@@ -1,0 +1,123 @@
+"""The cache that `generate` takes: a layer of ours per compressed layer, upstream's elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from vqkv.artefact import check_fits
+from vqkv.cache.layer import VQLayer
+from vqkv.cache.rows import Rows
+from vqkv.compressor import KVCompressor
+
+
+class VQCache(Cache):
+    """A compressed cache for one batch; pass it as `past_key_values`.
+
+    Args:
+        compressor: fitted, or data-free.
+        config: the model's transformers config.
+
+    Raises:
+        ArtefactError: the compressor is for a model of another geometry.
+        NotFittedError: the scheme needs calibration and has had none.
+    """
+
+    def __init__(self, compressor: KVCompressor, config: Any) -> None:
+        check_fits(compressor.geometry, compressor.provenance.base_model, config, repr(compressor))
+        self.compressor = compressor
+        self.rows = Rows()
+        layers = list(DynamicCache(config=config).layers)
+        for index in compressor.geometry.compressed:
+            compressor.codec(index, "keys")  # raises before generation rather than in the middle
+            layers[index] = VQLayer(index, compressor, self.rows)
+        super().__init__(layers=layers)
+
+    @property
+    def coded_layers(self) -> dict[int, VQLayer]:
+        """The compressed layers, by index."""
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, VQLayer)}
+
+    # Rows change for all layers at once, so what they share changes here.
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i of every layer becomes what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        self.rows.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        super().batch_repeat_interleave(repeats)
+        if self.rows.positions is not None:
+            self.rows.select(torch.arange(len(self.rows.positions)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        if self.rows.positions is not None:
+            rows = torch.arange(len(self.rows.positions), device=indices.device)
+            self.rows.select(rows[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` slots of every layer."""
+        super().crop(tokens_to_remove)
+        self.rows.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget all tokens; the cache can start on another batch."""
+        super().reset()
+        self.rows.reset()
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of live tensors: codes, exact sinks and tail, positions, other layers, total.
+
+        Codebooks are not in it: they are the compressor's side bytes, shared by all its caches.
+        """
+        found = {"codes": 0, "sinks": 0, "tail": 0, "positions": self.rows.nbytes, "other_layers": 0}
+        for layer in self.layers:
+            if isinstance(layer, VQLayer):
+                for name, size in layer.nbytes().items():
+                    found[name] += size
+            else:
+                tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+                found["other_layers"] += sum(t.nbytes for t in tensors if t is not None)
+        return {**found, "total": sum(found.values())}
+
+    def nbytes_exact(self) -> int:
+        """What a 16-bit cache of the same tokens takes."""
+        values = 0
+        for layer in self.layers:
+            if isinstance(layer, VQLayer):
+                geometry = self.compressor.geometry
+                batch = len(layer.coded)
+                values += 2 * batch * layer.get_seq_length() * geometry.kv_heads * geometry.head_dim
+            else:
+                tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+                values += sum(t.numel() for t in tensors if t is not None)
+        return 2 * values
+
+    def save(self, path: Any) -> None:
+        """Write the compressed tokens to a file, for `load`: a prefix to start from again."""
+        from vqkv.cache.storage import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: Any, compressor: KVCompressor, config: Any) -> Self:
+        """A cache that `save` wrote. Raises ArtefactError where it does not fit the compressor."""
+        from vqkv.cache.storage import load
+
+        return load(cls(compressor, config), path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of all tokens that shares the codebooks."""
+        memo[id(self.compressor)] = self.compressor
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        with torch.no_grad():
+            clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone

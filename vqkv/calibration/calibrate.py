@@ -1,0 +1,225 @@
+"""Calibration: from a model and some texts to an artefact, resumable and in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vqkv import __version__
+from vqkv.artefact import base_model_name, check_free
+from vqkv.attention import text_config
+from vqkv.calibration.capture import Kind, StateCapture
+from vqkv.calibration.partial import StreamFiles, resume, working
+from vqkv.calibration.spool import Spool
+from vqkv.calibration.windows import calibration_windows, read_text
+from vqkv.compressor import KVCompressor, Provenance
+from vqkv.errors import ModelError
+from vqkv.geometry import Geometry
+from vqkv.scheme import STREAMS, KeysConfig, Scheme, Stream
+
+#: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibration made, and what it took.
+
+    Attributes:
+        compressor: as saved.
+        folder: of the artefact.
+        seconds_capture: running the model, in this process; a resumed calibration had less to do.
+        seconds_learn: fitting transforms and codebooks, likewise.
+        peak_rss_bytes: of the process since it started, the model included.
+    """
+
+    compressor: KVCompressor
+    folder: Path
+    seconds_capture: float
+    seconds_learn: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "out": str(self.folder),
+            "seconds_capture": self.seconds_capture,
+            "seconds_learn": self.seconds_learn,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "side_bytes": self.compressor.nbytes(),
+            "bits_per_value": self.compressor.bits_per_value,
+            "health": self.compressor.health(),
+        }
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: Scheme,
+    texts: Sequence[str | Path],
+    *,
+    tokens: int,
+    out: str | Path,
+    seed: int = 0,
+    context: int = 2048,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Fit a scheme to a model on some texts and save the artefact.
+
+    Work in progress lies in `<out>.partial`. Interrupted, by a kill too, the next call with the
+    same model, scheme, texts and numbers goes on with it and ends with the same artefact, bit for
+    bit. `out` appears whole, at the end. A data-free scheme is saved without any of this.
+
+    Args:
+        model: that the artefact is for.
+        tokenizer: the model's.
+        scheme: what to fit.
+        texts: paths of text files; each gives an equal share of the tokens.
+        tokens: that the model runs on. Those that residency keeps exact at the start of each
+            window are not learned from.
+        out: folder of the artefact.
+        seed: all randomness follows from it.
+        context: tokens of a window.
+        overwrite: replace an artefact that is at `out`.
+        progress: told how far it is.
+
+    Raises:
+        ArtefactError: `out` exists, another calibration is writing it, or the disk is full.
+        TextError: a text is missing, unreadable or too short.
+        ModelError: the model cannot be captured, or has no room for `context` tokens.
+        SchemeError: the scheme does not fit the model.
+        StateError: NaN or infinity in the states, or too few tokens; names the stream.
+    """
+    out = Path(out)
+    check_free(out, overwrite=overwrite)
+    geometry = Geometry.from_model(model)
+    _check_model(model, geometry, context)
+    read = [read_text(path) for path in texts]
+    base_model = base_model_name(model.config)
+    run = {"tokens": tokens, "context": context, "seed": seed}
+    sources = {"texts": [t.name for t in read], "text_sha256": [t.sha256 for t in read]}
+    compressor = KVCompressor(
+        scheme, geometry, Provenance(base_model, {} if scheme.data_free else {**run, **sources})
+    )
+    windows = calibration_windows(tokenizer, read, tokens, context)
+    manifest = {
+        "library_version": __version__,
+        "fingerprint": scheme.fingerprint(),
+        "geometry": geometry.to_dict(),
+        "base_model": base_model,
+        "model_sample": _model_sample(model),
+        "window_sha256": _window_hash(windows),
+        **run,
+        **sources,
+    }
+    capture_seconds = learn_seconds = 0.0
+    partial = out.with_name(f"{out.name}.partial")
+    with working(partial):
+        if not scheme.data_free:
+            spool = resume(partial, manifest, scheme.residency.sinks)
+            start = time.perf_counter()
+            _capture(model, compressor, windows, spool, progress)
+            captured = time.perf_counter()
+            _learn(compressor, spool, partial, seed, progress)
+            capture_seconds, learn_seconds = captured - start, time.perf_counter() - captured
+        compressor.save_pretrained(out, overwrite=overwrite)
+        shutil.rmtree(partial)
+    return CalibrationReport(compressor, out, capture_seconds, learn_seconds, peak_rss_bytes())
+
+
+def wanted_kinds(compressor: KVCompressor) -> dict[int, tuple[Kind, ...]]:
+    """What a compressor learns from, by layer: keys before or after RoPE, and values."""
+    scheme, geometry = compressor.scheme, compressor.geometry
+    wants: dict[int, tuple[Kind, ...]] = {}
+    for layer in geometry.compressed:
+        keys = scheme.stream(layer, "keys", geometry.layers)
+        pre = isinstance(keys, KeysConfig) and keys.rope == "pre"
+        wants[layer] = ("pre_keys" if pre else "keys", "values")
+    return wants
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> None:
+    if not geometry.compressed:
+        raise ModelError(
+            f"{geometry.model_type}: no layer has full attention, so there is nothing to compress"
+        )
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise ModelError(
+            f"{geometry.model_type}: windows of {context} tokens are longer than the model's "
+            f"{longest} positions: choose a context up to {longest}"
+        )
+
+
+def _model_sample(model: PreTrainedModel) -> str:
+    """SHA-256 of a few values of every weight, which tells apart models of one name."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _window_hash(windows: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(f"{len(window)}:".encode() + window.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _capture(
+    model: PreTrainedModel,
+    compressor: KVCompressor,
+    windows: Sequence[torch.Tensor],
+    spool: Spool,
+    progress: Progress | None,
+) -> None:
+    total = sum(len(window) for window in windows)
+    done = sum(len(window) for window in windows[: spool.windows])
+    if progress is not None:
+        progress("capture", done, total)
+    if done == total:
+        return
+
+    def take(layer: int, kind: Kind, states: torch.Tensor) -> None:
+        stream: Stream = "values" if kind == "values" else "keys"
+        spool.append(layer, stream, states)
+
+    with StateCapture(model, wanted_kinds(compressor), take) as capture:
+        for window in windows[spool.windows :]:
+            capture.run(window)
+            spool.finish_window()
+            done += len(window)
+            if progress is not None:
+                progress("capture", done, total)
+
+
+def _learn(
+    compressor: KVCompressor, spool: Spool, partial: Path, seed: int, progress: Progress | None
+) -> None:
+    streams = len(STREAMS) * len(compressor.geometry.compressed)
+    if progress is not None:
+        progress("learn", 0, streams)
+
+    def tell(done: int, total: int, name: str) -> None:
+        if progress is not None:
+            progress("learn", done, total)
+
+    compressor.fit(spool, seed=seed, progress=tell, checkpoint=StreamFiles(partial))

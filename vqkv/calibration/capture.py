@@ -1,0 +1,144 @@
+"""The states of a running model: what its attention sees, layer by layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vqkv.attention import attention_modules, model_type
+from vqkv.cache.rope import ForwardCapture, RotaryAdapter
+from vqkv.errors import ModelError
+
+#: States as attention sees them, after RoPE where there is one; `pre_` ones before it.
+Kind = Literal["keys", "pre_keys", "values", "queries", "pre_queries"]
+
+#: Called with a layer, a kind, and states `[B, H, T, D]` (queries `[B, Q, T, D]`).
+Take = Callable[[int, Kind, torch.Tensor], None]
+
+
+class StateCapture:
+    """Runs a model exactly and hands out states as its layers compute them.
+
+    A context manager: inside of it the model's attention passes through here, on its way to the
+    implementation that the model has; afterwards everything is as before, exceptions included.
+    Pre-RoPE states are un-rotated in fp32 and then rounded to the model's type, which they had
+    before the model rotated them.
+
+    Args:
+        model: a causal language model of transformers; put into evaluation mode meanwhile.
+        wants: which kinds to hand out, by layer.
+        take: given the states, one layer at a time, while the model runs.
+
+    Raises:
+        ModelError: pre-RoPE states are wanted and the family cannot give them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, wants: Mapping[int, Collection[Kind]], take: Take
+    ) -> None:
+        self._model = model
+        # The base model: logits over the vocabulary would take more memory than all states.
+        self._base: PreTrainedModel = model.get_decoder()
+        self._wants = wants
+        self._take = take
+        self._name = f"vqkv_capture_{id(self)}"
+        self._seen: set[int] = set()
+        rotated = [i for i, kinds in wants.items() if {"pre_keys", "pre_queries"} & set(kinds)]
+        self._adapter = RotaryAdapter(model, rotated) if rotated else None
+        self._rotary = ForwardCapture(model, self._adapter)
+        self._modules = attention_modules(model)
+
+    def __enter__(self) -> Self:
+        """Raises ModelError where the model's attention cannot be exchanged."""
+        self._was_training = self._model.training
+        self._original = self._base.config._attn_implementation
+        mask_function = ALL_MASK_ATTENTION_FUNCTIONS[self._original]
+        AttentionInterface.register(self._name, self._attention)
+        # Without a mask function of the same name transformers would pass no mask at all.
+        AttentionMaskInterface.register(self._name, mask_function)
+        try:
+            self._model.eval()
+            self._base.set_attn_implementation(self._name)
+            if self._base.config._attn_implementation != self._name:
+                raise ModelError(
+                    f"{model_type(self._model)}: {type(self._base).__name__} does not let its "
+                    "attention be exchanged, so its states cannot be captured"
+                )
+            self._rotary.__enter__()
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives the model its own attention back."""
+        self._rotary.__exit__(kind, error, trace)
+        self._undo()
+
+    @torch.no_grad()
+    def run(self, window: torch.Tensor) -> None:
+        """Run the model on token ids `[T]` or `[B, T]`, from position 0.
+
+        Raises:
+            ModelError: a layer computed attention that was not seen here.
+        """
+        ids = window if window.ndim == 2 else window[None]
+        self._seen.clear()
+        self._base(input_ids=ids.to(self._model.device), use_cache=False)
+        unseen = sorted(set(self._wants) - self._seen)
+        if unseen:
+            raise ModelError(
+                f"{model_type(self._model)}: the attention of layers {unseen} does not go through "
+                "transformers' attention interface, so its states cannot be captured"
+            )
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        layer = getattr(module, "layer_idx", None)
+        if layer in self._wants and self._modules.get(layer) is module:
+            self._seen.add(layer)
+            states = {"keys": key, "values": value, "queries": query}
+            for kind in self._wants[layer]:
+                self._take(layer, kind, self._state(layer, kind, states))
+        return self._own_attention(module)(module, query, key, value, *args, **kwargs)
+
+    def _state(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if not kind.startswith("pre_"):
+            return states[kind]
+        assert self._adapter is not None, "made for every layer of which pre-RoPE states are wanted"
+        rotated = states[kind.removeprefix("pre_")]
+        tables = self._rotary.tables(layer)
+        return self._adapter.unrotate(layer, rotated, tables).to(rotated.dtype)
+
+    def _own_attention(self, module: nn.Module) -> Callable[..., Any]:
+        # Each modeling file has an eager function of its own, which is not registered.
+        eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+        own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self._original, eager)
+        return own
+
+    def _undo(self) -> None:
+        self._base.set_attn_implementation(self._original)
+        self._model.train(self._was_training)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            # There is no public way to take back what `register` did.
+            interface._global_mapping.pop(self._name)

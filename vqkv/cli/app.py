@@ -1,0 +1,42 @@
+"""The `vqkv` command. Each command imports what it needs when it runs, so `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from vqkv.cli import calibrate, demo, evaluate, generate, inspect, plan, schemes
+from vqkv.cli.output import fail
+from vqkv.errors import VQKVError
+
+
+class Commands(TyperGroup):
+    """Turns errors that a user can mend into one message on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (VQKVError, OSError) as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Vector-quantized KV caches: calibrate a scheme, measure it, generate with it.",
+)
+app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
+app.add_typer(schemes.app, name="schemes")

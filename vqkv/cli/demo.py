@@ -1,0 +1,28 @@
+"""`vqkv demo`: two presets on the demo model, from calibration to a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vqkv.cli.output import JsonFlag, bytes_for_people, print_json, print_table
+from vqkv.cli.progress import progress_bars
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("vqkv-demo"),
+    json: JsonFlag = False,
+) -> None:
+    """Calibrate a 2-bit and a 1-bit preset, measure them, generate, and write a report."""
+    from vqkv.demo import run_demo
+
+    with progress_bars() as report:
+        result = run_demo(out, progress=report)
+    if json:
+        print_json(result.to_dict())
+        return
+    columns = ("scheme", "text", "bits/value", "KL", "perplexity ratio", "cache", "16-bit", "tokens/s")
+    print_table(columns, result.table(), title="The demo model with compressed caches")
+    print(f"report: {out}")

@@ -1,0 +1,75 @@
+"""What commands print: one JSON object, a table for people, or plain lines for pipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def fail(message: str, *, code: int = 2) -> NoReturn:
+    """An error to stderr, nothing to stdout, and an exit code."""
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(code)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout. Figures that do not exist (NaN) become null."""
+    sys.stdout.write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table on a terminal; elsewhere a line per row, tab-separated, nothing cut short."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            sys.stdout.write("\t".join(row) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_facts(facts: dict[str, Any], title: str = "") -> None:
+    """Names and values, a line each."""
+    print_table(["", ""], [(name, show(value)) for name, value in facts.items()], title)
+
+
+def show(value: Any) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {show(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(show(part) for part in value)
+    return str(value)
+
+
+def bytes_for_people(count: int) -> str:
+    """Bytes in the unit that fits: `5.9 MB` (powers of ten)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

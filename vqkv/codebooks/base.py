@@ -1,0 +1,145 @@
+"""What every codebook learner has: `fit`, codewords, health."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+
+from vqkv.errors import NotFittedError, StateError
+from vqkv.registry import Choice, Component, Config, Registry
+
+
+@dataclass(frozen=True)
+class Health:
+    """How well a codebook came out, over all subspaces.
+
+    Attributes:
+        inertia: mean squared distance to the chosen codeword per vector, as learning went on;
+            the last value is that of the final codewords.
+        entropy: bits of the usage distribution, mean over subspaces; at most log2 K.
+        dead_before: codewords that no sample used, summed over iterations, before revival.
+        dead_after: codewords that no sample uses in the end.
+    """
+
+    inertia: tuple[float, ...]
+    entropy: float
+    dead_before: int
+    dead_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+class CodebookLearner(Component, ABC):
+    """Learns codewords for M subspaces at once.
+
+    After `fit`: `codewords_` `[M, S, K, d]` (fp32; S is 1 for single-stage learners) and
+    `health_`, one per stage.
+    """
+
+    codewords_: torch.Tensor
+    health_: list[Health]
+
+    def fit(
+        self,
+        samples: torch.Tensor,
+        codewords: int,
+        weights: torch.Tensor | None = None,
+        *,
+        seed: int = 0,
+    ) -> CodebookLearner:
+        """Learn `codewords` (K) codewords per subspace from samples `[N, M, d]`.
+
+        Args:
+            samples: fp32.
+            codewords: K, at most N.
+            weights: how much a sample counts, `[N]` or `[N, M]`, not negative.
+            seed: all randomness follows from it.
+
+        Raises:
+            StateError: wrong shape, NaN or infinity, or fewer samples than codewords.
+        """
+        samples, weights = check_samples(samples, codewords, weights)
+        self.codewords_, self.health_ = self._learn(samples, codewords, weights, seed)
+        return self
+
+    @abstractmethod
+    def _learn(
+        self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
+    ) -> tuple[torch.Tensor, list[Health]]:
+        """Codewords `[M, S, K, d]` and a health per stage, from checked input."""
+
+    def fixed(self, subspaces: int, dim: int, codewords: int) -> torch.Tensor | None:
+        """Codewords `[M, 1, K, d]` that need no data, or None where data is needed."""
+        return None
+
+    def check_fitted(self) -> None:
+        """Raises NotFittedError before `fit`."""
+        if not hasattr(self, "codewords_"):
+            raise NotFittedError(f"{type(self).__name__} has no codewords yet: call fit first")
+
+
+def check_samples(
+    samples: torch.Tensor, codewords: int, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Samples as fp32 `[N, M, d]` and weights as fp32 `[N, M]`, or a StateError."""
+    if samples.ndim != 3:
+        raise StateError(f"samples have shape [N, M, d], given {list(samples.shape)}")
+    if samples.shape[0] < codewords:
+        raise StateError(
+            f"{codewords} codewords need at least as many samples, given {samples.shape[0]}: "
+            "calibrate on more tokens or lower code_bits"
+        )
+    check_finite(samples, "samples", "[N, M, d]")
+    if weights is None:
+        return samples.float().contiguous(), None
+    if weights.shape not in (samples.shape[:1], samples.shape[:2]):
+        raise StateError(
+            f"weights have shape [N] or [N, M] = {list(samples.shape[:2])}, "
+            f"given {list(weights.shape)}"
+        )
+    check_finite(weights, "weights", "[N, M]")
+    if bool((weights < 0).any()):
+        raise StateError(f"weights are not negative, given {float(weights.min()):.3g}")
+    weights = weights.float()
+    if weights.ndim == 1:
+        weights = weights.unsqueeze(1)
+    unused = (weights.sum(0) == 0).nonzero()
+    if unused.numel():
+        raise StateError(f"weights of subspace {int(unused[0])} are all 0; some must count")
+    return samples.float().contiguous(), weights.expand(samples.shape[:2]).contiguous()
+
+
+def check_finite(x: torch.Tensor, what: str, shape: str) -> None:
+    """Raises StateError where `x` holds NaN or infinity, naming the first place."""
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        where = (~finite).nonzero()[0].tolist()
+        raise StateError(
+            f"{what} {shape} hold {x[tuple(where)].item()} at {where}; all must be finite"
+        )
+
+
+def usage_entropy(counts: torch.Tensor) -> float:
+    """Mean over subspaces of the entropy of code usage, in bits; counts `[M, K]`."""
+    share = counts.double() / counts.double().sum(1, keepdim=True).clamp_min(1e-30)
+    return float(torch.special.entr(share).sum(1).mean() / torch.log(torch.tensor(2.0)))
+
+
+LEARNERS: Registry[type[CodebookLearner]] = Registry(
+    "vqkv.learners",
+    CodebookLearner,
+    {
+        "kmeans": "vqkv.codebooks.kmeans:KMeans",
+        "ema": "vqkv.codebooks.ema:EMA",
+        "residual": "vqkv.codebooks.residual:ResidualLearner",
+        "product": "vqkv.codebooks.product:ProductLearner",
+        "uniform": "vqkv.codebooks.uniform:Uniform",
+    },
+)
+
+LearnerChoice = Annotated[Config, Choice(LEARNERS)]

@@ -1,0 +1,368 @@
+"""One stream's fitted chain: transforms, grouping, quantizers, packed codes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange
+
+from vqkv.codebooks.base import Health, check_finite
+from vqkv.errors import NotFittedError, SchemeError, StateError
+from vqkv.groupings import ChannelStats, Pairs
+from vqkv.kernels.pack import pack, unpack
+from vqkv.layouts import Layout, Segment, SideField
+from vqkv.quantizers import QUANTIZERS, Quantizer
+from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig
+from vqkv.states import States
+from vqkv.transforms import TRANSFORMS, Transform
+from vqkv.transforms.statistics import moments
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Stored tokens: packed codes `[N, U, bytes]` (uint8) and side scalars `[N, F]` (fp16)."""
+
+    codes: torch.Tensor
+    side: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.codes.nbytes + self.side.nbytes
+
+
+class Codec:
+    """Codes the tokens of one stream, `[N, H, D]`.
+
+    Args:
+        config: the stream's settings.
+        heads: H.
+        head_dim: D.
+        pairs: RoPE pairs of a head.
+        where: what to call the stream in errors, such as `"keys of layer 3"`.
+
+    Raises:
+        SchemeError: the settings do not fit H and D.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        heads: int,
+        head_dim: int,
+        pairs: Pairs = (),
+        where: str = "stream",
+    ) -> None:
+        self.config = config
+        self.heads = heads
+        self.head_dim = head_dim
+        self.pairs = pairs
+        self.where = where
+        self.transforms: list[Transform] = [TRANSFORMS.build(c) for c in config.transforms]
+        self.quantizers: list[Quantizer] = [
+            QUANTIZERS.build(segment.quantizer) for segment in config.all_segments
+        ]
+        #: Of each learned stage, segment by segment.
+        self.health: list[Health] = []
+        with self._named_in_errors():
+            self.layout = self._layout()
+        if config.data_free:
+            self._prepare()
+
+    # -- fitting ---------------------------------------------------------------------------
+
+    def fit(self, states: States, *, samples: int, seed: int = 0) -> Codec:
+        """Fit the whole chain: statistics on all tokens, codebooks on at most `samples` of them.
+
+        A data-free chain stays as it is.
+
+        Raises:
+            StateError: no tokens, another shape, NaN or infinity, or too few for the codebooks;
+                names the stream.
+        """
+        if not self.config.data_free:
+            self.fit_space(states)
+            self.fit_quantizers(self.training_vectors(states, samples, seed), seed)
+        return self
+
+    def fit_space(self, states: States) -> None:
+        """Fit the transforms in order, each on what those before it make, then the grouping."""
+        with self._named_in_errors():
+            if not states.tokens:
+                raise StateError("there are no tokens to learn from")
+            states = states.map(self._checked)
+            for transform in self.transforms:
+                transform.fit(states)
+                states = states.map(partial(_transformed, transform))
+            needs_data = self.config.grouping.needs_data
+            self._set_order(moments(states).rms.square().cpu() if needs_data else None)
+
+    def training_vectors(self, states: States, samples: int, seed: int) -> list[torch.Tensor]:
+        """What each segment's quantizer learns from: `[N', books, d]`."""
+        with self._named_in_errors():
+            z, _ = self._forward(self._checked(states.sample(samples, seed)))
+        return [self._to_books(part, s) for part, s in self._split(z)]
+
+    def fit_quantizers(self, vectors: list[torch.Tensor], seed: int) -> None:
+        """Fit each segment's quantizer on the `training_vectors` of this stream, or of several."""
+        with self._named_in_errors():
+            for quantizer, samples in zip(self.quantizers, vectors, strict=True):
+                quantizer.fit(samples, seed=seed)
+        self.health = [stage for quantizer in self.quantizers for stage in quantizer.health_]
+
+    # -- coding ----------------------------------------------------------------------------
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Code tokens `[N, H, D]`.
+
+        Raises:
+            StateError: another shape, NaN or infinity, or a token too large for its scale.
+            NotFittedError: before `fit`.
+        """
+        with self._named_in_errors():
+            z, side = self._forward(self._checked(x).float())
+        packed = []
+        for (part, segment), quantizer in zip(self._split(z), self.quantizers, strict=True):
+            codes = quantizer.encode(self._to_books(part, segment))
+            codes = self._from_books(codes, segment).flatten(2)  # [N, U, codes per unit]
+            packed.append(pack(codes, segment.code_bits, self.layout))
+        return Encoded(torch.cat(packed, -1), side)
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """Reconstruct tokens, `[N, H, D]` in fp32.
+
+        Raises:
+            StateError: codes or side scalars of another layout.
+            NotFittedError: before `fit`.
+        """
+        given = (encoded.codes.shape[1:], encoded.side.shape[1:])
+        expected = ((self.layout.units, self.layout.bytes_per_unit), (self.layout.side_count,))
+        if given != expected:
+            raise StateError(
+                f"{self.where}: a token has codes {list(expected[0])} and side "
+                f"{list(expected[1])}, given {list(given[0])} and {list(given[1])}"
+            )
+        parts = []
+        start = 0
+        for segment, quantizer in zip(self.layout.segments, self.quantizers, strict=True):
+            packed = encoded.codes[..., start : start + segment.bytes_per_unit]
+            start += segment.bytes_per_unit
+            codes = unpack(packed, segment.code_bits, segment.codes_per_unit, self.layout)
+            codes = codes.unflatten(-1, (segment.groups, segment.stages))
+            vectors = quantizer.decode(self._to_books(codes, segment))
+            parts.append(self._from_books(vectors, segment).flatten(2))
+        coded = torch.cat(parts, -1).flatten(1)
+        z = torch.empty_like(coded)
+        z[:, self._order().flatten()] = coded
+        return self._inverse(z.unflatten(1, (self.heads, self.head_dim)), encoded.side)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything learned, by flat name: `transforms.0.channels`, `segments.0.codewords`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, transform in enumerate(self.transforms):
+            tensors |= {f"transforms.{index}.{k}": v for k, v in transform.state().items()}
+        for index, quantizer in enumerate(self.quantizers):
+            tensors |= {f"segments.{index}.{k}": v for k, v in quantizer.state().items()}
+        if self.config.grouping.needs_data:
+            tensors["order"] = self._order()
+        return tensors
+
+    def planned_bytes(self, *, codebooks: bool = True) -> int:
+        """Bytes of `state`, known before `fit`; without codebooks where another codec has them."""
+        planned = sum(t.planned_bytes(self.heads, self.head_dim) for t in self.transforms)
+        if self.config.grouping.needs_data:
+            planned += 8 * self.heads * self.head_dim  # the order, int64
+        if codebooks:
+            planned += sum(
+                quantizer.planned_bytes(segment.books, segment.dim)
+                for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True)
+            )
+        return planned
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> Codec:
+        """Take over what `state` returned. Raises StateError where names or shapes do not fit."""
+        rest = dict(tensors)
+        with self._named_in_errors():
+            for index, transform in enumerate(self.transforms):
+                transform.load_state(take(rest, f"transforms.{index}."))
+            for index, quantizer in enumerate(self.quantizers):
+                quantizer.load_state(take(rest, f"segments.{index}."))
+            self._check_shapes()
+            if self.config.grouping.needs_data:
+                self._take_order(rest.pop("order", None))
+            else:
+                self._set_order(None)
+            if rest:
+                raise StateError(f"state has unknown tensors {sorted(rest)}")
+        return self
+
+    def to(self, device: torch.device) -> Codec:
+        """The same codec with its tensors on a device."""
+        moved = Codec(self.config, self.heads, self.head_dim, self.pairs, self.where)
+        moved.load_state({name: t.to(device) for name, t in self.state().items()})
+        moved.order_ = self._order().to(device)
+        moved.health = self.health
+        return moved
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _layout(self) -> Layout:
+        config = self.config
+        config.grouping.check(self.head_dim, self.heads, self.pairs)
+        for transform in self.transforms:
+            transform.check(self.heads, self.head_dim)
+        units = self.heads if config.grouping.head_local else 1
+        channels = self.heads * self.head_dim // units
+        return Layout(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            segments=tuple(
+                self._segment(index, segment, units, channels)
+                for index, segment in enumerate(config.all_segments)
+            ),
+            side=tuple(
+                SideField(transform.config.type, transform.side_count(self.heads))
+                for transform in self.transforms
+                if transform.side_count(self.heads)
+            ),
+            rope=config.rope if isinstance(config, KeysConfig) else None,
+            pairs_whole=all(
+                config.grouping.model_copy(update={"dim": config.dim_of(segment)}).keeps_pairs(
+                    self.head_dim, self.pairs
+                )
+                for segment in config.all_segments
+            ),
+            head_local=config.grouping.head_local and all(t.head_local for t in self.transforms),
+            sharing=config.sharing,
+        )
+
+    def _segment(self, index: int, config: SegmentConfig, units: int, channels: int) -> Segment:
+        dim = self.config.dim_of(config)
+        mine = config.share * channels
+        if abs(mine - round(mine)) > 0.01 or round(mine) % dim:
+            raise SchemeError(
+                f"segments.{index}: share {config.share:g} of {channels} channels is {mine:g}, "
+                f"which groups of dim {dim} do not fill"
+            )
+        groups = round(mine) // dim
+        books = {"group": units * groups, "head": units}.get(self.config.sharing, 1)
+        quantizer = config.quantizer
+        return Segment(units, groups, dim, quantizer.stages(dim), quantizer.bits(), books)
+
+    def _prepare(self) -> None:
+        for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
+            quantizer.prepare(segment.books, segment.dim)
+        self._set_order(None)
+
+    def _set_order(self, energy: torch.Tensor | None) -> None:
+        stats = ChannelStats(energy, self.pairs)
+        self.order_ = self.config.grouping.permutation(self.head_dim, self.heads, stats)
+
+    def _take_order(self, order: torch.Tensor | None) -> None:
+        channels = self.heads * self.head_dim
+        expected = (self.layout.units, channels // self.layout.units)
+        if order is None or order.shape != expected:
+            given = None if order is None else list(order.shape)
+            raise StateError(f"'order' has shape {list(expected)}, given {given}")
+        if not torch.equal(order.flatten().sort().values.cpu(), torch.arange(channels)):
+            raise StateError(f"'order' is no permutation of {channels} channels")
+        self.order_ = order
+
+    def _check_shapes(self) -> None:
+        for transform in self.transforms:
+            channels = transform.state().get("channels")
+            if channels is not None and channels.shape != (self.heads, self.head_dim):
+                raise StateError(
+                    f"channels have shape {[self.heads, self.head_dim]}, "
+                    f"given {list(channels.shape)}"
+                )
+        for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
+            books = quantizer.state().get("codewords")
+            expected = (segment.books, segment.dim)
+            if books is not None and (books.shape[0], books.shape[3]) != expected:
+                raise StateError(
+                    f"there are {segment.books} codebooks of dim {segment.dim}, "
+                    f"given {books.shape[0]} of dim {books.shape[3]}"
+                )
+
+    def _order(self) -> torch.Tensor:
+        if not hasattr(self, "order_"):
+            raise NotFittedError(f"{self.where}: the codec has not been fitted: call fit first")
+        return self.order_
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        """The same tokens. Raises StateError on another shape, or NaN or infinity."""
+        if x.ndim != 3 or x.shape[1:] != (self.heads, self.head_dim):
+            raise StateError(
+                f"states have shape [N, {self.heads}, {self.head_dim}], given {list(x.shape)}"
+            )
+        check_finite(x, "states", "[N, H, D]")
+        return x
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        """Put the stream's name before what is wrong with it."""
+        try:
+            yield
+        except (SchemeError, StateError) as error:
+            raise type(error)(f"{self.where}: {error}") from error
+
+    def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transformed, ordered channels `[N, U, C/U]`, and the side scalars `[N, F]`."""
+        order = self._order()
+        sides = []
+        for transform in self.transforms:
+            x, side = transform.forward(x)
+            if side is not None:
+                sides.append(side)
+        side = torch.cat(sides, 1) if sides else x.new_empty(x.shape[0], 0, dtype=torch.float16)
+        return x.flatten(1)[:, order.flatten()].unflatten(1, order.shape), side
+
+    def _inverse(self, z: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+        end = side.shape[1]
+        for transform in reversed(self.transforms):
+            start = end - transform.side_count(self.heads)
+            z = transform.inverse(z, side[:, start:end])
+            end = start
+        return z
+
+    def _split(self, z: torch.Tensor) -> list[tuple[torch.Tensor, Segment]]:
+        """Subvectors `[N, U, G, d]` of each segment."""
+        sizes = [segment.groups * segment.dim for segment in self.layout.segments]
+        return [
+            (part.unflatten(2, (segment.groups, segment.dim)), segment)
+            for part, segment in zip(z.split(sizes, 2), self.layout.segments, strict=True)
+        ]
+
+    def _to_books(self, x: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """`[N, U, G, ...]` to `[N', books, ...]`: subvectors of one codebook lie along N'."""
+        if segment.books == segment.subvectors:
+            return x.flatten(1, 2)
+        if segment.books == segment.units:
+            return rearrange(x, "n u g d -> (n g) u d")
+        return rearrange(x, "n u g d -> (n u g) 1 d")
+
+    def _from_books(self, y: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """The way back, to `[N, U, G, ...]`."""
+        units, groups = segment.units, segment.groups
+        if segment.books == segment.subvectors:
+            return y.reshape(len(y), units, groups, *y.shape[2:])
+        if segment.books == units:
+            return rearrange(y, "(n g) u d -> n u g d", g=groups)
+        return rearrange(y, "(n u g) 1 d -> n u g d", u=units, g=groups)
+
+
+def _transformed(transform: Transform, x: torch.Tensor) -> torch.Tensor:
+    return transform.forward(x)[0]
+
+
+def take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Move the tensors under a prefix out of `tensors`, prefix removed."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}

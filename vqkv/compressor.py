@@ -1,0 +1,403 @@
+"""A compressor: one codec per stream of a model, fitted together, saved as one artefact."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from einops import rearrange
+
+from vqkv.codebooks.base import Health
+from vqkv.codec import Codec, Encoded, take
+from vqkv.errors import NotFittedError, StateError
+from vqkv.geometry import Geometry
+from vqkv.layouts import PAGE_TOKENS
+from vqkv.scheme import STREAMS, Scheme, Stream, StreamConfig
+from vqkv.states import States
+
+if TYPE_CHECKING:
+    from vqkv.cache import VQCache
+
+
+#: Layer, and which of its streams.
+StreamKey = tuple[int, Stream]
+
+
+class StateSource(Protocol):
+    """Where `fit` reads a model's states: captured ones on disk, or tensors in a test."""
+
+    def states(self, layer: int, stream: Stream) -> States:
+        """Tokens of one stream; keys before or after RoPE, as that layer's scheme codes them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an artefact says of how it was made."""
+
+    base_model: str | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FittedStream:
+    """One stream's learned tensors and health, as `fit` checkpoints them."""
+
+    tensors: dict[str, torch.Tensor]
+    health: list[Health]
+
+
+#: Called with (streams done, streams in all, what was just fitted).
+Progress = Callable[[int, int, str], None]
+
+
+class KVCompressor:
+    """Codecs of all compressed streams of one model geometry.
+
+    A data-free scheme is ready at once; any other needs `fit`.
+
+    Args:
+        scheme: what to do.
+        geometry: of the model it is for.
+
+    Raises:
+        SchemeError: the scheme cannot code this geometry; the message names layer and stream.
+    """
+
+    def __init__(
+        self, scheme: Scheme, geometry: Geometry, provenance: Provenance | None = None
+    ) -> None:
+        scheme.check(geometry)
+        self.scheme = scheme
+        self.geometry = geometry
+        self.provenance = provenance or Provenance()
+        self._codecs: dict[StreamKey, Codec] = {
+            (layer, stream): Codec(
+                scheme.stream(layer, stream, geometry.layers),
+                geometry.kv_heads,
+                geometry.head_dim,
+                geometry.pairs if stream == "keys" else (),
+                where=f"{stream} of layer {layer}",
+            )
+            for layer in geometry.compressed
+            for stream in STREAMS
+        }
+        self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
+        homes: dict[tuple[Stream, StreamConfig], int] = {}
+        self._homes = {
+            (layer, stream): homes.setdefault((stream, codec.config), layer)
+            if codec.config.sharing == "model"
+            else layer
+            for (layer, stream), codec in self._codecs.items()
+        }
+        self.fitted = scheme.data_free
+
+    # -- fitting ---------------------------------------------------------------------------
+
+    def fit(
+        self,
+        source: StateSource,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        checkpoint: MutableMapping[str, FittedStream] | None = None,
+    ) -> Self:
+        """Fit every stream, in model order, keys before values.
+
+        Args:
+            source: the states to learn from.
+            seed: all randomness follows from it.
+            progress: told of each stream.
+            checkpoint: holds streams that are done already, and is given each new one.
+
+        Raises:
+            StateError: no tokens, NaN or infinity, or too few for the codebooks; names the stream.
+        """
+        checkpoint = {} if checkpoint is None else checkpoint
+        families = [
+            layers for layers in self._families() if not self._codecs[layers[0]].config.data_free
+        ]
+        total, done = sum(map(len, families)), 0
+        for family in families:
+            names = {key: f"{key[0]}.{key[1]}" for key in family}
+            if all(name in checkpoint for name in names.values()):
+                for key, name in names.items():
+                    self._restore(key, checkpoint[name])
+            else:
+                self._fit_family(source, family, seed)
+                for key, name in names.items():
+                    codec = self._codecs[key]
+                    checkpoint[name] = FittedStream(codec.state(), codec.health)
+            done += len(family)
+            if progress is not None:
+                progress(done, total, names[family[-1]])
+        self._moved.clear()
+        self.fitted = True
+        return self
+
+    def _families(self) -> list[list[StreamKey]]:
+        """Streams by the codebooks that they read: one each, but for those the model shares."""
+        families: dict[StreamKey, list[StreamKey]] = {}
+        for layer, stream in self._codecs:
+            families.setdefault((self._home(layer, stream), stream), []).append((layer, stream))
+        return list(families.values())
+
+    def _fit_family(self, source: StateSource, family: list[StreamKey], seed: int) -> None:
+        """Fit streams that share codebooks, these from an equal share of each one's tokens."""
+        share = -(-self.scheme.calibration.samples // len(family))
+        vectors = []
+        for key in family:
+            codec, states = self._codecs[key], source.states(*key)
+            codec.fit_space(states)
+            vectors.append(codec.training_vectors(states, share, seed))
+        first, *others = (self._codecs[key] for key in family)
+        first.fit_quantizers([torch.cat(segment) for segment in zip(*vectors, strict=True)], seed)
+        for codec in others:
+            codec.quantizers = first.quantizers
+
+    def _restore(self, key: StreamKey, fitted: FittedStream) -> None:
+        """Take over what was fitted before."""
+        codec, home = self._codecs[key], self._codecs[self._home(*key), key[1]]
+        codec.load_state(fitted.tensors)
+        codec.quantizers = home.quantizers
+        codec.health = list(fitted.health)
+
+    # -- coding ----------------------------------------------------------------------------
+
+    def codec(self, layer: int, stream: Stream, device: torch.device | str = "cpu") -> Codec:
+        """The codec of one stream, with its codebooks on `device`.
+
+        Raises:
+            NotFittedError: the scheme needs calibration and has had none.
+            StateError: that layer is not compressed.
+        """
+        if not self.fitted:
+            raise NotFittedError(
+                f"scheme {self.scheme.name!r} learns from data: calibrate it first, or load an "
+                "artefact"
+            )
+        if (layer, stream) not in self._codecs:
+            raise StateError(
+                f"{stream} of layer {layer} are not compressed, "
+                f"those of layers {list(self.geometry.compressed)} are"
+            )
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._codecs[layer, stream]
+        key = (layer, stream, device)
+        if key not in self._moved:
+            moved = self._codecs[layer, stream].to(device)
+            home = self._home(layer, stream)
+            if home != layer:
+                moved.quantizers = self.codec(home, stream, device).quantizers
+            self._moved[key] = moved
+        return self._moved[key]
+
+    def with_residency(
+        self, *, sinks: int | None = None, window: int | None = None
+    ) -> KVCompressor:
+        """The same codecs with other sinks or another window; None leaves as it is."""
+        changes = {"sinks": sinks, "window": window}
+        residency = self.scheme.residency.model_copy(
+            update={name: value for name, value in changes.items() if value is not None}
+        )
+        other = copy.copy(self)
+        other.scheme = self.scheme.model_copy(update={"residency": residency})
+        return other
+
+    def codecs(self) -> Iterator[tuple[tuple[int, Stream], Codec]]:
+        """Every (layer, stream) with its codec, in model order, keys before values."""
+        yield from self._codecs.items()
+
+    def encode(self, layer: int, stream: Stream, x: torch.Tensor) -> Encoded:
+        """Code states `[B, H, T, D]` as `B·T` tokens, row by row.
+
+        Raises:
+            StateError: another shape, or NaN or infinity.
+        """
+        tokens = rearrange(x, "b h t d -> (b t) h d")
+        return self.codec(layer, stream, x.device).encode(tokens)
+
+    def decode(self, layer: int, stream: Stream, encoded: Encoded, batch: int = 1) -> torch.Tensor:
+        """States `[B, H, T, D]` (fp32) of what `encode` returned."""
+        tokens = self.codec(layer, stream, encoded.codes.device).decode(encoded)
+        return rearrange(tokens, "(b t) h d -> b h t d", b=batch)
+
+    def identity(self) -> str:
+        """SHA-256 of the scheme and of every learned tensor: which codebooks codes belong to."""
+        digest = hashlib.sha256(self.scheme.fingerprint().encode())
+        for stream, name, tensor in self.tensors():
+            digest.update(f"{stream}.{name}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def new_cache(self, config: Any) -> VQCache:
+        """An empty cache for a model with this transformers config.
+
+        Raises:
+            ArtefactError: the compressor is for another geometry.
+        """
+        from vqkv.cache import VQCache  # the cache stands above the compressor
+
+        return VQCache(self, config)
+
+    # -- figures ---------------------------------------------------------------------------
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits over cached scalars, mean over the compressed streams."""
+        layouts = [codec.layout for codec in self._codecs.values()]
+        return sum(layout.bits_per_value for layout in layouts) / len(layouts)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored bytes per coded token, over all compressed streams."""
+        return sum(codec.layout.bytes_per_token for codec in self._codecs.values())
+
+    def side_bytes(self) -> dict[str, int]:
+        """Bytes that do not grow with tokens: codebooks, transforms, channel orders, their sum."""
+        found = {"codebooks": 0, "transforms": 0, "orders": 0}
+        for _, name, tensor in self.tensors():
+            kind = name.partition(".")[0]
+            found[{"segments": "codebooks", "order": "orders"}.get(kind, kind)] += tensor.nbytes
+        return {**found, "total": sum(found.values())}
+
+    def planned_side_bytes(self) -> int:
+        """What `side_bytes` will come to, known before `fit`."""
+        return sum(
+            codec.planned_bytes(codebooks=self._home(layer, stream) == layer)
+            for (layer, stream), codec in self._codecs.items()
+        )
+
+    def nbytes(self) -> int:
+        """Side bytes in all."""
+        return self.side_bytes()["total"]
+
+    def effective_bits_per_value(self, tokens: int) -> float:
+        """Bits per value with exact sinks, window tail and side bytes, at a length in tokens.
+
+        Exact values count 16 bits, whatever type the model caches them in.
+        """
+        residency = self.scheme.residency
+        coded = max(0, (tokens - residency.window) // PAGE_TOKENS) * PAGE_TOKENS
+        exact = tokens - coded + min(residency.sinks, coded)
+        values = 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
+        bits = 8 * (self.bytes_per_token * coded + self.nbytes()) + 16 * exact * values
+        return bits / (tokens * values)
+
+    def report(self) -> dict[str, Any]:
+        """What it stores, stream by stream, and how well its codebooks came out."""
+        return {
+            "scheme": self.scheme.name,
+            "fingerprint": self.scheme.fingerprint(),
+            "bits_per_value": self.bits_per_value,
+            "bytes_per_token": self.bytes_per_token,
+            "side_bytes": self.side_bytes(),
+            "health": self.health(),
+            "streams": [
+                {"layer": layer, "stream": stream, "bits_per_value": codec.layout.bits_per_value}
+                for (layer, stream), codec in self._codecs.items()
+            ],
+        }
+
+    def health(self) -> dict[str, Any]:
+        """Codebook health over all streams: usage entropy (least and mean), dead codewords."""
+        stages = [h for codec in self._codecs.values() for h in codec.health]
+        learned = [h for h in stages if h.inertia]
+        if not learned:
+            return {"codebooks": 0}
+        entropies = [h.entropy for h in learned]
+        return {
+            "codebooks": len(learned),
+            "entropy_mean": sum(entropies) / len(entropies),
+            "entropy_min": min(entropies),
+            "dead_before": sum(h.dead_before for h in learned),
+            "dead_after": sum(h.dead_after for h in learned),
+            "inertia": sum(h.inertia[-1] for h in learned) / len(learned),
+        }
+
+    # -- state and artefacts ---------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """All learned tensors, as (stream such as `"3.keys"`, name in the codec, tensor).
+
+        Codebooks that the model shares come once, with the first layer.
+        """
+        if not self.fitted:
+            return
+        for (layer, stream), codec in self._codecs.items():
+            home = self._home(layer, stream)
+            for name, tensor in codec.state().items():
+                if home == layer or not name.startswith("segments."):
+                    yield f"{layer}.{stream}", name, tensor
+
+    def load_tensors(
+        self, tensors: dict[str, torch.Tensor], health: dict[str, list[Health]]
+    ) -> Self:
+        """Take over tensors named `"3.keys.segments.0.codewords"`, and health by `"3.keys"`.
+
+        Raises:
+            StateError: a name or shape does not fit the scheme and geometry.
+        """
+        rest = dict(tensors)
+        for layer, stream in self._codecs:
+            key = f"{layer}.{stream}"
+            mine = take(rest, f"{key}.")
+            home = self._home(layer, stream)
+            if home != layer:
+                shared = self._codecs[home, stream].state()
+                mine |= {name: t for name, t in shared.items() if name.startswith("segments.")}
+            self._restore((layer, stream), FittedStream(mine, health.get(key, [])))
+        if rest:
+            raise StateError(f"unknown tensors: {sorted(rest)[:5]}")
+        self._moved.clear()
+        self.fitted = True
+        return self
+
+    def _home(self, layer: int, stream: Stream) -> int:
+        """The layer whose codec has this stream's codebooks: its own, or the first alike."""
+        return self._homes[layer, stream]
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the artefact: `config.json` and `codebooks.safetensors`, all or nothing.
+
+        Raises:
+            NotFittedError: there is nothing to save yet.
+            ArtefactError: the folder exists and `overwrite` is off.
+        """
+        from vqkv.artefact import save
+
+        return save(self, Path(folder), overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, config: Any = None) -> KVCompressor:
+        """Load an artefact from a folder or the Hugging Face hub.
+
+        Args:
+            name_or_folder: a local folder, else a hub id.
+            config: a model's transformers config; given, the artefact has to fit it.
+
+        Raises:
+            ArtefactError: missing, damaged, or made for another geometry, norm or RoPE.
+        """
+        from vqkv.artefact import load
+
+        return load(name_or_folder, config)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the artefact to the Hugging Face hub; returns the commit's address."""
+        from vqkv.artefact import push
+
+        return push(self, repo_id, private=private)
+
+    def __repr__(self) -> str:
+        state = "fitted" if self.fitted else "not fitted"
+        return (
+            f"KVCompressor({self.scheme.name!r}, {len(self.geometry.compressed)} layers, "
+            f"{self.bits_per_value:g} bits per value, {state})"
+        )

@@ -1,0 +1,35 @@
+"""Attention that reads codes: partial results of coded and exact tokens, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from vqkv.kernels.select import select
+from vqkv.layouts import Layout
+
+
+class Block(NamedTuple):
+    """A run of n tokens: keys and values `[B, H, n, D]`, and which query sees which.
+
+    `visible` is bool, and broadcasts to `[B, Q, t, n]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    visible: torch.Tensor
+
+
+def attend(
+    query: torch.Tensor, blocks: Iterable[Block], scaling: float, layout: Layout
+) -> torch.Tensor:
+    """Attention output `[B, Q, t, D]` of queries `[B, Q, t, D]` over all blocks together.
+
+    Raises:
+        KernelError: no kernel attends on this layout; the message gives the reasons.
+    """
+    kernel = select("attend", layout, query.device).kernel
+    output: torch.Tensor = kernel(query, blocks, scaling)
+    return output

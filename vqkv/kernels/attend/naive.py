@@ -1,0 +1,53 @@
+"""Attention block by block in fp32, each block's partial softmax merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+if TYPE_CHECKING:
+    from vqkv.kernels.attend import Block
+
+
+def attend(query: torch.Tensor, blocks: Iterable[Block], scaling: float) -> torch.Tensor:
+    """Output `[B, Q, t, D]`, in the query's type; rows that see no token get zeros."""
+    batch, queries, length, head_dim = query.shape
+    q = query.float() * scaling
+    output = torch.zeros(batch, queries, length, head_dim, device=query.device)
+    lse = torch.full((batch, queries, length, 1), -torch.inf, device=query.device)
+    for block in blocks:
+        part, part_lse = partial(q, block)
+        merged = torch.logaddexp(lse, part_lse)
+        # Where nothing has been seen yet both weights are exp(-inf + inf): nothing to add up.
+        old, new = (torch.exp(x - merged).nan_to_num(0.0) for x in (lse, part_lse))
+        output = old * output + new * part
+        lse = merged
+    return output.to(query.dtype)
+
+
+def partial(q: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over one block: output `[B, Q, t, D]` and log-sum-exp `[B, Q, t, 1]`."""
+    heads = block.keys.shape[1]
+    grouped = rearrange(q, "b (h g) t d -> b h g t d", h=heads)
+    scores = torch.einsum("bhgtd,bhnd->bhgtn", grouped, block.keys.float())
+    scores = rearrange(scores, "b h g t n -> b (h g) t n")
+    scores = scores.masked_fill(~block.visible, -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = torch.exp(scores - lse).nan_to_num(0.0)
+    grouped = rearrange(weights, "b (h g) t n -> b h g t n", h=heads)
+    output = torch.einsum("bhgtn,bhnd->bhgtd", grouped, block.values.float())
+    return rearrange(output, "b h g t d -> b (h g) t d"), lse
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """Codes of one head have to be readable without the other heads'."""
+    return None if layout.head_local else "codes or transforms mix heads; use read='decode'"
+
+
+KERNEL = Kernel("attend", "naive", attend, refuses, speed=0)

@@ -1,0 +1,25 @@
+"""Nearest codewords by the compiled CPU kernel (AVX-512, AVX2 or scalar, chosen at run time)."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels import native
+from vqkv.kernels.encode.naive import greedy
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+
+def encode(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    """Greedy codes `[N, M, S]` of `x` `[N, M, d]` under `codewords` `[M, S, K, d]`."""
+    return greedy(lambda rest, stage: native.nearest(rest, stage.contiguous()), x, codewords)
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """It runs on CPUs, where the package was built with a C compiler."""
+    if device.type != "cpu":
+        return f"runs on cpu, not on {device.type}"
+    return native.unavailable_reason()
+
+
+KERNEL = Kernel("encode", "cpu", encode, refuses, speed=10)

@@ -1,0 +1,162 @@
+/* Nearest codewords and k-means statistics on CPUs: AVX-512, AVX2 or scalar, chosen at run time.
+ *
+ * Called through ctypes, which lets go of the interpreter lock; Python threads take row ranges.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_X86 1
+#include <immintrin.h>
+#endif
+
+/* Rows whose subvectors are searched subspace by subspace while they lie in the L2 cache. */
+#define BLOCK_ROWS 512
+#define MAX_LANES 64
+
+enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
+
+#define UNROLL 4
+#define NAME(x) x##_scalar
+#define TARGET
+#define W 1
+#define V float
+#define I int32_t
+#define V_LOAD(p) (*(p))
+#define V_SET1(a) (a)
+#define V_FNMA(a, b, c) ((c) - (a) * (b))
+#define V_KEEP_LESS(best, at, score, k) \
+    do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
+#define I_SET1(a) (a)
+#define I_STORE(p, a) (*(p) = (a))
+#include "nearest_impl.h"
+
+#ifdef HAVE_X86
+
+#define UNROLL 2
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define W 8
+#define V __m256
+#define I __m256i
+#define V_LOAD(p) _mm256_loadu_ps(p)
+#define V_SET1(a) _mm256_set1_ps(a)
+#define V_FNMA(a, b, c) _mm256_fnmadd_ps(a, b, c)
+#define V_KEEP_LESS(best, at, score, k) \
+    do { \
+        const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
+        (best) = _mm256_blendv_ps(best, score, less_); \
+        (at) = _mm256_blendv_epi8(at, k, _mm256_castps_si256(less_)); \
+    } while (0)
+#define I_SET1(a) _mm256_set1_epi32(a)
+#define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
+#include "nearest_impl.h"
+
+#define UNROLL 3
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define W 16
+#define V __m512
+#define I __m512i
+#define V_LOAD(p) _mm512_loadu_ps(p)
+#define V_SET1(a) _mm512_set1_ps(a)
+#define V_FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
+#define V_KEEP_LESS(best, at, score, k) \
+    do { \
+        const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \
+        (best) = _mm512_mask_mov_ps(best, less_, score); \
+        (at) = _mm512_mask_mov_epi32(at, less_, k); \
+    } while (0)
+#define I_SET1(a) _mm512_set1_epi32(a)
+#define I_STORE(p, a) _mm512_storeu_si512(p, a)
+#include "nearest_impl.h"
+
+#endif
+
+typedef void (*search_fn)(const float *, int64_t, int64_t, const float *, const float *, int64_t,
+                          int64_t, int32_t *, int64_t, float *);
+
+/* The best level of this CPU. */
+int vqkv_best_level(void)
+{
+#ifdef HAVE_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return AVX2;
+#endif
+    return SCALAR;
+}
+
+static search_fn search_of(int level)
+{
+#ifdef HAVE_X86
+    if (level >= AVX512)
+        return search_rows_avx512;
+    if (level == AVX2)
+        return search_rows_avx2;
+#endif
+    return search_rows_scalar;
+}
+
+/* Codes [N, M] of rows `begin` to `end` of x [N, M, d] in words [M, K, d], both contiguous;
+ * half_norms [M, K] is |c|^2 / 2. Returns 0, or -1 where memory ran out. */
+int vqkv_nearest(int level, const float *x, const float *words, const float *half_norms,
+                 int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
+                 int32_t *codes)
+{
+    const search_fn search = search_of(level);
+    float *scratch = malloc((size_t)dim * MAX_LANES * sizeof(float));
+    if (scratch == NULL)
+        return -1;
+    for (int64_t first = begin; first < end; first += BLOCK_ROWS) {
+        const int64_t rows = end - first < BLOCK_ROWS ? end - first : BLOCK_ROWS;
+        for (int64_t m = 0; m < subspaces; m++)
+            search(x + (first * subspaces + m) * dim, subspaces * dim, rows,
+                   words + m * size * dim, half_norms + m * size, size, dim,
+                   codes + first * subspaces + m, subspaces, scratch);
+    }
+    free(scratch);
+    return 0;
+}
+
+/* Adds rows `begin` to `end` to k-means statistics, given their codes: sums [M, K, d], counts
+ * [M, K] and inertia [M]. weights [N, M] may be NULL for ones. */
+void vqkv_accumulate(const float *x, const float *words, const int32_t *codes, const float *weights,
+                     int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
+                     double *sums, double *counts, double *inertia)
+{
+    for (int64_t n = begin; n < end; n++)
+        for (int64_t m = 0; m < subspaces; m++) {
+            const int64_t at = n * subspaces + m;
+            const double weight = weights == NULL ? 1.0 : weights[at];
+            const float *row = x + at * dim;
+            const int64_t book = m * size + codes[at];
+            const float *word = words + book * dim;
+            double *sum = sums + book * dim;
+            double distance = 0.0;
+            for (int64_t j = 0; j < dim; j++) {
+                const double gap = (double)row[j] - word[j];
+                distance += gap * gap;
+                sum[j] += weight * row[j];
+            }
+            counts[book] += weight;
+            inertia[m] += weight * distance;
+        }
+}
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", "Called through ctypes; see the package.", -1, NULL,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModule_Create(&module);
+}

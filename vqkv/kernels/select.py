@@ -1,0 +1,149 @@
+"""Which kernel runs an operation, and why the others do not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from vqkv.errors import KernelError, RegistryError
+from vqkv.layouts import Layout
+from vqkv.registry import Registry, did_you_mean
+
+log = logging.getLogger(__name__)
+
+Op = Literal["encode", "decode", "attend", "pack", "unpack"]
+
+_forced: ContextVar[dict[str, str]] = ContextVar("vqkv_forced_kernels", default={})  # noqa: B039
+_recorders: ContextVar[tuple[list[str], ...]] = ContextVar("vqkv_recorders", default=())
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operation.
+
+    `refuses(layout, device)` returns None where the kernel can run and else the reason. Among
+    those that can run the highest `speed` is chosen. A kernel that accepts and then fails raises;
+    nothing falls back in silence.
+    """
+
+    op: Op
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Layout, torch.device], str | None]
+    speed: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for recorder in _recorders.get():
+            recorder.append(f"{self.op}.{self.name}")
+        return self.run(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel for a layout on a device, and each refused one's reason."""
+
+    kernel: Kernel
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+KERNELS: Registry[Kernel] = Registry(
+    "vqkv.kernels",
+    Kernel,
+    {
+        "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
+        "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
+        "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
+        "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
+        "pack.naive": "vqkv.kernels.pack.naive:PACK",
+        "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
+    },
+)
+
+
+def select(op: Op, layout: Layout, device: torch.device | str) -> Selection:
+    """The fastest kernel for `op` that takes this layout on this device.
+
+    Raises:
+        KernelError: none takes it, or the one asked for by `using` refuses; lists the reasons.
+    """
+    forced = _forced.get().get(op)
+    return _select(op, layout, torch.device(device).type, forced, KERNELS.generation)
+
+
+@cache
+def _select(
+    op: str, layout: Layout, device_type: str, forced: str | None, generation: int
+) -> Selection:
+    device = torch.device(device_type)
+    refused: dict[str, str] = {}
+    able: list[Kernel] = []
+    for name in KERNELS.names():
+        if not name.startswith(f"{op}."):
+            continue
+        if forced is not None and name != f"{op}.{forced}":
+            refused[name] = f"{forced!r} was asked for"
+            continue
+        try:
+            kernel = KERNELS.get(name)
+        except RegistryError as error:
+            if forced is not None or KERNELS.is_builtin(name):
+                raise
+            # A plugin that is not even needed must not stop everything; nor may it stay unseen.
+            warnings.warn(f"{name} is left out: {error}", stacklevel=3)
+            refused[name] = str(error)
+            continue
+        reason = kernel.refuses(layout, device)
+        if reason is None:
+            able.append(kernel)
+        else:
+            refused[name] = reason
+    if not able:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise KernelError(f"no kernel runs {op!r} on {device_type} for {layout}: {reasons}")
+    best = max(able, key=lambda kernel: kernel.speed)
+    refused |= {f"{op}.{k.name}": f"slower than {best.name}" for k in able if k is not best}
+    log.info("%s on %s runs %s (%s)", op, device_type, best.name, refused or "the only kernel")
+    return Selection(best, refused)
+
+
+@contextmanager
+def using(**kernels: str) -> Iterator[None]:
+    """Ask for kernels by name within a block: `with using(encode="naive"): ...`.
+
+    Raises:
+        KernelError: no operation or kernel has that name.
+    """
+    for op, name in kernels.items():
+        if f"{op}.{name}" not in KERNELS.names():
+            raise KernelError(
+                f"no kernel is called {op}.{name}.{did_you_mean(f'{op}.{name}', KERNELS.names())}"
+            )
+    token = _forced.set({**_forced.get(), **kernels})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def recording() -> Iterator[list[str]]:
+    """Collect the names of the kernels that run within a block, in order: `"encode.cpu"`."""
+    ran: list[str] = []
+    token = _recorders.set((*_recorders.get(), ran))
+    try:
+        yield ran
+    finally:
+        _recorders.reset(token)
+
+
+def anywhere(layout: Layout, device: torch.device) -> str | None:
+    """`refuses` of a naive kernel: it runs every layout on every device."""
+    return None

@@ -1,0 +1,103 @@
+"""What every quantizer has: fit, encode, decode, and the bits of a code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated
+
+import torch
+
+from vqkv.codebooks.base import Health, check_finite
+from vqkv.errors import NotFittedError, StateError
+from vqkv.registry import Choice, Component, Config, Registry
+
+
+class QuantizerConfig(Config):
+    """Base of quantizer settings."""
+
+    def stages(self, dim: int) -> int:
+        """S: codes stored per subvector of `dim` channels."""
+        return 1
+
+    def bits(self) -> int:
+        """Bits of one code, 0 to 16."""
+        raise NotImplementedError  # pragma: no cover - every concrete config defines it
+
+    @property
+    def data_free(self) -> bool:
+        """No fit is needed."""
+        return False
+
+
+class Quantizer(Component, ABC):
+    """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.
+
+    M counts codebooks here: where subvectors share one, the caller lays them along N.
+    """
+
+    config: QuantizerConfig
+    health_: list[Health]
+
+    def fit(
+        self, samples: torch.Tensor, weights: torch.Tensor | None = None, *, seed: int = 0
+    ) -> Quantizer:
+        """Learn from samples `[N, M, d]` with optional weights `[N]` or `[N, M]`.
+
+        Raises:
+            StateError: wrong shape, NaN or infinity, or too few samples.
+        """
+        if samples.ndim != 3:
+            raise StateError(f"samples have shape [N, M, d], given {list(samples.shape)}")
+        check_finite(samples, "samples", "[N, M, d]")
+        self._fit(samples.float(), weights, seed)
+        return self
+
+    @abstractmethod
+    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None: ...
+
+    @abstractmethod
+    def prepare(self, subspaces: int, dim: int) -> None:
+        """Set up a data-free quantizer for M subspaces of `dim` channels, without samples.
+
+        Raises:
+            NotFittedError: these settings need data.
+        """
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes `[N, M, S]` (int32) of vectors `[N, M, d]`."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Vectors `[N, M, d]` (fp32) of codes `[N, M, S]`."""
+
+    @abstractmethod
+    def planned_bytes(self, subspaces: int, dim: int) -> int:
+        """Bytes of `state` for M subspaces of `dim` channels, known before `fit`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """Learned tensors by flat name: what is saved and what counts as side bytes."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` returned. Raises StateError on a wrong name, shape or type."""
+
+    def needs_fit(self) -> NotFittedError:
+        """The error for use before `fit`."""
+        return NotFittedError(
+            f"{type(self).__name__} has not been fitted: call fit(samples [N, M, d]) first"
+        )
+
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry(
+    "vqkv.quantizers",
+    Quantizer,
+    {
+        "product": "vqkv.quantizers.product:ProductQuantizer",
+        "residual": "vqkv.quantizers.residual:ResidualQuantizer",
+        "identity": "vqkv.quantizers.identity:IdentityQuantizer",
+    },
+)
+
+QuantizerChoice = Annotated[QuantizerConfig, Choice(QUANTIZERS)]

@@ -1,0 +1,83 @@
+"""What product and residual quantizers share: codebooks and the nearest codeword."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.errors import StateError
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import encode
+from vqkv.quantizers.base import Quantizer
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose state is `codewords_` `[M, S, K, d]` in fp16.
+
+    Codewords are rounded to fp16 once, when learned, so that encoding compares against the very
+    values that decoding returns.
+    """
+
+    codewords_: torch.Tensor
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes `[N, M, S]` (int32), greedy over stages.
+
+        Raises:
+            NotFittedError: before fit.
+            StateError: `x` does not have the codebooks' M and d.
+        """
+        books = self._codewords()
+        if x.ndim != 3 or x.shape[1:] != (books.shape[0], books.shape[3]):
+            raise StateError(
+                f"vectors have shape [N, {books.shape[0]}, {books.shape[3]}], given {list(x.shape)}"
+            )
+        return encode(x.float(), books)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Vectors `[N, M, d]` (fp32). Raises NotFittedError, or StateError on a wrong shape."""
+        books = self._codewords()
+        if codes.ndim != 3 or codes.shape[1:] != books.shape[:2]:
+            raise StateError(
+                f"codes have shape [N, {books.shape[0]}, {books.shape[1]}], "
+                f"given {list(codes.shape)}"
+            )
+        return decode(codes, books)
+
+    def planned_bytes(self, subspaces: int, dim: int) -> int:
+        """Codewords `[M, S, K, d]` in fp16."""
+        return 2 * subspaces * self.config.stages(dim) * dim << self.config.bits()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`codewords` `[M, S, K, d]` in fp16."""
+        return {"codewords": self._codewords()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over `codewords`. Raises StateError on another name, rank, type or K."""
+        if set(state) != {"codewords"}:
+            raise StateError(f"state holds 'codewords' alone, given {sorted(state)}")
+        codewords = state["codewords"]
+        if codewords.ndim != 4 or codewords.dtype != torch.float16:
+            raise StateError(
+                f"codewords are float16 [M, S, K, d], given {codewords.dtype} "
+                f"{list(codewords.shape)}"
+            )
+        expected = (self.config.stages(codewords.shape[3]), 2 ** self.config.bits())
+        if tuple(codewords.shape[1:3]) != expected:
+            raise StateError(
+                f"codewords have S, K = {expected}, given {tuple(codewords.shape[1:3])}"
+            )
+        self.codewords_ = codewords
+
+    def _keep(self, codewords: torch.Tensor) -> None:
+        rounded = codewords.to(torch.float16)
+        if not bool(torch.isfinite(rounded).all()):
+            raise StateError(
+                f"codewords reach {float(codewords.abs().max()):.3g}, beyond fp16's 65504: "
+                "scale the states with a channel_scale or token_scale transform"
+            )
+        self.codewords_ = rounded
+
+    def _codewords(self) -> torch.Tensor:
+        if not hasattr(self, "codewords_"):
+            raise self.needs_fit()
+        return self.codewords_

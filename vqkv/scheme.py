@@ -1,0 +1,262 @@
+"""Schemes: the config of everything that turns a model's cache into codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from vqkv.errors import SchemeError
+from vqkv.groupings import GroupingChoice, Strided
+from vqkv.layouts import Rope, Sharing
+from vqkv.quantizers import QuantizerChoice
+from vqkv.registry import Config
+from vqkv.transforms import TRANSFORMS, TransformChoice
+
+if TYPE_CHECKING:
+    from vqkv.geometry import Geometry  # imports transformers, which a scheme can do without
+
+Stream = Literal["keys", "values"]
+STREAMS: tuple[Stream, ...] = ("keys", "values")
+
+
+class SegmentConfig(Config):
+    """A part of each head's channels, in the grouping's order, with a quantizer of its own."""
+
+    share: float = Field(gt=0, le=1, description="Part of each head's channels, in order.")
+    dim: int | None = Field(
+        default=None, ge=1, description="Subvector dim; the grouping's if left out."
+    )
+    quantizer: QuantizerChoice
+
+
+class StreamConfig(Config):
+    """How one stream is coded: transforms, then grouping, then quantizer."""
+
+    transforms: tuple[TransformChoice, ...] = ()
+    grouping: GroupingChoice
+    sharing: Sharing = Field(
+        default="group",
+        description="Which subvectors read one codebook: each its own, or all of a head, a layer, "
+        "or the model.",
+    )
+    quantizer: QuantizerChoice | None = None
+    segments: tuple[SegmentConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.quantizer is None) == (not self.segments):
+            given = "neither" if self.quantizer is None else "both"
+            raise ValueError(
+                f"give either `quantizer`, for all channels, or `segments`; given {given}"
+            )
+        total = sum(segment.share for segment in self.all_segments)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of all segments add up to 1, given {total:g}")
+        if not self.grouping.head_local and self.sharing == "head":
+            raise ValueError(
+                f"sharing 'head' needs groups within heads; {self.grouping.type} groups cross "
+                "them: use 'group', 'layer' or 'model'"
+            )
+        dims = {self.dim_of(segment) for segment in self.segments}
+        if isinstance(self.grouping, Strided) and dims - {self.grouping.dim}:
+            raise ValueError(
+                f"strided groups have one dim, {self.grouping.dim}; segments give {sorted(dims)}"
+            )
+        for segment in self.all_segments:
+            _check_learner(segment.quantizer, self.dim_of(segment))
+        return self
+
+    def dim_of(self, segment: SegmentConfig) -> int:
+        """d: channels of a subvector in one of the segments."""
+        return segment.dim or self.grouping.dim
+
+    @property
+    def all_segments(self) -> tuple[SegmentConfig, ...]:
+        """The segments, where a single quantizer is one segment of all channels."""
+        if self.quantizer is not None:
+            return (SegmentConfig(share=1.0, quantizer=self.quantizer),)
+        return self.segments
+
+    @property
+    def data_free(self) -> bool:
+        """No part of it learns from data."""
+        return (
+            not self.grouping.needs_data
+            and not any(TRANSFORMS.get(t.type).needs_data for t in self.transforms)
+            and all(segment.quantizer.data_free for segment in self.all_segments)
+        )
+
+
+class KeysConfig(StreamConfig):
+    """How keys are coded, and whether before or after RoPE turns them."""
+
+    rope: Rope = Field(description="Code keys before (pre) or after (post) rotary embedding.")
+
+
+class Residency(Config):
+    """Which tokens stay exact: the first `sinks` of each row and the latest `window` or more."""
+
+    sinks: int = Field(default=4, ge=0)
+    window: int = Field(default=128, ge=0)
+
+
+class CalibrationConfig(Config):
+    """What learners see: at most `samples` tokens, drawn at random. Statistics use all tokens."""
+
+    samples: int = Field(default=32768, ge=1)
+
+
+class LayerOverride(Config):
+    """Other settings for some layers; what is left out stays as in the scheme."""
+
+    layers: tuple[int, ...] = Field(min_length=1, description="Layer indices; -1 is the last.")
+    keys: KeysConfig | None = None
+    values: StreamConfig | None = None
+
+
+class Scheme(Config):
+    """A whole scheme. Frozen; what a scheme file holds once `extends` is resolved."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(min_length=1)
+    description: str = ""
+    keys: KeysConfig
+    values: StreamConfig
+    residency: Residency = Residency()
+    calibration: CalibrationConfig = CalibrationConfig()
+    layers: tuple[LayerOverride, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_overrides(cls, given: Any) -> Any:
+        """Merge each layer override onto the scheme's own streams, so it says just what differs."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("layers"), list | tuple):
+            return given
+        completed = [
+            {
+                **override,
+                **{
+                    stream: merge(given[stream], override[stream])
+                    for stream in STREAMS
+                    if isinstance(override.get(stream), Mapping)
+                    and isinstance(given.get(stream), Mapping)
+                },
+            }
+            if isinstance(override, Mapping)
+            else override
+            for override in given["layers"]
+        ]
+        return {**given, "layers": completed}
+
+    @field_validator("layers")
+    @classmethod
+    def _once(cls, layers: tuple[LayerOverride, ...]) -> tuple[LayerOverride, ...]:
+        named = [layer for override in layers for layer in override.layers]
+        twice = sorted({layer for layer in named if named.count(layer) > 1})
+        if twice:
+            raise ValueError(f"each layer is overridden once; given twice: {twice}")
+        return layers
+
+    @property
+    def data_free(self) -> bool:
+        """Usable without calibration."""
+        return all(config.data_free for config in self._streams())
+
+    @property
+    def pre_rope(self) -> bool:
+        """Some layer's keys are coded before RoPE, so the model has to be attached."""
+        return any(isinstance(c, KeysConfig) and c.rope == "pre" for c in self._streams())
+
+    def stream(self, layer: int, stream: Stream, layers: int) -> StreamConfig:
+        """The config of one stream of one layer, in a model of `layers` layers."""
+        for override in self.layers:
+            config = getattr(override, stream)
+            if config is not None and layer in (i % layers for i in override.layers):
+                chosen: StreamConfig = config
+                return chosen
+        return self.keys if stream == "keys" else self.values
+
+    def check(self, geometry: Geometry) -> None:
+        """Refuse a model that the scheme cannot code. Raises SchemeError with the path in it."""
+        if not geometry.compressed:
+            raise SchemeError(f"{self.name}: the model has no full-attention layers to compress")
+        last = geometry.layers - 1
+        named = [layer for override in self.layers for layer in override.layers]
+        outside = [layer for layer in named if not -geometry.layers <= layer <= last]
+        if outside:
+            raise SchemeError(
+                f"{self.name}: layers: {outside} are not in a model of {geometry.layers} layers "
+                f"(0 to {last}, or -{geometry.layers} to -1)"
+            )
+        meant = [layer % geometry.layers for layer in named]
+        twice = sorted({layer for layer in meant if meant.count(layer) > 1})
+        if twice:
+            raise SchemeError(
+                f"{self.name}: layers: each layer is overridden once; {named} name {twice} twice "
+                f"in a model of {geometry.layers} layers"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; `Scheme.model_validate` takes them back."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides results: everything but the name and the description."""
+        return fingerprint(self.to_dict())
+
+    def _streams(self) -> list[StreamConfig]:
+        overrides = [c for o in self.layers for c in (o.keys, o.values) if c is not None]
+        return [self.keys, self.values, *overrides]
+
+
+def fingerprint(scheme: Mapping[str, Any]) -> str:
+    """The fingerprint of a resolved scheme in plain values, as an artefact stores it."""
+    decisive = {k: v for k, v in scheme.items() if k not in ("name", "description")}
+    canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_learner(quantizer: Config, dim: int) -> None:
+    """Refuse learners whose codewords are not of the quantizer's shape. Raises ValueError."""
+    learner = getattr(quantizer, "learner", None)
+    if learner is None:
+        return
+    for nested in _nested(learner):
+        stages = getattr(nested, "stages", 1)
+        if stages != 1:
+            raise ValueError(
+                f"quantizer.learner: codewords of one stage are needed, given {stages} stages: "
+                f"use {{type: residual, depth: {stages}}} as the quantizer"
+            )
+        if getattr(nested, "type", None) == "uniform" and dim != 1:
+            raise ValueError(f"the uniform learner is scalar: set grouping.dim to 1, given {dim}")
+
+
+def _nested(learner: Config) -> Iterator[Config]:
+    """A learner's config and those of the learners that it repeats or sets side by side."""
+    yield learner
+    inner = [getattr(learner, "learner", None), *getattr(learner, "learners", ())]
+    for config in inner:
+        if config is not None:
+            yield from _nested(config)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` onto `base`, block by block; a block whose `type` changes is replaced whole."""
+    if "type" in over and "type" in base and over["type"] != base["type"]:
+        return dict(over)
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    # A stream has either a quantizer or segments: naming one drops the other.
+    for named, dropped in (("quantizer", "segments"), ("segments", "quantizer")):
+        if over.get(named) and not over.get(dropped):
+            merged.pop(dropped, None)
+    return merged

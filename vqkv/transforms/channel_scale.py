@@ -1,0 +1,50 @@
+"""Divide each channel by its spread over the calibration tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from vqkv.states import States
+from vqkv.transforms.base import ChannelTransform, TransformConfig
+from vqkv.transforms.statistics import moments
+
+
+class ChannelScaleConfig(TransformConfig):
+    """Settings of `ChannelScale`.
+
+    `sqrt_absmax` is VecInfer's smoothing (arXiv 2510.06175): it evens out half of the spread.
+    """
+
+    type: Literal["channel_scale"] = "channel_scale"
+    stat: Literal["std", "rms", "absmax", "sqrt_absmax"] = "std"
+
+
+class ChannelScale(ChannelTransform):
+    """`z = x / s`, s one number per channel; channels without spread keep s = 1."""
+
+    Config = ChannelScaleConfig
+    config: ChannelScaleConfig
+
+    def fit(self, states: States) -> ChannelScale:
+        """Learn s."""
+        found = moments(states)
+        scale = {
+            "std": found.std,
+            "rms": found.rms,
+            "absmax": found.absmax,
+            "sqrt_absmax": found.absmax.sqrt(),
+        }[self.config.stat]
+        # Below fp16's normal range a scale would round to 0 or lose its precision.
+        usable = scale >= torch.finfo(torch.float16).tiny
+        self._keep(torch.where(usable, scale, torch.ones_like(scale)))
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Divide."""
+        return x / self.channels(), None
+
+    def inverse(self, z: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
+        """Multiply."""
+        return z * self.channels()

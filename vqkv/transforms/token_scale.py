@@ -1,0 +1,90 @@
+"""Divide each token by its own size, stored beside its codes in fp16."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from vqkv.errors import StateError
+from vqkv.transforms.base import Transform, TransformConfig
+
+_TINY = torch.finfo(torch.float16).tiny
+
+
+class TokenScaleConfig(TransformConfig):
+    """Settings of `TokenScale`: which size, and one per head or one for all heads together."""
+
+    type: Literal["token_scale"] = "token_scale"
+    stat: Literal["std", "rms", "l2", "minmax"] = "rms"
+    scope: Literal["head", "layer"] = "head"
+
+
+class TokenScale(Transform):
+    """`z = x / s(x)`, s the token's std, rms or l2 norm; std removes no mean.
+
+    `minmax` maps the token's range onto [0, 1] and stores its low end and its width: two scalars.
+    """
+
+    Config = TokenScaleConfig
+    config: TokenScaleConfig
+
+    def side_count(self, heads: int) -> int:
+        """One scalar per head or per token, two for `minmax`."""
+        scales = heads if self.config.scope == "head" else 1
+        return scales * (2 if self.config.stat == "minmax" else 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divide by the rounded scale; side is `[N, F]`.
+
+        Raises:
+            StateError: a token is too large for an fp16 scale.
+        """
+        rows = x.flatten(1).unsqueeze(1) if self.config.scope == "layer" else x  # [N, R, n]
+        if self.config.stat == "minmax":
+            low, width = _range(rows)
+            z = (rows - low.float().unsqueeze(2)) / width.float().unsqueeze(2)
+            return z.view_as(x), torch.cat([low, width], 1)
+        size = {
+            "std": lambda: rows.std(-1, correction=0),
+            "rms": lambda: rows.square().mean(-1).sqrt(),
+            "l2": lambda: rows.norm(dim=-1),
+        }[self.config.stat]()
+        # Below fp16's normal range a scale would round to 0 or lose its precision.
+        size = torch.where(size >= _TINY, size, torch.ones_like(size))
+        scale = _checked(size.to(torch.float16), size)
+        return (rows / scale.float().unsqueeze(2)).view_as(x), scale
+
+    def inverse(self, z: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
+        """Multiply by the stored scale."""
+        if side is None:
+            raise StateError("token_scale needs the side that forward returned, given None")
+        rows = z.flatten(1).unsqueeze(1) if self.config.scope == "layer" else z
+        if self.config.stat == "minmax":
+            low, width = side.float().unsqueeze(2).chunk(2, 1)
+            return (rows * width + low).view_as(z)
+        return (rows * side.float().unsqueeze(2)).view_as(z)
+
+
+def _range(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low end and width `[N, R]` in fp16, rounded outwards so that the range covers all values."""
+    least, most = rows.aminmax(dim=-1)
+    low = -_rounded_up(-least)
+    return low, _rounded_up((most - low.float()).clamp_min(_TINY))
+
+
+def _rounded_up(exact: torch.Tensor) -> torch.Tensor:
+    """The next fp16 number that is not below."""
+    near = exact.to(torch.float16)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return _checked(torch.where(near.float() < exact, above, near), exact)
+
+
+def _checked(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Refuse scales that do not fit into fp16."""
+    if not bool(torch.isfinite(stored).all()):
+        raise StateError(
+            f"a token's scale is {float(exact.abs().max()):.3g}, beyond fp16's "
+            f"{torch.finfo(torch.float16).max:.0f}: scale the channels first"
+        )
+    return stored
