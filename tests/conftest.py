@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from vqkv.geometry import Geometry, RopeForm
+
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -44,3 +46,26 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return tensor
 
     return poisoned
+
+
+@pytest.fixture
+def geometry() -> Geometry:
+    """Two layers of two KV heads of 16 channels, half-split RoPE."""
+    return make_geometry()
+
+
+def make_geometry(**changes: Any) -> Geometry:
+    """The geometry of `geometry`, with some fields changed."""
+    return Geometry(
+        **{
+            "model_type": "llama",
+            "layers": 2,
+            "compressed": (0, 1),
+            "kv_heads": 2,
+            "query_heads": 4,
+            "head_dim": 16,
+            "qk_norm": False,
+            "rope": RopeForm("default", 10000.0, 16, "half"),
+            **changes,
+        }
+    )

@@ -367,7 +367,7 @@ def test_keys_changed_after_rotation_are_refused() -> None:
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        model.model.layers[0].self_attn.key_layernorm.weight.uniform_(0.5, 1.5)
+        model.model.layers[0].self_attn.key_layernorm.weight.copy_(torch.linspace(0.9, 1.1, 16))
     with pytest.raises(ModelError, match="layer 0 do not un-rotate"):
         adapter_for(model)
 

@@ -25,7 +25,7 @@ from vqkv.calibration.windows import calibration_windows, read_text
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError
 from vqkv.geometry import Geometry
-from vqkv.scheme import STREAMS, KeysConfig, Scheme, Stream
+from vqkv.scheme import Scheme, Stream
 
 #: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
 Progress = Callable[[str, int, int], None]
@@ -138,14 +138,13 @@ def calibrate(
     return CalibrationReport(compressor, out, capture_seconds, learn_seconds, peak_rss_bytes())
 
 
-def wanted_kinds(compressor: KVCompressor) -> dict[int, tuple[Kind, ...]]:
+def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
     """What a compressor learns from, by layer: keys before or after RoPE, and values."""
-    scheme, geometry = compressor.scheme, compressor.geometry
-    wants: dict[int, tuple[Kind, ...]] = {}
-    for layer in geometry.compressed:
-        keys = scheme.stream(layer, "keys", geometry.layers)
-        pre = isinstance(keys, KeysConfig) and keys.rope == "pre"
-        wants[layer] = ("pre_keys" if pre else "keys", "values")
+    wants: dict[int, list[Kind]] = {}
+    for (layer, stream), codec in compressor.codecs():
+        if not codec.config.data_free:
+            pre = stream == "keys" and codec.layout.rope == "pre"
+            wants.setdefault(layer, []).append("pre_keys" if pre else stream)
     return wants
 
 
@@ -214,9 +213,8 @@ def _capture(
 def _learn(
     compressor: KVCompressor, spool: Spool, partial: Path, seed: int, progress: Progress | None
 ) -> None:
-    streams = len(STREAMS) * len(compressor.geometry.compressed)
     if progress is not None:
-        progress("learn", 0, streams)
+        progress("learn", 0, sum(not codec.config.data_free for _, codec in compressor.codecs()))
 
     def tell(done: int, total: int, name: str) -> None:
         if progress is not None:

@@ -125,9 +125,8 @@ def calibration_windows(
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text: `[BOS]` or nothing."""
     bos = tokenizer.bos_token_id
-    if bos is not None and _ids(tokenizer, "a", special=True)[:1] == [bos]:
-        return [bos]
-    return []
+    first, bare = (_ids(tokenizer, "a", special=special)[0] for special in (True, False))
+    return [bos] if bos is not None and first == bos != bare else []
 
 
 def _text_tokens(tokenizer: PreTrainedTokenizerBase, content: str, needed: int) -> list[int]:

@@ -13,6 +13,9 @@ from vqkv.errors import KernelError
 from vqkv.kernels import native
 from vqkv.kernels.encode.naive import nearest
 
+# Every backend ranks codewords by ‖c‖² − 2⟨x, c⟩, which cancels badly far from the origin: samples
+# and codewords are first moved by the codewords' mean.
+
 #: Scalars of samples taken at a time; bounds the fp64 transients to about 100 MiB.
 MAX_SCALARS = 1 << 22
 
@@ -48,15 +51,16 @@ def native_step(
     x: torch.Tensor, codewords: torch.Tensor, weights: torch.Tensor | None
 ) -> Statistics:
     """By the compiled kernel, which assigns and sums in one go."""
-    _, sums, counts, inertia = native.assign_accumulate(x, codewords, weights)
-    return Statistics(sums.double(), counts.double(), inertia.double())
+    middle = codewords.mean(1)
+    found = native.assign_accumulate(x - middle, codewords - middle[:, None], weights)
+    sums = found.sums + found.counts.unsqueeze(-1) * middle[:, None].double()
+    return Statistics(sums, found.counts, found.inertia)
 
 
 def torch_step(
     x: torch.Tensor, codewords: torch.Tensor, weights: torch.Tensor | None
 ) -> Statistics:
     """By batched matrix products, on any device."""
-    # ‖c‖² − 2⟨x, c⟩ cancels badly far from the origin, so both move to the codewords' middle.
     middle = codewords.mean(1)
     return _accumulate(
         x, codewords, weights, lambda block: nearest(block - middle, codewords - middle[:, None])

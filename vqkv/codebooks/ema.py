@@ -32,7 +32,7 @@ class EMAConfig(Config):
     steps: int = Field(default=50, ge=1)
     batch: int = Field(default=65536, ge=1)
     init_iterations: int = Field(default=20, ge=1)
-    init_samples: int = Field(default=10_000, ge=1)
+    init_samples: int = Field(default=100_000, ge=1)
     clip: float | None = Field(default=100.0, gt=0)
     revive: bool = True
 

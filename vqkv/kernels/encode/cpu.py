@@ -12,7 +12,7 @@ from vqkv.layouts import Layout
 
 def encode(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
     """Greedy codes `[N, M, S]` of `x` `[N, M, d]` under `codewords` `[M, S, K, d]`."""
-    return greedy(lambda rest, stage: native.nearest(rest, stage.contiguous()), x, codewords)
+    return greedy(native.nearest, x, codewords)
 
 
 def refuses(layout: Layout, device: torch.device) -> str | None:

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vqkv.kernels import KERNELS, recording, select, using
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import encode
+from vqkv.kernels.encode import naive as naive_encode
+from vqkv.layouts import Layout
+
+CPU = torch.device("cpu")
+#: N, M, S, K, d: awkward on purpose.
+SHAPES = [(1, 1, 1, 1, 1), (63, 3, 1, 16, 5), (17, 2, 3, 7, 4), (9, 5, 2, 256, 1), (40, 1, 8, 33, 32)]
+
+
+def able(op: str) -> list[str]:
+    """Kernels of an operation that run on this machine."""
+    layout = Layout.of_codebook(3, 1, 16, 5)
+    names = [name.removeprefix(f"{op}.") for name in KERNELS.names() if name.startswith(f"{op}.")]
+    return [n for n in names if KERNELS.get(f"{op}.{n}").refuses(layout, CPU) is None]
+
+
+def make(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, subvectors, stages, codewords, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, subvectors, dim, generator=generator)
+    books = torch.randn(subvectors, stages, codewords, dim, generator=generator)
+    return x, books / torch.arange(1, stages + 1).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_codes_name_the_nearest_codeword_of_each_stage(
+    kernel: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, books = make(shape)
+    books = books.to(dtype)
+    with using(encode=kernel), recording() as ran:
+        codes = encode(x, books)
+    assert ran == [f"encode.{kernel}"]
+    assert codes.shape == (shape[0], shape[1], shape[2]) and codes.dtype == torch.int32
+    residual = x.double()
+    for stage in range(shape[2]):
+        found = books[:, stage].double()[torch.arange(shape[1]), codes[..., stage].long()]
+        distances = (residual.unsqueeze(2) - books[:, stage].double()).square().sum(-1)
+        chosen = (residual - found).square().sum(-1)
+        assert (chosen <= distances.amin(-1) + 1e-4).all()
+        residual = residual - found
+
+
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_the_lowest_code_wins_among_equals(kernel: str) -> None:
+    books = torch.zeros(2, 1, 40, 3)
+    books[:, :, 7:] = 1.0
+    with using(encode=kernel):
+        assert (encode(torch.ones(33, 2, 3), books) == 7).all()
+        assert (encode(torch.zeros(33, 2, 3), books) == 0).all()
+
+
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_codewords_encode_to_themselves(kernel: str) -> None:
+    _, books = make((1, 3, 1, 50, 4))
+    with using(encode=kernel):
+        codes = encode(books[:, 0].transpose(0, 1), books)
+    assert torch.equal(codes[..., 0].long(), torch.arange(50)[:, None].expand(50, 3))
+
+
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_no_tokens_have_no_codes(kernel: str) -> None:
+    _, books = make((1, 3, 2, 8, 4))
+    with using(encode=kernel):
+        assert encode(torch.zeros(0, 3, 4), books).shape == (0, 3, 2)
+    assert decode(torch.zeros(0, 3, 2, dtype=torch.int32), books).shape == (0, 3, 4)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, books = make((63, 3, 2, 16, 5))
+    with using(encode="naive"):
+        whole = encode(x, books)
+        monkeypatch.setattr(naive_encode, "MAX_SCORES", 100)  # two rows at a time
+        assert torch.equal(encode(x, books), whole)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", able("decode"))
+def test_decoding_adds_up_one_codeword_per_stage(kernel: str, shape: tuple[int, ...]) -> None:
+    tokens, subvectors, stages, codewords, dim = shape
+    _, books = make(shape)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(codewords, (tokens, subvectors, stages), generator=generator)
+    with using(decode=kernel), recording() as ran:
+        vectors = decode(codes.to(torch.int32), books.half())
+    assert ran == [f"decode.{kernel}"]
+    assert vectors.dtype == torch.float32
+    expected = torch.zeros(tokens, subvectors, dim)
+    for n in range(tokens):
+        for m in range(subvectors):
+            for s in range(stages):
+                expected[n, m] += books.half()[m, s, codes[n, m, s]].float()
+    torch.testing.assert_close(vectors, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_compiled_kernel_is_chosen_where_it_exists() -> None:
+    best = select("encode", Layout.of_codebook(3, 1, 16, 5), CPU).kernel.name
+    assert best == ("cpu" if "cpu" in able("encode") else "naive")

@@ -1,0 +1,125 @@
+"""The compiled kernels against brute force in fp64, at every SIMD level of this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vqkv.errors import KernelError, StateError
+from vqkv.kernels import native
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the package was built without a C compiler"
+)
+
+LEVELS: tuple[native.Level, ...] = ("scalar", "avx2", "avx512")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
+    try:
+        with native.forced_level(request.param):
+            yield request.param
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+def squared_distances(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    """`[N, M, K]` in fp64."""
+    return (x.double().unsqueeze(2) - codewords.double().unsqueeze(0)).square().sum(-1)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8, 16, 32, 33])
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 255, 300])
+def test_codes_are_nearest(level: native.Level, dim: int, size: int) -> None:
+    for vectors, subspaces in ((1, 1), (7, 3), (64, 1), (129, 2)):
+        x, codewords = random(vectors, subspaces, dim), random(subspaces, size, dim, seed=1)
+        codes = native.nearest(x, codewords)
+        assert codes.shape == (vectors, subspaces)
+        distances = squared_distances(x, codewords)
+        found = distances.gather(2, codes.long().unsqueeze(-1))[..., 0]
+        # Near-ties may fall either way: fp32 rounds scores by about d · 6e-8.
+        assert (found - distances.amin(2)).max() < 1e-5 * dim
+
+
+def test_rows_are_split_over_threads_without_loss(level: native.Level) -> None:
+    x, codewords = random(1500, 3, 4), random(3, 64, 4, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        codes = native.nearest(x, codewords)
+        torch.set_num_threads(1)
+        assert torch.equal(native.nearest(x, codewords), codes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_lowest_code_wins_ties(level: native.Level) -> None:
+    x = random(70, 2, 4)
+    codewords = random(2, 1, 4, seed=1).expand(2, 9, 4).contiguous()
+    assert not native.nearest(x, codewords).any()
+
+
+def test_strided_input(level: native.Level) -> None:
+    x = random(4, 130, 3).permute(1, 2, 0)  # [N, M, d], not contiguous
+    codewords = random(4, 20, 3, seed=1).permute(2, 1, 0)
+    expected = squared_distances(x, codewords).argmin(2)
+    assert torch.equal(native.nearest(x, codewords).long(), expected)
+
+
+def test_no_vectors(level: native.Level) -> None:
+    codewords = random(3, 8, 4)
+    assert native.nearest(torch.zeros(0, 3, 4), codewords).shape == (0, 3)
+    found = native.assign_accumulate(torch.zeros(0, 3, 4), codewords)
+    assert not found.counts.any()
+    assert found.sums.shape == (3, 8, 4)
+
+
+def test_nan_gets_a_code_in_range(level: native.Level) -> None:
+    x = random(40, 2, 8)
+    x[5, 1, 3] = float("nan")
+    codes = native.nearest(x, random(2, 30, 8, seed=1))
+    assert codes.min() >= 0
+    assert codes.max() < 30
+
+
+@pytest.mark.parametrize("weighting", ["none", "by vector", "by vector and subspace"])
+@pytest.mark.parametrize("vectors", [9, 1000])
+def test_statistics(level: native.Level, weighting: str, vectors: int) -> None:
+    x, codewords = random(vectors, 3, 5), random(3, 17, 5, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    weights = {
+        "none": None,
+        "by vector": torch.rand(vectors, generator=generator),
+        "by vector and subspace": torch.rand(vectors, 3, generator=generator),
+    }[weighting]
+    found = native.assign_accumulate(x, codewords, weights)
+    assert torch.equal(found.codes, native.nearest(x, codewords))
+    full = torch.ones(vectors, 3) if weights is None else weights.view(vectors, -1).expand(-1, 3)
+    chosen = torch.nn.functional.one_hot(found.codes.long(), 17).double() * full.unsqueeze(-1)
+    torch.testing.assert_close(found.counts, chosen.sum(0))
+    torch.testing.assert_close(found.sums, torch.einsum("nmk,nmd->mkd", chosen, x.double()))
+    inertia = (chosen * squared_distances(x, codewords)).sum((0, 2))
+    torch.testing.assert_close(found.inertia, inertia)
+
+
+@pytest.mark.parametrize(
+    ("x", "codewords", "message"),
+    [
+        (torch.zeros(2, 3, 4).double(), torch.zeros(3, 5, 4), "x is float32"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 5, 4).half(), "codewords is float32"),
+        (torch.zeros(2, 3), torch.zeros(3, 5, 4), "agree in M and d"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), r"\[2, 3, 4\] and \[2, 5, 4\]"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 5, 3), "agree in M and d"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 0, 4), "K is positive"),
+    ],
+)
+def test_wrong_input(x: torch.Tensor, codewords: torch.Tensor, message: str) -> None:
+    with pytest.raises(StateError, match=message):
+        native.nearest(x, codewords)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import make_geometry
+from vqkv.codec import Codec
+from vqkv.compressor import KVCompressor
+from vqkv.layouts import Layout, Segment, SideField
+from vqkv.scheme import StreamConfig
+from vqkv.scheme_files import load_scheme, preset_names
+from vqkv.states import States
+
+TOKENS = 16
+
+
+def stored(codec: Codec) -> int:
+    """Bytes of real tensors per token."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, codec.heads, codec.head_dim, generator=generator)
+    codec.fit(States.of(x), samples=TOKENS)
+    nbytes = codec.encode(x).nbytes
+    assert nbytes % TOKENS == 0
+    return nbytes // TOKENS
+
+
+def give_codewords(codec: Codec) -> None:
+    """Codebooks of the right shape, so that coding runs without learning them first."""
+    codec._set_order(None)
+    for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
+        shape = (segment.books, segment.stages, segment.codewords, segment.dim)
+        quantizer.load_state({"codewords": torch.zeros(shape, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("name", preset_names())
+def test_formula_and_tensors_agree_for_presets(name: str, head_dim: int) -> None:
+    geometry = make_geometry(head_dim=head_dim, kv_heads=3, query_heads=3, layers=1, compressed=(0,))
+    x = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
+    for _, codec in KVCompressor(load_scheme(name), geometry).codecs():
+        if not codec.config.data_free:
+            give_codewords(codec)
+        encoded = codec.encode(x)
+        assert encoded.nbytes == 5 * codec.layout.bytes_per_token
+        assert encoded.side.shape == (5, codec.layout.side_count)
+        values = 3 * head_dim
+        assert codec.layout.bits_per_value == pytest.approx(8 * encoded.nbytes / 5 / values)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[StreamConfig, int, int]:
+    heads = draw(st.integers(1, 4))
+    dim = draw(st.integers(1, 5))
+    parts = draw(st.integers(1, 3))
+    head_dim = dim * parts * draw(st.integers(1, 4))
+    across = draw(st.booleans())
+    sharing = draw(st.sampled_from(["group", "layer", "model"] + ["head"] * (not across)))
+
+    def quantizer() -> dict[str, Any]:
+        kind = draw(st.sampled_from(["product", "residual", "identity"]))
+        if kind == "identity":
+            return {"type": "identity", "dtype": draw(st.sampled_from(["float16", "float32"]))}
+        learner = {"type": "kmeans", "iterations": 1}
+        if kind == "product":
+            bits = draw(st.integers(0, 4))
+            return {"type": "product", "code_bits": bits, "learner": learner}
+        bits, depth = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+        return {"type": "residual", "depth": depth, "code_bits": bits, "learner": learner}
+
+    scopes = st.sampled_from(["head", "layer"])
+    stats = st.sampled_from(["std", "minmax", "l2"])
+    scale = {"type": "token_scale", "stat": draw(stats), "scope": draw(scopes)}
+    config = StreamConfig.model_validate(
+        {
+            "transforms": draw(st.sampled_from([[], [scale], [{"type": "center"}, scale]])),
+            "grouping": {"type": "across_heads" if across else "contiguous", "dim": dim},
+            "sharing": sharing,
+            "segments": [{"share": 1 / parts, "quantizer": quantizer()} for _ in range(parts)],
+        }
+    )
+    return config, heads, head_dim
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams())
+def test_formula_and_tensors_agree(case: tuple[StreamConfig, int, int]) -> None:
+    config, heads, head_dim = case
+    codec = Codec(config, heads, head_dim)
+    assert stored(codec) == codec.layout.bytes_per_token
+    side = sum(tensor.nbytes for tensor in codec.state().values())
+    assert side == codec.planned_bytes()
+
+
+@pytest.mark.parametrize("bits", range(17))
+def test_formula_and_tensors_agree_at_every_width(bits: int) -> None:
+    # 3 codes in each of 2 heads: whole bytes only at some widths.
+    config = StreamConfig.model_validate(
+        {
+            "grouping": {"type": "contiguous", "dim": 2},
+            "quantizer": {"type": "product", "code_bits": bits},
+        }
+    )
+    codec = Codec(config, 2, 6)
+    give_codewords(codec)
+    encoded = codec.encode(torch.ones(4, 2, 6))
+    assert encoded.codes.shape == (4, 2, -(-3 * bits // 8))
+    assert encoded.nbytes == 4 * codec.layout.bytes_per_token
+
+
+def test_padding_and_side_count_in_full() -> None:
+    segment = Segment(units=3, groups=5, dim=2, stages=2, code_bits=3, books=1)
+    layout = Layout(3, 10, (segment,), side=(SideField("scale", 3), SideField("flag", 1, bits=1)))
+    assert (segment.subvectors, segment.codewords, segment.codes_per_unit) == (15, 8, 10)
+    assert segment.bytes_per_unit == 4  # 30 bits
+    assert layout.side_count == 4
+    assert layout.bytes_per_token == 3 * 4 + 7  # 49 bits of side
+    assert layout.bits_per_value == 8 * 19 / 30
+
+
+def test_zero_bits_store_nothing() -> None:
+    empty = Segment(units=2, groups=4, dim=2, stages=1, code_bits=0, books=8)
+    assert (empty.codewords, empty.bytes_per_unit) == (1, 0)
+    assert Layout(2, 8, (empty,)).bits_per_value == 0
+
+
+@pytest.mark.parametrize(("codewords", "bits"), [(1, 0), (2, 1), (3, 2), (256, 8), (257, 9)])
+def test_layout_of_a_bare_codebook(codewords: int, bits: int) -> None:
+    layout = Layout.of_codebook(3, 2, codewords, 4)
+    (segment,) = layout.segments
+    assert (segment.subvectors, segment.stages, segment.dim, segment.code_bits) == (3, 2, 4, bits)
+    assert hash(layout) == hash(Layout.of_codebook(3, 2, codewords, 4))
