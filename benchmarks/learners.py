@@ -1,6 +1,6 @@
 """Time and quality of k-means: backends from one start, and ways to start.
 
-    python benchmarks/learners.py --streams 60 --out learners.json
+    python benchmarks/learners.py --streams 60 --out benchmarks/results/learners.json
 
 The figure to hold: 60 streams of 16,384 tokens x 48 subspaces of dim 4 (SmolLM2-135M's keys and
 values under cq-4c8b), K = 256 and 20 iterations, in at most 60 s on 2 cores, with a final inertia
@@ -10,17 +10,13 @@ within 1 % of scikit-learn's from the same start.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,42 +26,6 @@ from vqkv.codebooks.starts import plus_plus
 from vqkv.kernels import native
 
 TOKENS, SUBSPACES, DIM, CODEWORDS, ITERATIONS, STREAMS = 16384, 48, 4, 256, 20, 60
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and what the backends rest on."""
-    found = {"python": platform.python_version()}
-    for package in ("vqkv", "torch", "faiss-cpu", "scikit-learn", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def commit() -> str:
-    """Of the checkout, with `+` where it has changes; empty outside one."""
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return run.stdout.strip() if run.returncode == 0 else ""
-
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def timed(work: Callable[[], KMeans]) -> tuple[float, KMeans]:
@@ -184,15 +144,12 @@ def main() -> None:
     parser.add_argument("--subspaces", type=int, default=SUBSPACES, help="of the backends' stream")
     parser.add_argument("--start-subspaces", type=int, default=8, help="for the ways to start")
     parser.add_argument("--seeds", type=int, default=2, help="for the ways to start")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learners.json"))
     arguments = parser.parse_args()
 
     names = ["native"] if native.available() else []
     x = torch.randn(TOKENS, arguments.subspaces, DIM, generator=torch.Generator().manual_seed(0))
     result: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
         "native": native.unavailable_reason() or "available",
         "backends": backends(x, [*names, "torch", "faiss", "sklearn"]),
         "streams": streams(arguments.streams),
@@ -202,8 +159,7 @@ def main() -> None:
     show(console, f"One stream of {arguments.subspaces} subspaces, same start", result["backends"])
     show(console, "Whole fits by the default settings", [result["streams"]])
     show(console, f"Inertia after {ITERATIONS} iterations", result["starts"])
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_settings_that_do_not_fit_are_refused_with_the_streams_name() -> None:
         build(transforms=[{"type": "hadamard", "block": 3}])
     with pytest.raises(
         SchemeError,
-        match=r"keys of layer 3: segments\.1: share 0\.75 of 8 channels is 6, which groups of dim 4",
+        match=r"layer 3: segments\.1: share 0\.75 of 8 channels is 6, which groups of dim 4 do not",
     ):
         build(
             segments=[
@@ -270,7 +270,9 @@ def test_statistics_do_not_hide_states_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 3, 9), (5, 2, 8), (5, 24), (1, 5, 3, 8)])
 def test_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    message = rf"keys of layer 3: states have shape \[N, 3, 8\], given \[{', '.join(map(str, shape))}\]"
+    message = (
+        rf"keys of layer 3: states have shape \[N, 3, 8\], given \[{', '.join(map(str, shape))}\]"
+    )
     with pytest.raises(StateError, match=message):
         fitted().encode(torch.zeros(shape))
     with pytest.raises(StateError, match=message):

@@ -86,7 +86,9 @@ def test_only_full_attention_layers_are_compressed() -> None:
     source = RandomStates(geometry)
     compressor = KVCompressor(scheme(), geometry).fit(source)
     assert source.read == [(1, "keys"), (1, "values")]
-    with pytest.raises(StateError, match=r"keys of layer 0 are not compressed, those of layers \[1"):
+    with pytest.raises(
+        StateError, match=r"keys of layer 0 are not compressed, those of layers \[1"
+    ):
         compressor.codec(0, "keys")
 
 
@@ -135,7 +137,9 @@ def test_what_is_wrong_with_a_stream_names_it(geometry: Geometry) -> None:
         KVCompressor(scheme(), geometry).fit(RandomStates(geometry, tokens=5))
     with pytest.raises(SchemeError, match=r"values of layer 0: grouping\.dim: 5 does not divide"):
         made = scheme()
-        values = made.values.model_copy(update={"grouping": made.keys.grouping.model_copy(update={"dim": 5})})
+        values = made.values.model_copy(
+            update={"grouping": made.keys.grouping.model_copy(update={"dim": 5})}
+        )
         KVCompressor(made.model_copy(update={"values": values}), geometry)
 
 
@@ -143,7 +147,9 @@ def test_schemes_that_cannot_code_the_model_are_refused() -> None:
     with pytest.raises(SchemeError, match="no full-attention layers to compress"):
         KVCompressor(scheme(), make_geometry(compressed=()))
     pairs = {"stream": {"grouping": {"type": "rope_pairs", "dim": 4}}}
-    with pytest.raises(SchemeError, match=r"values of layer 0: grouping\.type: 'rope_pairs' groups"):
+    with pytest.raises(
+        SchemeError, match=r"values of layer 0: grouping\.type: 'rope_pairs' groups"
+    ):
         KVCompressor(scheme(**pairs), make_geometry())
     with pytest.raises(SchemeError, match=r"keys of layer 0: grouping\.type: 'rope_pairs' groups"):
         KVCompressor(scheme(**pairs), make_geometry(rope=None))
@@ -174,7 +180,9 @@ def test_the_model_shares_codebooks_but_not_what_each_layer_learns_for_itself() 
     compressor = KVCompressor(scheme(stream={"sharing": "model"}), geometry).fit(source)
     codecs = dict(compressor.codecs())
     for stream in ("keys", "values"):
-        books = {codecs[layer, stream].state()["segments.0.codewords"].data_ptr() for layer in range(3)}
+        books = {
+            codecs[layer, stream].state()["segments.0.codewords"].data_ptr() for layer in range(3)
+        }
         assert len(books) == 1
         means = [codecs[layer, stream].state()["transforms.0.channels"] for layer in range(3)]
         assert not torch.equal(means[0], means[1])

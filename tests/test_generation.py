@@ -33,7 +33,7 @@ def test_identity_continues_as_the_exact_cache_does() -> None:
     prompt = tiny_text(100)
     exact = continue_prompt(model, tokenizer, prompt, 20)
     for read in ("decode", "attend"):
-        coded = continue_prompt(model, tokenizer, prompt, 20, compressor=compressor, read=read)  # type: ignore[arg-type]
+        coded = continue_prompt(model, tokenizer, prompt, 20, compressor=compressor, read=read)
         assert coded.text == exact.text
         assert coded.new_tokens == exact.new_tokens == 20
         assert coded.cache_bytes_exact == exact.cache_bytes_exact

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vqkv.errors import NotFittedError, SchemeError
 from vqkv.groupings import GROUPINGS, ChannelStats, Grouping, Pairs
-from vqkv.rotation import rope_pairs
+from vqkv.rotation import Pairing, rope_pairs
 
 
 def build(name: str, **settings: Any) -> Grouping:
@@ -52,7 +52,10 @@ def test_rope_pairs() -> None:
 
 def test_energy_balanced_deals_in_snake_order() -> None:
     falling = [[8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
-    assert groups(build("energy_balanced", dim=4), 8, energy=falling) == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert groups(build("energy_balanced", dim=4), 8, energy=falling) == [
+        [0, 3, 4, 7],
+        [1, 2, 5, 6],
+    ]
     rising = [falling[0][::-1]]
     assert groups(build("energy_balanced", dim=4), 8, energy=rising) == [[7, 4, 3, 0], [6, 5, 2, 1]]
 
@@ -73,9 +76,10 @@ def test_energy_balanced_of_equal_channels_keeps_their_order() -> None:
 
 def test_energy_balanced_pairs_deal_pairs_by_their_sum() -> None:
     energy = [[1.0, 9.0, 3.0, 4.0, 1.0, 0.0, 3.0, 4.0]]  # pair sums 2, 9, 6, 8
-    assert groups(
-        build("energy_balanced", dim=4, pairs=True), 8, pairs=HALF, energy=energy
-    ) == [[1, 5, 0, 4], [3, 7, 2, 6]]
+    assert groups(build("energy_balanced", dim=4, pairs=True), 8, pairs=HALF, energy=energy) == [
+        [1, 5, 0, 4],
+        [3, 7, 2, 6],
+    ]
 
 
 def test_across_heads() -> None:
@@ -97,7 +101,7 @@ def cases(draw: st.DrawFn) -> tuple[Grouping, int, int, Pairs]:
     heads = draw(st.integers(1, 4))
     head_dim = dim * draw(st.integers(1, 6))
     rotary = 2 * draw(st.integers(0, head_dim // 2))
-    pairing = draw(st.sampled_from(["half", "interleaved"]))
+    pairing: Pairing = draw(st.sampled_from(["half", "interleaved"]))
     return build(name, dim=dim, **settings), head_dim, heads, rope_pairs(pairing, rotary)
 
 
@@ -142,7 +146,7 @@ def test_orders_are_permutations_and_keep_the_pairs_they_say(
         ("across_heads", 4, "half", False),
     ],
 )
-def test_which_groupings_keep_pairs(name: str, dim: int, pairing: Any, whole: bool) -> None:
+def test_which_groupings_keep_pairs(name: str, dim: int, pairing: Pairing, whole: bool) -> None:
     assert build(name, dim=dim).keeps_pairs(16, rope_pairs(pairing, 16)) is whole
 
 

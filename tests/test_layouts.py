@@ -39,7 +39,9 @@ def give_codewords(codec: Codec) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("name", preset_names())
 def test_formula_and_tensors_agree_for_presets(name: str, head_dim: int) -> None:
-    geometry = make_geometry(head_dim=head_dim, kv_heads=3, query_heads=3, layers=1, compressed=(0,))
+    geometry = make_geometry(
+        head_dim=head_dim, kv_heads=3, query_heads=3, layers=1, compressed=(0,)
+    )
     x = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
     for _, codec in KVCompressor(load_scheme(name), geometry).codecs():
         if not codec.config.data_free:

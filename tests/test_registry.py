@@ -35,18 +35,15 @@ class Stranger:
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Pretend that packages with these entry points are installed: name to `module:attribute`."""
-    points: list[tuple[str, EntryPoint]] = []
+    points: list[Any] = []
 
-    class Point(EntryPoint):
-        @property
-        def dist(self) -> Any:
-            return types.SimpleNamespace(name=dict((p.value, d) for d, p in points)[self.value])
-
-    def found(*, group: str) -> list[EntryPoint]:
-        return [point for _, point in points if point.group == group]
+    def found(*, group: str) -> list[Any]:
+        return [point for point in points if point.group == group]
 
     def add(group: str, package: str, **members: str) -> None:
-        points.extend((package, Point(name, value, group)) for name, value in members.items())
+        for name, value in members.items():
+            point: Any = EntryPoint(name, value, group)
+            points.append(point._for(types.SimpleNamespace(name=package)))
 
     monkeypatch.setattr(registry_module, "entry_points", found)
     return add
@@ -210,7 +207,7 @@ def test_a_component_takes_settings_or_a_config() -> None:
 
 
 class Reversed(Contiguous):
-    type: Literal["reversed"] = "reversed"  # type: ignore[assignment]
+    type: Literal["reversed"] = "reversed"
     flips: int = 1
 
 

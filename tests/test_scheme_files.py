@@ -230,7 +230,9 @@ def faults(value: Any, schema: Any, root: dict[str, Any], path: str = "") -> lis
         found.append(f"{path}: below {schema['minimum']}")
     if isinstance(value, dict):
         known = schema.get("properties", {})
-        found += [f"{path}.{name}: missing" for name in schema.get("required", ()) if name not in value]
+        found += [
+            f"{path}.{name}: missing" for name in schema.get("required", ()) if name not in value
+        ]
         for name, item in value.items():
             if name in known:
                 found += faults(item, known[name], root, f"{path}.{name}")

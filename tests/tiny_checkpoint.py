@@ -17,7 +17,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words to ids; anything else is `<unk>`."""
     vocabulary = {"<pad>": 0, "<bos>": 1, "<unk>": 2, **{w: i for i, w in enumerate(WORDS, 3)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
     )

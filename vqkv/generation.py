@@ -115,5 +115,10 @@ def _sizes(cache: VQCache | DynamicCache) -> tuple[int, int]:
     """Bytes of a cache's live tensors, and of a 16-bit cache of the same tokens."""
     if isinstance(cache, VQCache):
         return cache.nbytes()["total"], cache.nbytes_exact()
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    tensors: list[torch.Tensor] = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if tensor is not None
+    ]
     return sum(t.nbytes for t in tensors), 2 * sum(t.numel() for t in tensors)

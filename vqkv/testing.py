@@ -56,7 +56,7 @@ def check_quantizer(cls: type[Quantizer], *, dim: int = DIM, **settings: Any) ->
         f"codes have shape [N, M, S] = {[SAMPLES, SUBSPACES, stages]}, got {list(codes.shape)}"
     )
     assert not codes.dtype.is_floating_point, f"codes are integers, got {codes.dtype}"
-    assert 0 <= int(codes.min()) and int(codes.max()) < 2**bits, (
+    assert int(codes.min()) >= 0 and int(codes.max()) < 2**bits, (
         f"codes of {bits} bits lie in 0..{2**bits - 1}, got {int(codes.min())}..{int(codes.max())}"
     )
     assert torch.equal(codes, quantizer.encode(x)), "encode is deterministic"
@@ -220,7 +220,7 @@ def _check_config(cls: Any, settings: dict[str, Any]) -> None:
     built = config(**settings)
     assert isinstance(built.type, str), "the config has a `type`"  # type: ignore[attr-defined]
     assert config.model_validate(built.model_dump(mode="json")) == built, "the config round-trips"
-    _raises(ValidationError, lambda: config(**settings, no_such_field=1), "an unknown field")
+    _raises(ValidationError, lambda: config(**settings, **{"no_such_field": 1}), "an unknown field")
     if not issubclass(cls, Config):
         fresh = cls(**settings)
         learned = [name for name in vars(fresh) if name.endswith("_")]

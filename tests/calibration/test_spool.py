@@ -111,7 +111,7 @@ def test_reopening_cuts_off_the_unfinished_window(tmp_path: Path) -> None:
     fill(again, windows[2:])
     fill(whole := Spool(tmp_path / "whole", sinks=1), windows)
     for stream in ("keys", "values"):
-        assert torch.equal(read(again.states(0, stream)), read(whole.states(0, stream)))  # type: ignore[arg-type]
+        assert torch.equal(read(again.states(0, stream)), read(whole.states(0, stream)))
 
 
 def test_reopening_before_any_window_was_finished(tmp_path: Path) -> None:

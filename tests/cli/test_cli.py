@@ -64,10 +64,14 @@ def parsed(result: Result) -> dict[str, Any]:
 
 
 def test_calibrate_json(place: Path, tmp_path: Path) -> None:
-    result = run("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x", "--json")
+    result = run(
+        "calibrate", place / "model", *calibration(place), "--out", tmp_path / "x", "--json"
+    )
     data = parsed(result)
     assert data["bits_per_value"] == 1.0
-    assert {"seconds_capture", "seconds_learn", "peak_rss_bytes", "side_bytes", "health"} <= set(data)
+    assert {"seconds_capture", "seconds_learn", "peak_rss_bytes", "side_bytes", "health"} <= set(
+        data
+    )
     assert not (tmp_path / "x.partial").exists()
 
 
@@ -85,7 +89,14 @@ def test_calibrate_refuses_an_existing_folder_unless_forced(place: Path, tmp_pat
 def test_evaluate_json(place: Path, mode: str) -> None:
     data = parsed(
         run(
-            *("evaluate", place / "model", "--compressor", place / "art", "--text", place / "b.txt"),
+            *(
+                "evaluate",
+                place / "model",
+                "--compressor",
+                place / "art",
+                "--text",
+                place / "b.txt",
+            ),
             *("--tokens", 256, "--context", 128, "--chunk", 32, "--mode", mode),
             *("--passages", 0, "--no-canary", "--json"),
         )
@@ -134,7 +145,9 @@ def test_generate_with_a_data_free_scheme(place: Path) -> None:
 
 
 def test_a_scheme_that_learns_is_refused_without_calibration(place: Path) -> None:
-    result = run("generate", place / "model", "--scheme", "cq-4c8b", "--prompt", "the cat", "--json")
+    result = run(
+        "generate", place / "model", "--scheme", "cq-4c8b", "--prompt", "the cat", "--json"
+    )
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "vqkv calibrate" in result.stderr
@@ -181,7 +194,7 @@ def test_memory_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "12 parsecs", "-4GB", "4iB"])
 def test_memory_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(VQKVError, match="24GB or 22.5GiB"):
+    with pytest.raises(VQKVError, match=r"24GB or 22\.5GiB"):
         parse_memory(text)
 
 
@@ -210,7 +223,9 @@ def test_schemes_show_prints_yaml_that_is_the_scheme(tmp_path: Path) -> None:
     shown = run("schemes", "show", "cq-4c8b").stdout
     (tmp_path / "again.yaml").write_text(shown)
     again = parsed(run("schemes", "validate", tmp_path / "again.yaml", "--json"))
-    assert again["fingerprint"] == parsed(run("schemes", "show", "cq-4c8b", "--json"))["fingerprint"]
+    assert (
+        again["fingerprint"] == parsed(run("schemes", "show", "cq-4c8b", "--json"))["fingerprint"]
+    )
     assert yaml.safe_load(shown)["name"] == "cq-4c8b"
 
 

@@ -11,7 +11,13 @@ from vqkv.layouts import Layout
 
 CPU = torch.device("cpu")
 #: N, M, S, K, d: awkward on purpose.
-SHAPES = [(1, 1, 1, 1, 1), (63, 3, 1, 16, 5), (17, 2, 3, 7, 4), (9, 5, 2, 256, 1), (40, 1, 8, 33, 32)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (63, 3, 1, 16, 5),
+    (17, 2, 3, 7, 4),
+    (9, 5, 2, 256, 1),
+    (40, 1, 8, 33, 32),
+]
 
 
 def able(op: str) -> list[str]:

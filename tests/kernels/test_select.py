@@ -93,8 +93,7 @@ def test_asking_for_one_that_refuses_is_an_error_with_its_reason(add: Add) -> No
 
 def test_asking_for_one_that_does_not_exist_lists_near_misses() -> None:
     with pytest.raises(KernelError, match=r"called encode\.naiv\. Did you mean 'encode\.naive'"):
-        with using(encode="naiv"):
-            pass
+        using(encode="naiv").__enter__()
 
 
 def test_a_kernel_that_fails_raises(add: Add) -> None:

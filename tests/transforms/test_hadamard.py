@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_an_outlier_is_spread(size: int) -> None:
         ({"sign_seed": None}, 1, 1),
     ],
 )
-def test_rotating_back(settings: dict[str, object], heads: int, head_dim: int) -> None:
+def test_rotating_back(settings: dict[str, Any], heads: int, head_dim: int) -> None:
     transform = Hadamard(**settings)
     x = states(17, heads, head_dim)
     z, side = transform.forward(x)

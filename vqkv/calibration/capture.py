@@ -114,7 +114,7 @@ class StateCapture:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        layer = getattr(module, "layer_idx", None)
+        layer: Any = getattr(module, "layer_idx", None)
         if layer in self._wants and self._modules.get(layer) is module:
             self._seen.add(layer)
             states = {"keys": key, "values": value, "queries": query}
@@ -132,7 +132,7 @@ class StateCapture:
 
     def _own_attention(self, module: nn.Module) -> Callable[..., Any]:
         # Each modeling file has an eager function of its own, which is not registered.
-        eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+        eager: Any = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
         own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self._original, eager)
         return own
 

@@ -1,4 +1,4 @@
-"""The command line: `vqkv calibrate`, `evaluate`, `generate`, `plan`, `schemes`, `inspect`, `demo`."""
+"""The command line, `vqkv`: a module per command."""
 
 from vqkv.cli.app import app
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vqkv.cli.output import JsonFlag, bytes_for_people, print_json, print_table
+from vqkv.cli.output import JsonFlag, print_json, print_table
 from vqkv.cli.progress import progress_bars
 
 
@@ -23,6 +23,5 @@ def demo(
     if json:
         print_json(result.to_dict())
         return
-    columns = ("scheme", "text", "bits/value", "KL", "perplexity ratio", "cache", "16-bit", "tokens/s")
-    print_table(columns, result.table(), title="The demo model with compressed caches")
-    print(f"report: {out}")
+    print_table(result.columns, result.table(), title="The demo model with compressed caches")
+    print_facts({"report": out})

@@ -65,7 +65,9 @@ def evaluate(
     if json:
         print_json(result)
     else:
-        sizes = {name: bytes_for_people(result[name]) for name in ("cache_bytes", "cache_bytes_exact")}
+        sizes = {
+            name: bytes_for_people(result[name]) for name in ("cache_bytes", "cache_bytes_exact")
+        }
         print_facts({**result, **sizes}, title=f"{chosen.scheme.name} on {text.name}")
     if canary and not result["canary_ok"]:
         fail(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -171,7 +172,7 @@ def _in_ranges(rows: int, work: Callable[[int, int], R]) -> list[R]:
     """`work(begin, end)` over row ranges, one per thread of torch's."""
     threads = max(1, min(torch.get_num_threads(), rows // MIN_ROWS))
     edges = [rows * i // threads for i in range(threads + 1)]
-    ranges = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    ranges = [(a, b) for a, b in pairwise(edges) if a < b]
     if len(ranges) <= 1:
         return [work(*each) for each in ranges]
     return list(_pool().map(lambda each: work(*each), ranges))

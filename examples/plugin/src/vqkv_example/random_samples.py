@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+
 from vqkv.codebooks import CodebookLearner, Health
 from vqkv.registry import Config
 
@@ -25,7 +26,9 @@ class RandomSamples(CodebookLearner):
     ) -> tuple[torch.Tensor, list[Health]]:
         generator = torch.Generator().manual_seed(seed)
         chances = torch.ones(samples.shape[:2]) if weights is None else weights
-        drawn = torch.multinomial(chances.t().contiguous(), codewords, generator=generator)  # [M, K]
+        drawn = torch.multinomial(
+            chances.t().contiguous(), codewords, generator=generator
+        )  # [M, K]
         subspace = torch.arange(samples.shape[1])[:, None]
         books = samples.transpose(0, 1)[subspace, drawn]  # [M, K, d]
         distances = torch.cdist(samples.transpose(0, 1), books).amin(-1).square()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+
 from vqkv.errors import StateError
 from vqkv.quantizers import Quantizer, QuantizerConfig
 
