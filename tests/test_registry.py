@@ -192,7 +192,7 @@ def test_configs_are_frozen_and_hashable() -> None:
     config = ProductConfig(code_bits=4)
     assert hash(config) == hash(ProductConfig(code_bits=4))
     with pytest.raises(ValidationError):
-        config.code_bits = 5  # type: ignore[misc]
+        config.code_bits = 5
 
 
 def test_a_component_takes_settings_or_a_config() -> None:
@@ -207,7 +207,7 @@ def test_a_component_takes_settings_or_a_config() -> None:
 
 
 class Reversed(Contiguous):
-    type: Literal["reversed"] = "reversed"
+    type: Literal["reversed"] = "reversed"  # type: ignore[assignment]
     flips: int = 1
 
 

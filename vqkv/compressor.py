@@ -210,6 +210,13 @@ class KVCompressor:
         other.scheme = self.scheme.model_copy(update={"residency": residency})
         return other
 
+    def with_codecs(self, replace: Callable[[Codec], Codec]) -> KVCompressor:
+        """The same compressor with each codec replaced by `replace(codec)`."""
+        other = copy.copy(self)
+        other._codecs = {key: replace(codec) for key, codec in self._codecs.items()}
+        other._moved = {}
+        return other
+
     def codecs(self) -> Iterator[tuple[tuple[int, Stream], Codec]]:
         """Every (layer, stream) with its codec, in model order, keys before values."""
         yield from self._codecs.items()

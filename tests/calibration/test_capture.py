@@ -21,6 +21,8 @@ from vqkv.geometry import Geometry
 T = 24
 IDS = torch.randint(2, 97, (T,), generator=torch.Generator().manual_seed(1))
 KINDS: tuple[Kind, ...] = ("keys", "pre_keys", "values", "queries", "pre_queries")
+KEYS: tuple[Kind, ...] = ("keys",)
+PRE_KEYS: tuple[Kind, ...] = ("pre_keys",)
 CAPTURED = [name for name in ROPE_FAMILIES if name != "mistral"]  # all its layers slide
 
 
@@ -160,7 +162,7 @@ def test_everything_is_undone_after_an_exception() -> None:
 
     with (
         pytest.raises(Interrupted),
-        StateCapture(model, {1: ("pre_keys",)}, fail) as capture,
+        StateCapture(model, {1: PRE_KEYS}, fail) as capture,
     ):
         assert interfaces() != before
         assert not model.training
@@ -179,8 +181,8 @@ def test_two_models_at_once() -> None:
     first, second = tiny_model("llama"), tiny_model("qwen2")
     found: dict[str, list[torch.Tensor]] = {"first": [], "second": []}
     with (
-        StateCapture(first, {0: ("keys",)}, lambda *a: found["first"].append(a[2])) as one,
-        StateCapture(second, {0: ("keys",)}, lambda *a: found["second"].append(a[2])) as two,
+        StateCapture(first, {0: KEYS}, lambda *a: found["first"].append(a[2])) as one,
+        StateCapture(second, {0: KEYS}, lambda *a: found["second"].append(a[2])) as two,
     ):
         two.run(IDS)
         one.run(IDS)
@@ -190,7 +192,7 @@ def test_two_models_at_once() -> None:
 
 def test_pre_rope_states_of_a_model_without_rope() -> None:
     with pytest.raises(ModelError, match=r"gpt2: .*use a scheme of post-RoPE keys"):
-        StateCapture(tiny_model("gpt2"), {0: ("pre_keys",)}, lambda *_: None)
+        StateCapture(tiny_model("gpt2"), {0: PRE_KEYS}, lambda *_: None)
 
 
 def test_attention_outside_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +201,7 @@ def test_attention_outside_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(type(model.get_decoder()), "set_attn_implementation", lambda *_: None)
     with (
         pytest.raises(ModelError, match="does not let its attention be exchanged"),
-        StateCapture(model, {0: ("keys",)}, lambda *_: None),
+        StateCapture(model, {0: KEYS}, lambda *_: None),
     ):
         pass
     assert interfaces() == before
@@ -208,6 +210,6 @@ def test_attention_outside_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_layer_that_never_runs() -> None:
     with (
         pytest.raises(ModelError, match=r"the attention of layers \[7\] does not go through"),
-        StateCapture(tiny_model("llama"), {7: ("keys",)}, lambda *_: None) as capture,
+        StateCapture(tiny_model("llama"), {7: KEYS}, lambda *_: None) as capture,
     ):
         capture.run(IDS)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vqkv.cli.output import JsonFlag, print_json, print_table
+from vqkv.cli.output import JsonFlag, print_facts, print_json, print_table
 from vqkv.cli.progress import progress_bars
 
 

@@ -1,0 +1,56 @@
+"""The canary: would this evaluation notice if the codes were garbage?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vqkv.codec import Codec, Encoded
+from vqkv.compressor import KVCompressor
+from vqkv.evaluation.arms import Arms
+
+#: Tokens that the canary runs on; destruction shows at once.
+TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Perplexity and top-1 agreement with destroyed codes, and the exact perplexity."""
+
+    perplexity: float
+    perplexity_exact: float
+    top1_agreement: float
+
+    @property
+    def ok(self) -> bool:
+        """Destruction was noticed: ten times the perplexity, or top-1 agreement below 10 %."""
+        return self.perplexity >= 10 * self.perplexity_exact or self.top1_agreement < 0.1
+
+
+class DestroyingCodec(Codec):
+    """A fitted codec that stores zeros, whatever it is given."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.__dict__.update(codec.__dict__)
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Zeros in the shape of what the codec would have stored."""
+        encoded = super().encode(x)
+        return Encoded(torch.zeros_like(encoded.codes), torch.zeros_like(encoded.side))
+
+    def to(self, device: torch.device) -> Codec:
+        """Still destroying on another device."""
+        return DestroyingCodec(super().to(device))
+
+
+def destroyed(compressor: KVCompressor) -> KVCompressor:
+    """The compressor with every codec destroying what it stores."""
+    return compressor.with_codecs(DestroyingCodec)
+
+
+def run_canary(arms: Arms, window: torch.Tensor) -> Canary:
+    """Score the start of a window through the same code path with destroyed codes."""
+    broken = Arms(arms.model, destroyed(arms.compressor), arms.mode, arms.chunk)
+    scores = broken.scores(window[:TOKENS])
+    return Canary(scores.perplexity, scores.perplexity_exact, float(scores.agree.mean()))

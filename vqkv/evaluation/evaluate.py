@@ -1,0 +1,174 @@
+"""One evaluation: a compressor against the exact cache, on one text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vqkv.calibration.windows import Text, read_text, text_windows
+from vqkv.compressor import KVCompressor
+from vqkv.errors import TextError
+from vqkv.evaluation.arms import Arms, Mode, filled_cache
+from vqkv.evaluation.canary import run_canary
+from vqkv.evaluation.passages import RepeatedPassages, repeated_passages
+from vqkv.evaluation.scoring import Scores
+
+#: Called with a phase, what is done of it, and of what.
+Progress = Callable[[str, int, int], None]
+
+#: Tokens that a cache is filled with at a time where only its bytes are wanted.
+FILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation; docs/measuring.md says what each means.
+
+    Attributes:
+        tokens: scored: every token of each window but its first.
+        kl: KL(exact ‖ compressed), nats per token.
+        interval: 95 % of the log perplexity ratio.
+        repeated_passage: mean loss on the second copy, by passage length.
+        cache_bytes: of a real cache holding `cache_bytes_length` tokens.
+        cache_bytes_exact: 16 bits per value at that length.
+        canary_perplexity: None where the canary was not asked for.
+    """
+
+    scheme: str
+    text: str
+    mode: Mode
+    dtype: str
+    context: int
+    chunk: int | None
+    skip: int
+    sinks: int
+    window: int
+    tokens: int
+    kl: float
+    perplexity: float
+    perplexity_exact: float
+    ratio: float
+    interval: tuple[float, float]
+    top1_agreement: float
+    repeated_passage: dict[int, float]
+    repeated_passage_exact: dict[int, float]
+    bits_per_value: float
+    effective_bits_per_value: float
+    cache_bytes: int
+    cache_bytes_exact: int
+    cache_bytes_length: int
+    side_bytes: dict[str, int]
+    canary_perplexity: float | None
+    canary_ok: bool | None
+    notes: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compressor: KVCompressor,
+    text: str | Path | Text,
+    *,
+    tokens: int,
+    mode: Mode = "before-use",
+    context: int = 2048,
+    chunk: int = 256,
+    skip: int = 0,
+    canary: bool = True,
+    passages: int = 8,
+    passage_lengths: tuple[int, ...] = (512, 1024, 2048),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score `tokens` tokens of a text, in windows of `context`, with both caches.
+
+    Args:
+        model: the exact arm runs it with an ordinary cache.
+        tokenizer: the model's.
+        compressor: fitted, or data-free; its residency holds (before-use ignores the window).
+        text: one that no calibration saw.
+        tokens: in all, `skip` tokens of the text left out at its start.
+        mode: see `docs/measuring.md`.
+        context: tokens of a window.
+        chunk: tokens of a chunk, in chunked mode.
+        skip: tokens to leave out.
+        canary: also check that destroyed codes are noticed.
+        passages: repeated passages of each length; 0 for none.
+        passage_lengths: in tokens.
+        progress: told of each window and passage.
+
+    Raises:
+        TextError: the text cannot be read, or is too short.
+        ArtefactError, ModelError: compressor and model do not fit.
+    """
+    begun = time.perf_counter()
+    if tokens < 2 or context < 2:
+        raise TextError(f"scoring takes windows of 2 tokens or more, given {tokens} and {context}")
+    tell = progress or (lambda phase, done, total: None)
+    text = text if isinstance(text, Text) else read_text(text)
+    windows = text_windows(tokenizer, text, tokens, context, skip)
+    arms = Arms(model, compressor, mode, chunk)
+
+    parts = []
+    for done, window in enumerate(windows, start=1):
+        if len(window) > 1:
+            parts.append(arms.scores(window))
+        tell("score", done, len(windows))
+    scores = Scores.joined(parts)
+    checked = run_canary(arms, windows[0]) if canary else None
+    repeated = (
+        repeated_passages(
+            arms,
+            torch.cat(windows),
+            passage_lengths,
+            passages,
+            lambda done, total: tell("repeated passages", done, total),
+        )
+        if passages
+        else RepeatedPassages()
+    )
+    fill = chunk if mode == "chunked" else FILL_CHUNK
+    cache = filled_cache(model, compressor, windows[0], fill)
+    cache_bytes, cache_bytes_exact = cache.nbytes()["total"], cache.nbytes_exact()
+    side_bytes = compressor.side_bytes()
+    return Evaluation(
+        scheme=compressor.scheme.name,
+        text=text.name,
+        mode=mode,
+        dtype=str(model.dtype).removeprefix("torch."),
+        context=context,
+        chunk=chunk if mode == "chunked" else None,
+        skip=skip,
+        sinks=compressor.scheme.residency.sinks,
+        window=compressor.scheme.residency.window if mode == "chunked" else 0,
+        tokens=len(scores.exact),
+        kl=float(scores.kl.mean()),
+        perplexity=scores.perplexity,
+        perplexity_exact=scores.perplexity_exact,
+        ratio=scores.perplexity / scores.perplexity_exact,
+        interval=scores.interval(),
+        top1_agreement=float(scores.agree.mean()),
+        repeated_passage=repeated.compressed,
+        repeated_passage_exact=repeated.exact,
+        bits_per_value=compressor.bits_per_value,
+        # Exact states count as the model holds them, so 32 bits in a float32 model.
+        effective_bits_per_value=16 * (cache_bytes + side_bytes["total"]) / cache_bytes_exact,
+        cache_bytes=cache_bytes,
+        cache_bytes_exact=cache_bytes_exact,
+        cache_bytes_length=cache.get_seq_length(),
+        side_bytes=side_bytes,
+        canary_perplexity=None if checked is None else checked.perplexity,
+        canary_ok=None if checked is None else checked.ok,
+        notes=tuple(repeated.notes),
+        seconds=time.perf_counter() - begun,
+    )

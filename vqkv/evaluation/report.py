@@ -1,0 +1,103 @@
+"""A report folder: `report.json`, a page to read, and a plot of quality against bits."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vqkv.artefact import replacing
+from vqkv.evaluation.evaluate import Evaluation
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc }}
+th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: left }}
+img {{ max-width: 100% }}
+blockquote {{ margin: .5rem 0 1rem; padding-left: 1rem; border-left: 3px solid #ccc }}
+</style>
+<h1>{title}</h1>
+<p>{introduction}</p>
+<table>{table}</table>
+<p><img src="plot.png" alt="KL divergence against bits per value"></p>
+{continuations}
+</html>
+"""
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    introduction: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    evaluations: Sequence[Evaluation],
+    continuations: dict[str, str],
+    data: dict[str, Any],
+) -> None:
+    """Write the folder, all or nothing; an older report gives way.
+
+    Args:
+        folder: where to.
+        title: of the page.
+        introduction: a paragraph under it.
+        columns: heads of the table.
+        rows: its cells.
+        evaluations: what the plot shows.
+        continuations: generated texts by the name of their cache.
+        data: what `report.json` holds.
+    """
+    with replacing(folder) as work:
+        text = json.dumps(data, indent=2, allow_nan=False)
+        (work / "report.json").write_text(text + "\n", encoding="utf-8")
+        plot(evaluations, work / "plot.png")
+        page = _PAGE.format(
+            title=html.escape(title),
+            introduction=html.escape(introduction),
+            table=_row("th", columns) + "".join(_row("td", row) for row in rows),
+            continuations="".join(
+                f"<h2>{html.escape(name)}</h2><blockquote>{html.escape(text)}</blockquote>"
+                for name, text in continuations.items()
+            ),
+        )
+        (work / "report.html").write_text(page, encoding="utf-8")
+
+
+def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """KL against bits per value, a line per text."""
+    # No window system is asked for, and pyplot's global state is left alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for text in dict.fromkeys(e.text for e in evaluations):
+        points = sorted((e for e in evaluations if e.text == text), key=lambda e: e.bits_per_value)
+        axes.plot([e.bits_per_value for e in points], [e.kl for e in points], "o-", label=text)
+        for point in points:
+            axes.annotate(
+                point.scheme,
+                (point.bits_per_value, point.kl),
+                textcoords="offset points",
+                xytext=(6, 6),
+            )
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1.25 * max(e.bits_per_value for e in evaluations))
+    axes.set_xlabel("bits per value")
+    axes.set_ylabel("KL(exact ‖ compressed), nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
