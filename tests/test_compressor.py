@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import make_geometry
 from vqkv.compressor import FittedStream, KVCompressor
-from vqkv.errors import NotFittedError, SchemeError, StateError
+from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.geometry import Geometry
 from vqkv.scheme import Stream
 from vqkv.scheme_files import load_scheme, preset_names, scheme_from_dict
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_a_stream_names_it(geometry: Geometry) -> None:
 
 
 def test_schemes_that_cannot_code_the_model_are_refused() -> None:
-    with pytest.raises(SchemeError, match="no full-attention layers to compress"):
+    with pytest.raises(ModelError, match="no layer has full attention"):
         KVCompressor(scheme(), make_geometry(compressed=()))
     pairs = {"stream": {"grouping": {"type": "rope_pairs", "dim": 4}}}
     with pytest.raises(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vqkv.version import __version__
+
 if TYPE_CHECKING:
     from vqkv.cache import BeforeUseCache, VQCache, attach
     from vqkv.calibration import calibrate
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from vqkv.models import load_model
     from vqkv.scheme import Scheme
     from vqkv.scheme_files import load_scheme
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "BeforeUseCache": "vqkv.cache",
@@ -39,6 +39,7 @@ __all__ = [
     "KVCompressor",
     "Scheme",
     "VQCache",
+    "__version__",
     "attach",
     "calibrate",
     "evaluate",

@@ -17,13 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqkv import __version__
 from vqkv.codebooks import Health
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ArtefactError, NotFittedError, StateError
 from vqkv.geometry import Geometry
 from vqkv.scheme import fingerprint
 from vqkv.scheme_files import scheme_from_dict
+from vqkv.version import __version__
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -34,7 +34,7 @@ def save(compressor: KVCompressor, folder: Path, *, overwrite: bool) -> Path:
     """Write `compressor` to `folder`. Raises NotFittedError, ArtefactError, OSError."""
     if not compressor.fitted:
         raise NotFittedError(f"{compressor!r} has nothing to save: fit it first")
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite=overwrite)
     with replacing(folder) as work:
         tensors = {f"{s}.{name}": t.contiguous().clone() for s, name, t in compressor.tensors()}
         save_file(tensors, work / CODEBOOKS)
@@ -56,7 +56,7 @@ def save(compressor: KVCompressor, folder: Path, *, overwrite: bool) -> Path:
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write where something is; with `overwrite`, where that is no artefact.
+    """Refuse to write where something is; with `overwrite`, where more than an artefact is.
 
     Raises:
         ArtefactError: it is in the way.
@@ -67,14 +67,15 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         raise ArtefactError(
             f"{folder} exists already: choose another folder, or overwrite it on purpose"
         )
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} is no folder: choose another name")
     # Overwriting deletes the folder. A damaged artefact may go too, but nobody's own files.
-    if not folder.is_dir() or not {p.name for p in folder.iterdir()} <= {CONFIG, CODEBOOKS}:
-        try:
-            read_config(folder)
-        except ArtefactError as error:
-            raise ArtefactError(
-                f"{folder} is no vqkv artefact, so it is not overwritten: choose another folder"
-            ) from error
+    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CODEBOOKS})
+    if others:
+        raise ArtefactError(
+            f"{folder} holds more than an artefact ({', '.join(others[:3])}), which overwriting "
+            "would delete: choose another folder"
+        )
 
 
 def load(name_or_folder: str | Path, config: Any = None) -> KVCompressor:
@@ -194,24 +195,6 @@ def replacing(folder: Path) -> Iterator[Path]:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Replace an artefact when asked to, but nothing that holds anything else."""
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise ArtefactError(
-            f"{folder} exists already: choose another folder, or overwrite it on purpose"
-        )
-    if not folder.is_dir():
-        raise ArtefactError(f"{folder} is no folder: choose another name")
-    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CODEBOOKS})
-    if others:
-        raise ArtefactError(
-            f"{folder} holds more than an artefact ({', '.join(others[:3])}), which overwriting "
-            "would delete: choose another folder"
-        )
 
 
 def _locate(name_or_folder: str | Path) -> Path:

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
-from vqkv.errors import NotFittedError, StateError
+from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.geometry import Geometry
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.scheme import STREAMS, Scheme, Stream, StreamConfig
@@ -67,11 +67,17 @@ class KVCompressor:
 
     Raises:
         SchemeError: the scheme cannot code this geometry; the message names layer and stream.
+        ModelError: the model has no full-attention layer, so there is nothing to compress.
     """
 
     def __init__(
         self, scheme: Scheme, geometry: Geometry, provenance: Provenance | None = None
     ) -> None:
+        if not geometry.compressed:
+            raise ModelError(
+                f"{geometry.model_type}: no layer has full attention, so no layer's cache grows "
+                "with the text and there is nothing to compress"
+            )
         scheme.check(geometry)
         self.scheme = scheme
         self.geometry = geometry

@@ -53,7 +53,7 @@ class DemoResult:
     def table(self) -> list[tuple[str, ...]]:
         """A row for each scheme and text, and one for the exact cache."""
         exact = self.continuations["exact"]
-        rows = [("exact", "", "16", "0", "1", *_cache_cells(exact))]
+        rows: list[tuple[str, ...]] = [("exact", "", "16", "0", "1", *_cache_cells(exact))]
         for e in self.evaluations:
             quality = (f"{e.bits_per_value:g}", f"{e.kl:.3f}", f"{e.ratio:.3f}")
             rows.append((e.scheme, e.text, *quality, *_cache_cells(self.continuations[e.scheme])))

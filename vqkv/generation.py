@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from vqkv.cache import VQCache, attach
-from vqkv.cache.attach import Read
+from vqkv.cache.attachment import Read
 from vqkv.compressor import KVCompressor
 from vqkv.errors import TextError
 

@@ -182,8 +182,6 @@ class Scheme(Config):
 
     def check(self, geometry: Geometry) -> None:
         """Refuse a model that the scheme cannot code. Raises SchemeError with the path in it."""
-        if not geometry.compressed:
-            raise SchemeError(f"{self.name}: the model has no full-attention layers to compress")
         last = geometry.layers - 1
         named = [layer for override in self.layers for layer in override.layers]
         outside = [layer for layer in named if not -geometry.layers <= layer <= last]

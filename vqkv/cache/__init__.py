@@ -1,6 +1,6 @@
 """The compressed cache inside transformers. All contact with its cache interface is in here."""
 
-from vqkv.cache.attach import Attachment, attach
+from vqkv.cache.attachment import Attachment, attach
 from vqkv.cache.before_use import BeforeUseCache
 from vqkv.cache.vqcache import VQCache
 

@@ -1,8 +1,9 @@
-"""The attention function that reads codes, and its mask function, as transformers registers them."""
+"""The attention function that reads codes, and its mask function, for transformers to find."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,6 +74,6 @@ def _blocks(layer: VQLayer, visible: torch.Tensor) -> Iterator[Block]:
     """All slots in runs: coded ones decoded a block at a time, then what is exact in every row."""
     slots, exact = layer.get_seq_length(), layer.tail_start
     edges = [*range(0, exact, BLOCK_TOKENS), exact, slots]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if start < stop:
             yield Block(*layer.read(start, stop), visible[..., start:stop])

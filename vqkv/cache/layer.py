@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from transformers.cache_utils import CacheLayerMixin
 
 from vqkv.attention import Tables
 from vqkv.cache.pages import PageStore
+from vqkv.cache.rope import RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
@@ -55,7 +57,10 @@ class VQLayer(CacheLayerMixin):
         self.window = compressor.scheme.residency.window
         self._compressor = compressor
         self._recording = False
-        self._forget()
+        self.coded: list[int] = []
+        self._length = 0
+        self._tail_start = 0  # the slot that the tail's first entry is
+        self.is_initialized = False
 
     # -- transformers' interface -----------------------------------------------------------
 
@@ -147,7 +152,8 @@ class VQLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._forget()
+        self.coded, self._length, self._tail_start = [], 0, 0
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -239,12 +245,12 @@ class VQLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved cache holds of this layer."""
         stores = {"key": self._keys, "value": self._values}
-        coded = {f"{n}_{part}": getattr(s, part) for n, s in stores.items() for part in ("codes", "side")}
+        coded = {
+            f"{n}_{part}": getattr(s, part) for n, s in stores.items() for part in ("codes", "side")
+        }
         return coded | {name.lstrip("_"): getattr(self, name) for name in self._TENSORS}
 
-    def load_tensors(
-        self, tensors: dict[str, torch.Tensor], coded: list[int], length: int
-    ) -> None:
+    def load_tensors(self, tensors: dict[str, torch.Tensor], coded: list[int], length: int) -> None:
         """Take over what `tensors` returned, with each row's coded count and the length."""
         for name in self._TENSORS:
             setattr(self, name, tensors[name.lstrip("_")])
@@ -260,12 +266,6 @@ class VQLayer(CacheLayerMixin):
         self.is_initialized = True
 
     # -- inside ----------------------------------------------------------------------------
-
-    def _forget(self) -> None:
-        self.is_initialized = False
-        self.coded: list[int] = []
-        self._length = 0
-        self._tail_start = 0  # the slot that the tail's first entry is
 
     def _check(self, states: torch.Tensor) -> None:
         if states.shape[0] != len(self.coded):
@@ -319,10 +319,11 @@ class VQLayer(CacheLayerMixin):
         keys, values = self._tail_keys[rows, :, held], self._tail_values[rows, :, held]
         self._keep_sinks(rows, start, keys, values)
         if self.key_codec.layout.rope == "pre":
-            keys = self._rotary().unrotate(self.index, keys, self._tables(rows, pad + start, pad + stop))
-        self._keys.write(rows, start, self.key_codec.encode(keys.transpose(1, 2).flatten(0, 1)))
-        values = values.transpose(1, 2).flatten(0, 1)
-        self._values.write(rows, start, self.value_codec.encode(values))
+            keys = self._rotary().unrotate(
+                self.index, keys, self._tables(rows, pad + start, pad + stop)
+            )
+        self._keys.write(rows, start, self.key_codec.encode(_tokens(keys)))
+        self._values.write(rows, start, self.value_codec.encode(_tokens(values)))
         for row in rows.tolist():
             self.coded[row] = stop
 
@@ -343,24 +344,25 @@ class VQLayer(CacheLayerMixin):
     def _decode_keys(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> torch.Tensor:
         """Keys after RoPE, `[rows, H, n, D]` in fp32."""
         tokens = self.key_codec.decode(self._keys.read(rows, start, stop))
-        keys = tokens.unflatten(0, (len(rows), stop - start)).transpose(1, 2)
+        keys = rearrange(tokens, "(b t) h d -> b h t d", b=len(rows))
         if self.key_codec.layout.rope == "pre":
-            keys = self._rotary().rotate(self.index, keys, self._tables(rows, pad + start, pad + stop))
+            tables = self._tables(rows, pad + start, pad + stop)
+            return self._rotary().rotate(self.index, keys, tables)
         return keys
 
     def _decode_values(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         tokens = self.value_codec.decode(self._values.read(rows, start, stop))
-        return tokens.unflatten(0, (len(rows), stop - start)).transpose(1, 2)
+        return rearrange(tokens, "(b t) h d -> b h t d", b=len(rows))
 
-    def _rotary(self) -> Any:
+    def _rotary(self) -> RotaryAdapter:
+        assert self.rows.rotary is not None  # `_check` has seen to it
         return self.rows.rotary
 
     def _tables(self, rows: torch.Tensor, start: int, stop: int) -> Tables:
         """Cosines and sines of slots `start` to `stop`."""
         assert self.rows.positions is not None  # `_check` has seen to it
         positions = self.rows.positions[rows.to(self.rows.positions.device), start:stop]
-        tables: Tables = self._rotary().tables(self.index, positions)
-        return tables
+        return self._rotary().tables(self.index, positions)
 
     def _select(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
@@ -378,3 +380,8 @@ class VQLayer(CacheLayerMixin):
             self._values.to(device)
             for name in self._TENSORS:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+
+def _tokens(states: torch.Tensor) -> torch.Tensor:
+    """States `[B, H, T, D]` as tokens `[B·T, H, D]`, row by row."""
+    return rearrange(states, "b h t d -> (b t) h d")

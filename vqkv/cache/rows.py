@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vqkv.cache.rope import RotaryAdapter
+from vqkv.errors import CacheError
 
 
 @dataclass(eq=False)  # compared and hashed by identity: an attachment keeps track of them
@@ -26,6 +27,11 @@ class Rows:
     rotary: RotaryAdapter | None = None
     attend: bool = False
 
+    @property
+    def known(self) -> int:
+        """Rows that an attached model told of; 0 where none did."""
+        return len(self.pads) if self.positions is None else len(self.positions)
+
     def pads_of(self, batch: int) -> list[int]:
         """Padded slots of each of `batch` rows."""
         return self.pads if len(self.pads) == batch else [0] * batch
@@ -34,12 +40,20 @@ class Rows:
         """Take in the positions `[B, t]` of the slots from `start` on, and the padding so far.
 
         A forward that failed may have left positions behind; they give way.
+
+        Raises:
+            CacheError: another number of rows than before.
         """
         self.pads = pads
         if positions is None:
             return
         if self.positions is None:
             self.positions = positions
+        elif len(self.positions) != len(positions):
+            raise CacheError(
+                f"the cache holds {len(self.positions)} rows, given {len(positions)}: reset it, "
+                "or start a new one"
+            )
         else:
             self.positions = torch.cat([self.positions[:, :start], positions], 1)
 

@@ -36,7 +36,8 @@ def save(cache: VQCache, path: str | Path) -> None:
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     layers: list[dict[str, Any]] = []
-    for index, layer in enumerate(cache.layers):
+    caches: list[Any] = cache.layers  # upstream's union of layer classes shares no attributes
+    for index, layer in enumerate(caches):
         if not layer.is_initialized:
             raise CacheError(f"layer {index} holds no tokens yet: there is nothing to save")
         if isinstance(layer, VQLayer):
@@ -82,7 +83,8 @@ def load(cache: C, path: str | Path) -> C:
             f"{path} was coded with other codebooks: {header['codebooks'][:16]}…, "
             f"this compressor's are {cache.compressor.identity()[:16]}…"
         )
-    for index, (layer, stored) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+    caches: list[Any] = cache.layers
+    for index, (layer, stored) in enumerate(zip(caches, header["layers"], strict=True)):
         prefix = f"{index}."
         mine = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         if isinstance(layer, VQLayer):

@@ -46,21 +46,18 @@ class VQCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i of every layer becomes what row `beam_idx[i]` was."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any integer tensor serves
         self.rows.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
         super().batch_repeat_interleave(repeats)
-        if self.rows.positions is not None:
-            self.rows.select(torch.arange(len(self.rows.positions)).repeat_interleave(repeats))
+        self.rows.select(torch.arange(self.rows.known).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
         super().batch_select_indices(indices)
-        if self.rows.positions is not None:
-            rows = torch.arange(len(self.rows.positions), device=indices.device)
-            self.rows.select(rows[indices])
+        self.rows.select(torch.arange(self.rows.known, device=indices.device)[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` slots of every layer."""
@@ -77,7 +74,13 @@ class VQCache(Cache):
 
         Codebooks are not in it: they are the compressor's side bytes, shared by all its caches.
         """
-        found = {"codes": 0, "sinks": 0, "tail": 0, "positions": self.rows.nbytes, "other_layers": 0}
+        found = {
+            "codes": 0,
+            "sinks": 0,
+            "tail": 0,
+            "positions": self.rows.nbytes,
+            "other_layers": 0,
+        }
         for layer in self.layers:
             if isinstance(layer, VQLayer):
                 for name, size in layer.nbytes().items():

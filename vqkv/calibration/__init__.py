@@ -1,7 +1,7 @@
 """Calibration: capturing a model's states on text, and fitting a compressor to them."""
 
-from vqkv.calibration.calibrate import CalibrationReport, Progress, calibrate, peak_rss_bytes
 from vqkv.calibration.capture import Kind, StateCapture
+from vqkv.calibration.run import CalibrationReport, Progress, calibrate, peak_rss_bytes
 from vqkv.calibration.spool import Spool
 from vqkv.calibration.windows import Text, calibration_windows, read_text, text_windows
 

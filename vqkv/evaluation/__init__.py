@@ -1,5 +1,6 @@
 """Evaluation: what a compressed cache costs in quality, and saves in bytes."""
 
-from vqkv.evaluation.evaluate import Evaluation, Mode, evaluate
+from vqkv.evaluation.arms import Mode
+from vqkv.evaluation.run import Evaluation, evaluate
 
 __all__ = ["Evaluation", "Mode", "evaluate"]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vqkv.artefact import replacing
-from vqkv.evaluation.evaluate import Evaluation
+from vqkv.evaluation.run import Evaluation
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc }}
 th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: left }}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqkv import __version__
 from vqkv.artefact import base_model_name, check_free
 from vqkv.attention import text_config
 from vqkv.calibration.capture import Kind, StateCapture
@@ -26,6 +25,7 @@ from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, Stream
+from vqkv.version import __version__
 
 #: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
 Progress = Callable[[str, int, int], None]
@@ -155,10 +155,6 @@ def peak_rss_bytes() -> int:
 
 
 def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> None:
-    if not geometry.compressed:
-        raise ModelError(
-            f"{geometry.model_type}: no layer has full attention, so there is nothing to compress"
-        )
     longest = getattr(text_config(model), "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise ModelError(

@@ -94,7 +94,9 @@ def attach(
         ModelError: the scheme needs pre-RoPE keys and the family cannot give them.
         KernelError: `read="attend"` and no kernel attends on this scheme's codes.
     """
-    check_fits(compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor))
+    check_fits(
+        compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor)
+    )
     layers = compressor.geometry.compressed
     if read == "attend":
         for (_, stream), codec in compressor.codecs():

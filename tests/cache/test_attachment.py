@@ -1,0 +1,155 @@
+"""Attaching and detaching; reading before use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.cache.compressors import compressor_for, random_ids
+from tests.tiny_models import tiny_model
+from vqkv.cache import BeforeUseCache, attach
+from vqkv.cache.rope import RotaryAdapter
+from vqkv.errors import ArtefactError, CacheError, KernelError, ModelError
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("llama", max_position_embeddings=1024)
+
+
+def hooks_of(model: Any) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_it_undoes_itself(model: Any) -> None:
+    before = (hooks_of(model), model.config._attn_implementation)
+    with attach(model, compressor_for(model), read="attend"):
+        assert hooks_of(model) > before[0]
+        assert model.config._attn_implementation == "vqkv"
+    assert (hooks_of(model), model.config._attn_implementation) == before
+
+
+def test_it_undoes_itself_after_an_exception(model: Any) -> None:
+    before = (hooks_of(model), model.config._attn_implementation)
+    with pytest.raises(ZeroDivisionError), attach(model, compressor_for(model), read="attend"):
+        1 / 0  # noqa: B018
+    assert (hooks_of(model), model.config._attn_implementation) == before
+
+
+def test_two_attached_models_at_once(model: Any) -> None:
+    other = tiny_model("qwen3", max_position_embeddings=1024)
+    ids = random_ids(1, 150)
+    with (
+        attach(model, compressor_for(model, quantizer="identity"), read="attend") as first,
+        attach(other, compressor_for(other, quantizer="identity")) as second,
+        torch.no_grad(),
+    ):
+        caches = [first.new_cache(), second.new_cache()]
+        exact = [DynamicCache(), DynamicCache()]
+        for part in ids.split([130, 10, 10], 1):
+            for m, coded, truth in zip((model, other), caches, exact, strict=True):
+                torch.testing.assert_close(
+                    m(part, past_key_values=coded).logits,
+                    m(part, past_key_values=truth).logits,
+                    atol=1e-4,
+                    rtol=1e-4,
+                )
+
+
+@pytest.mark.parametrize("read", ["decode", "attend"])
+def test_an_attached_model_with_an_ordinary_cache_is_as_before(model: Any, read: Any) -> None:
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=DynamicCache()).logits
+        with attach(model, compressor_for(model), read=read):
+            assert torch.equal(model(ids, past_key_values=DynamicCache()).logits, expected)
+
+
+def test_another_model_is_refused(model: Any) -> None:
+    with (
+        pytest.raises(ArtefactError, match="kv_heads"),
+        attach(tiny_model("llama-mqa"), compressor_for(model)),
+    ):
+        pass
+
+
+def test_a_family_whose_rope_cannot_be_undone_is_refused_by_name() -> None:
+    model = tiny_model("gpt2")
+    compressor = compressor_for(model, "post")
+    with attach(model, compressor):  # post-RoPE codes need no rotary embedding
+        pass
+    with pytest.raises(ModelError, match="gpt2"):
+        RotaryAdapter(model, [0])
+
+
+def test_codes_that_mix_heads_are_refused_for_attend_alone(model: Any) -> None:
+    mixed = compressor_for(
+        model, "post", quantizer="identity", grouping={"type": "across_heads", "dim": 4}
+    )
+    with attach(model, mixed):
+        pass
+    with pytest.raises(KernelError, match="mix heads"), attach(model, mixed, read="attend"):
+        pass
+
+
+def test_importing_changes_nothing_in_transformers() -> None:
+    program = (
+        "from transformers import AttentionInterface, AttentionMaskInterface as M\n"
+        "from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as D\n"
+        "before = (set(AttentionInterface()), set(M()), dict(D))\n"
+        "import vqkv.cache, vqkv.evaluation, vqkv.calibration, vqkv.demo, vqkv.cli\n"
+        "assert before == (set(AttentionInterface()), set(M()), dict(D))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class TestBeforeUse:
+    @pytest.mark.parametrize("rope", ["pre", "post"])
+    def test_it_is_replacement_by_hand(self, model: Any, rope: str) -> None:
+        compressor = compressor_for(model, rope, sinks=3)
+        cache = BeforeUseCache(compressor, model.config)
+        keys, values = (torch.randn(1, 2, 50, 16) for _ in range(2))
+        positions = torch.arange(50, dtype=torch.int32)[None]
+        adapter = RotaryAdapter(model, (0, 1))
+        if rope == "pre":
+            cache.rows.note(0, positions, [])
+            cache.rows.rotary = adapter
+        read_keys, read_values = cache.update(keys, values, 1)
+        tables = adapter.tables(1, positions)
+        plain = adapter.unrotate(1, keys, tables) if rope == "pre" else keys
+        expected = compressor.decode(1, "keys", compressor.encode(1, "keys", plain))
+        if rope == "pre":
+            expected = adapter.rotate(1, expected, tables)
+        assert torch.equal(read_keys[:, :, 3:], expected[:, :, 3:])
+        assert torch.equal(read_keys[:, :, :3], keys[:, :, :3])
+        decoded = compressor.decode(1, "values", compressor.encode(1, "values", values))
+        assert torch.equal(read_values[:, :, 3:], decoded[:, :, 3:])
+
+    def test_one_forward_each(self, model: Any) -> None:
+        cache = BeforeUseCache(compressor_for(model, "post"), model.config)
+        with torch.no_grad():
+            model(random_ids(1, 20), past_key_values=cache)
+            with pytest.raises(CacheError, match="one forward per cache"):
+                model(random_ids(1, 1), past_key_values=cache)
+
+    def test_padding_is_refused(self, model: Any) -> None:
+        ids = random_ids(1, 20)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        compressor = compressor_for(model, "post")
+        with attach(model, compressor), pytest.raises(CacheError, match="without padding"):
+            model(
+                ids, attention_mask=mask, past_key_values=BeforeUseCache(compressor, model.config)
+            )
+
+    def test_pre_rope_needs_an_attached_model(self, model: Any) -> None:
+        with pytest.raises(CacheError, match=r"vqkv\.attach"):
+            model(
+                random_ids(1, 9),
+                past_key_values=BeforeUseCache(compressor_for(model), model.config),
+            )
