@@ -287,7 +287,7 @@ def test_overwriting_spares_what_is_no_artefact(compressor: KVCompressor, tmp_pa
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtefactError, match=r"holds more than an artefact \(thesis\.tex\)"):
+    with pytest.raises(ArtefactError, match=r"holds more than .* \(thesis\.tex\)"):
         compressor.save_pretrained(home, overwrite=True)
     with pytest.raises(ArtefactError, match="is no folder"):
         compressor.save_pretrained(home / "thesis.tex", overwrite=True)

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -287,7 +288,6 @@ def test_the_schema_refuses_what_an_editor_should_mark(schema: dict[str, Any], t
 
 
 def test_the_schema_agrees_with_the_reference_validator(schema: dict[str, Any]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema)
     for name in preset_names():
         jsonschema.validate(load_scheme(name).to_dict(), schema)

@@ -7,8 +7,6 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from vqkv.codebooks import Health
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ArtefactError, NotFittedError, StateError
+from vqkv.folders import check_free, replacing
 from vqkv.geometry import Geometry
 from vqkv.scheme import fingerprint
 from vqkv.scheme_files import scheme_from_dict
@@ -28,13 +27,15 @@ from vqkv.version import __version__
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 CODEBOOKS = "codebooks.safetensors"
+#: All that is in an artefact's folder.
+FILES = frozenset({CONFIG, CODEBOOKS})
 
 
 def save(compressor: KVCompressor, folder: Path, *, overwrite: bool) -> Path:
     """Write `compressor` to `folder`. Raises NotFittedError, ArtefactError, OSError."""
     if not compressor.fitted:
         raise NotFittedError(f"{compressor!r} has nothing to save: fit it first")
-    check_free(folder, overwrite=overwrite)
+    check_free(folder, FILES, overwrite=overwrite)
     with replacing(folder) as work:
         tensors = {f"{s}.{name}": t.contiguous().clone() for s, name, t in compressor.tensors()}
         save_file(tensors, work / CODEBOOKS)
@@ -53,29 +54,6 @@ def save(compressor: KVCompressor, folder: Path, *, overwrite: bool) -> Path:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
         (work / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder
-
-
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write where something is; with `overwrite`, where more than an artefact is.
-
-    Raises:
-        ArtefactError: it is in the way.
-    """
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise ArtefactError(
-            f"{folder} exists already: choose another folder, or overwrite it on purpose"
-        )
-    if not folder.is_dir():
-        raise ArtefactError(f"{folder} is no folder: choose another name")
-    # Overwriting deletes the folder. A damaged artefact may go too, but nobody's own files.
-    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CODEBOOKS})
-    if others:
-        raise ArtefactError(
-            f"{folder} holds more than an artefact ({', '.join(others[:3])}), which overwriting "
-            "would delete: choose another folder"
-        )
 
 
 def load(name_or_folder: str | Path, config: Any = None) -> KVCompressor:
@@ -175,34 +153,12 @@ def push(compressor: KVCompressor, repo_id: str, *, private: bool) -> str:
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes `folder`'s place when the block succeeds.
-
-    When it fails, for a full disk or an interrupt, nothing of it stays and an older `folder` is
-    as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()
-        yield new
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-
-
 def _locate(name_or_folder: str | Path) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=[CONFIG, CODEBOOKS]))
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=sorted(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtefactError(
             f"{name_or_folder}: neither a folder here nor an artefact on the hub ({error})"

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from vqkv.calibration import calibrate
 from vqkv.compressor import KVCompressor
 from vqkv.evaluation import Evaluation, evaluate
+from vqkv.evaluation.report import FILES as REPORT_FILES
 from vqkv.evaluation.report import write_report
+from vqkv.folders import check_free
 from vqkv.generation import Continuation, continue_prompt
 from vqkv.models import DEMO, load_model
 from vqkv.scheme_files import load_scheme
@@ -61,7 +63,12 @@ class DemoResult:
 
 
 def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> DemoResult:
-    """Calibrate, evaluate, generate, and write the report to `out`."""
+    """Calibrate, evaluate, generate, and write the report to `out`.
+
+    Raises:
+        ArtefactError: `out` holds anything else than an older report.
+    """
+    check_free(out, REPORT_FILES, overwrite=True)
     model, tokenizer = load_model(DEMO)
     texts = [bundled_text(name) for name in CALIBRATION_MIX]
     prompt = bundled_text(EVALUATION_TEXTS[0]).read_text(encoding="utf-8")

@@ -251,7 +251,7 @@ def test_nobodys_own_files_are_overwritten(run: Callable[..., Any], tmp_path: Pa
     thesis = tmp_path / "out" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
-    with pytest.raises(ArtefactError, match=r"out holds more than an artefact \(thesis\.tex\)"):
+    with pytest.raises(ArtefactError, match=r"out holds more than .* \(thesis\.tex\)"):
         run(overwrite=True)
     assert thesis.read_text() == "years of work"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqkv.artefact import base_model_name, check_free
+from vqkv.artefact import FILES, base_model_name
 from vqkv.attention import text_config
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
@@ -23,6 +23,7 @@ from vqkv.calibration.spool import Spool
 from vqkv.calibration.windows import calibration_windows, read_text
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError
+from vqkv.folders import check_free
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, Stream
 from vqkv.version import __version__
@@ -102,7 +103,7 @@ def calibrate(
         StateError: NaN or infinity in the states, or too few tokens; names the stream.
     """
     out = Path(out)
-    check_free(out, overwrite=overwrite)
+    check_free(out, FILES, overwrite=overwrite)
     geometry = Geometry.from_model(model)
     _check_model(model, geometry, context)
     read = [read_text(path) for path in texts]

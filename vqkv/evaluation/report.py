@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqkv.artefact import replacing
 from vqkv.evaluation.run import Evaluation
+from vqkv.folders import check_free, replacing
+
+#: All that is in a report's folder.
+FILES = frozenset({"report.json", "report.html", "plot.png"})
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -54,7 +57,11 @@ def write_report(
         evaluations: what the plot shows.
         continuations: generated texts by the name of their cache.
         data: what `report.json` holds.
+
+    Raises:
+        ArtefactError: the folder holds anything else than a report.
     """
+    check_free(folder, FILES, overwrite=True)
     with replacing(folder) as work:
         text = json.dumps(data, indent=2, allow_nan=False)
         (work / "report.json").write_text(text + "\n", encoding="utf-8")
