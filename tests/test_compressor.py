@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import make_geometry
-from vqkv.compressor import FittedStream, KVCompressor
+from vqkv.compressor import FittedStream, KVCompressor, StateSource
 from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.geometry import Geometry
-from vqkv.scheme import Stream
+from vqkv.layouts import Stream
 from vqkv.scheme_files import load_scheme, preset_names, scheme_from_dict
 from vqkv.states import States
 
@@ -18,7 +18,7 @@ TOKENS = 64
 LEARNER = {"type": "kmeans", "iterations": 3}
 
 
-class RandomStates:
+class RandomStates(StateSource):
     """States of every stream, each another; remembers which were read."""
 
     def __init__(self, geometry: Geometry, tokens: int = TOKENS) -> None:

@@ -15,6 +15,7 @@ from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor
 from vqkv.geometry import Geometry
 from vqkv.groupings import GROUPINGS, ChannelStats, Contiguous
+from vqkv.predictors import PREDICTORS
 from vqkv.quantizers import QUANTIZERS
 from vqkv.quantizers.product import ProductQuantizer
 from vqkv.scheme_files import load_scheme
@@ -22,11 +23,13 @@ from vqkv.testing import (
     check_cache,
     check_grouping,
     check_learner,
+    check_predictor,
     check_quantizer,
     check_transform,
 )
 from vqkv.transforms import TRANSFORMS
 
+KEYS, VALUES = ({"stream": stream, "back": 1} for stream in ("keys", "values"))
 QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("product", {"code_bits": 4}),
     ("product", {"code_bits": 3, "dim": 1, "learner": {"type": "uniform"}}),
@@ -60,6 +63,13 @@ TRANSFORM_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("token_scale", {"stat": "minmax", "scope": "layer"}),
     ("hadamard", {}),
     ("hadamard", {"scope": "layer", "block": 8}),
+    ("spectral", {}),
+    ("spectral", {"scope": "layer", "metric": "output"}),
+]
+PREDICTOR_SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"scope": "head", "sources": [KEYS, VALUES]}),
+    ("copy", {}),
 ]
 
 
@@ -83,12 +93,18 @@ def test_transforms(name: str, settings: dict[str, Any]) -> None:
     check_transform(TRANSFORMS.get(name), **settings)
 
 
+@pytest.mark.parametrize(("name", "settings"), PREDICTOR_SETTINGS)
+def test_predictors(name: str, settings: dict[str, Any]) -> None:
+    check_predictor(PREDICTORS.get(name), **settings)
+
+
 def test_every_builtin_has_a_row() -> None:
     for registry, rows in (
         (QUANTIZERS, QUANTIZER_SETTINGS),
         (LEARNERS, LEARNER_SETTINGS),
         (GROUPINGS, GROUPING_SETTINGS),
         (TRANSFORMS, TRANSFORM_SETTINGS),
+        (PREDICTORS, PREDICTOR_SETTINGS),
     ):
         builtin = {name for name, who in registry.sources().items() if who == ["vqkv"]}
         assert builtin == {name for name, _ in rows}

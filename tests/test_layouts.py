@@ -30,7 +30,10 @@ def stored(codec: Codec) -> int:
 
 def give_codewords(codec: Codec) -> None:
     """Codebooks of the right shape, so that coding runs without learning them first."""
-    codec._set_order(None)
+    states = States.of(torch.randn(50, codec.heads, codec.head_dim))
+    left = codec.fit_predictor(states, [states for _ in codec.layout.sources])
+    metric = torch.eye(codec.head_dim).expand(codec.heads, -1, -1)
+    codec.fit_space(left, None if codec.metric is None else metric)
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
         shape = (segment.books, segment.stages, segment.codewords, segment.dim)
         quantizer.load_state({"codewords": torch.zeros(shape, dtype=torch.float16)})
@@ -39,14 +42,13 @@ def give_codewords(codec: Codec) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("name", preset_names())
 def test_formula_and_tensors_agree_for_presets(name: str, head_dim: int) -> None:
-    geometry = make_geometry(
-        head_dim=head_dim, kv_heads=3, query_heads=3, layers=1, compressed=(0,)
-    )
+    geometry = make_geometry(head_dim=head_dim, kv_heads=3, query_heads=3)
     x = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
     for _, codec in KVCompressor(load_scheme(name), geometry).codecs():
+        sources = [x for _ in codec.layout.sources]
         if not codec.config.data_free:
             give_codewords(codec)
-        encoded = codec.encode(x)
+        encoded = codec.encode(x, sources)
         assert encoded.nbytes == 5 * codec.layout.bytes_per_token
         assert encoded.side.shape == (5, codec.layout.side_count)
         values = 3 * head_dim

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny_config, tiny_model
-from vqkv.compressor import KVCompressor
+from vqkv.compressor import KVCompressor, StateSource
 from vqkv.errors import VQKVError
 from vqkv.geometry import Geometry
+from vqkv.layouts import Stream
 from vqkv.planning import plan
-from vqkv.scheme import Stream
 from vqkv.scheme_files import load_scheme
 from vqkv.states import States
 
@@ -47,7 +47,7 @@ def test_side_bytes_planned_are_those_fitted() -> None:
     compressor = KVCompressor(load_scheme("cq-8c8b"), Geometry.from_config(tiny_config("llama")))
     states = torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(0))
 
-    class Source:
+    class Source(StateSource):
         def states(self, layer: int, stream: Stream) -> States:
             return States.of(states)
 

@@ -23,7 +23,7 @@ Install = Callable[..., None]
 
 
 class Alpha(Component):
-    class Config(Config):
+    class Config(registry_module.Config):
         type: Literal["alpha"] = "alpha"
         size: int = 1
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import make_geometry
 from vqkv.errors import SchemeError
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, fingerprint, merge
-from vqkv.scheme_files import scheme_from_dict
+from vqkv.scheme_files import load_scheme, scheme_from_dict
 
 Plain = dict[str, Any]
 
@@ -433,3 +434,70 @@ def test_fingerprints_do_not_drift() -> None:
     assert fingerprint(values) == (
         "6b1e893b0fc261c9035e3fa1a1961c7709d38d7ef235e0d0d4695b6d3b05fd2c"
     )
+
+
+# -- predictors and metrics --------------------------------------------------------------------
+
+BEFORE = [{"stream": "keys", "back": 1}]
+SAME = [{"stream": "keys", "back": 0}]
+SELF = {"stream": "values", "back": 0}
+
+
+def predicted(**changes: Any) -> dict[str, Any]:
+    return {"predictor": {"type": "linear", "sources": BEFORE}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": predicted()}, r"keys\.predictor: nothing comes before layer 0"),
+        (
+            {"keys": {"predictor": {"type": "linear", "sources": SAME}}},
+            "keys are decoded before this layer's keys",
+        ),
+        (
+            {"values": {"predictor": {"type": "linear", "sources": [SELF]}}},
+            "a stream cannot be predicted from itself",
+        ),
+        (
+            {"values": {"predictor": {"type": "linear", "sources": SAME * 2}}},
+            "each stream is named once",
+        ),
+        (
+            {
+                "values": {"predictor": {"type": "linear", "sources": SAME}},
+                "keys": {"sharing": "model"},
+            },
+            "sharing 'model' fits all layers together",
+        ),
+        (
+            {"keys": {"transforms": [{"type": "spectral", "metric": "output"}]}},
+            r"transforms\.0: the metric of keys is 'query', given 'output'",
+        ),
+        (
+            {
+                "keys": {
+                    "transforms": [
+                        {"type": "channel_scale"},
+                        {"type": "spectral", "metric": "query"},
+                    ]
+                }
+            },
+            r"transforms\.1: a transform in the 'query' metric cannot follow 'channel_scale'",
+        ),
+    ],
+)
+def test_predictors_and_metrics_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    base = load_scheme("cq-4c8b").to_dict()
+    with pytest.raises(SchemeError, match=message):
+        scheme_from_dict(merge(base, changes))
+
+
+def test_a_layer_with_too_few_before_it_is_refused_with_a_model() -> None:
+    changes = {
+        "values": {"predictor": {"type": "linear", "sources": [{"stream": "keys", "back": 2}]}},
+        "layers": [{"layers": [0], "values": {"predictor": None}}],
+    }
+    scheme = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
+    with pytest.raises(SchemeError, match="values of layer 1: predictor: needs keys 2 compressed"):
+        scheme.check(make_geometry(layers=3, compressed=(0, 1, 2)))

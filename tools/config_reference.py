@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from vqkv.codebooks import LEARNERS
 from vqkv.groupings import GROUPINGS
+from vqkv.predictors import PREDICTORS, Source
 from vqkv.quantizers import QUANTIZERS
 from vqkv.registry import Choice, Config, Registry, config_class
 from vqkv.scheme import (
@@ -37,11 +38,12 @@ errors. `vqkv schemes show NAME` prints a scheme with every default filled in.
 
 SECTIONS: dict[str, tuple[type[Config], ...]] = {
     "The file": (Scheme,),
-    "Streams": (KeysConfig, StreamConfig, SegmentConfig),
+    "Streams": (KeysConfig, StreamConfig, SegmentConfig, Source),
     "Residency, calibration, layers": (Residency, CalibrationConfig, LayerOverride),
 }
 
 CHOICES: dict[str, Registry[Any]] = {
+    "Predictors": PREDICTORS,
     "Groupings": GROUPINGS,
     "Transforms": TRANSFORMS,
     "Quantizers": QUANTIZERS,

@@ -17,6 +17,9 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 #: What the parameter for the cache is called in attention modules.
 _CACHE_PARAMETERS = ("past_key_values", "layer_past")
 
+#: What the projection after attention is called in attention modules.
+_OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj", "wo")
+
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the text decoder, which multimodal models nest in their own."""
@@ -60,6 +63,23 @@ def cache_parameter(module: nn.Module) -> str | None:
     """The name under which an attention module takes the cache."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in _CACHE_PARAMETERS if name in parameters), None)
+
+
+def output_projection(module: nn.Module, channels: int) -> torch.Tensor:
+    """The weight `[hidden, channels]` that attention's output goes through.
+
+    Raises:
+        ModelError: the module has no linear layer for it under a name that is known.
+    """
+    for name in _OUTPUT_PROJECTIONS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[1] == channels:
+            return weight
+    raise ModelError(
+        f"{type(module).__name__} has no output projection of {channels} channels among "
+        f"{', '.join(_OUTPUT_PROJECTIONS)}, so the cost of an error in its values is unknown: use "
+        "transforms without a metric"
+    )
 
 
 def takes_tables(module: nn.Module) -> bool:

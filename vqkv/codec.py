@@ -1,8 +1,8 @@
-"""One stream's fitted chain: transforms, grouping, quantizers, packed codes, and back."""
+"""One stream's fitted chain: predictor, transforms, grouping, quantizers, packed codes, back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,11 @@ from vqkv.errors import NotFittedError, SchemeError, StateError
 from vqkv.groupings import ChannelStats, Pairs
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout, Segment, SideField
+from vqkv.predictors import PREDICTORS, Predictor
 from vqkv.quantizers import QUANTIZERS, Quantizer
 from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig
 from vqkv.states import States
-from vqkv.transforms import TRANSFORMS, Transform
+from vqkv.transforms import TRANSFORMS, Metric, Transform
 from vqkv.transforms.statistics import moments
 
 
@@ -37,6 +38,9 @@ class Encoded:
 
 class Codec:
     """Codes the tokens of one stream, `[N, H, D]`.
+
+    Where the stream is predicted, `sources` are the reconstructions `[N, H, D]` of the same tokens
+    in the streams that the predictor names, in its order.
 
     Args:
         config: the stream's settings.
@@ -62,6 +66,9 @@ class Codec:
         self.head_dim = head_dim
         self.pairs = pairs
         self.where = where
+        self.predictor: Predictor | None = (
+            None if config.predictor is None else PREDICTORS.build(config.predictor)
+        )
         self.transforms: list[Transform] = [TRANSFORMS.build(c) for c in config.transforms]
         self.quantizers: list[Quantizer] = [
             QUANTIZERS.build(segment.quantizer) for segment in config.all_segments
@@ -75,28 +82,54 @@ class Codec:
 
     # -- fitting ---------------------------------------------------------------------------
 
-    def fit(self, states: States, *, samples: int, seed: int = 0) -> Codec:
+    def fit(
+        self,
+        states: States,
+        *,
+        samples: int,
+        seed: int = 0,
+        sources: Sequence[States] = (),
+        metric: torch.Tensor | None = None,
+    ) -> Codec:
         """Fit the whole chain: statistics on all tokens, codebooks on at most `samples` of them.
 
-        A data-free chain stays as it is.
+        A data-free chain stays as it is. `metric` is for transforms that ask for one.
 
         Raises:
             StateError: no tokens, another shape, NaN or infinity, or too few for the codebooks;
                 names the stream.
         """
         if not self.config.data_free:
-            self.fit_space(states)
+            states = self.fit_predictor(states, sources)
+            self.fit_space(states, metric)
             self.fit_quantizers(self.training_vectors(states, samples, seed), seed)
         return self
 
-    def fit_space(self, states: States) -> None:
+    def fit_predictor(self, states: States, sources: Sequence[States]) -> States:
+        """Fit the predictor, where there is one, and return what it leaves over."""
+        if not states.tokens:
+            raise StateError(f"{self.where}: there are no tokens to learn from")
+        states = states.map(self._checked)
+        predictor = self.predictor
+        if predictor is None:
+            return states
+        with self._named_in_errors():
+            predictor.fit(states, sources)
+        return States(
+            states.tokens,
+            lambda: states.beside(sources, lambda x, s: x - predictor.predict(s)),
+        )
+
+    @property
+    def metric(self) -> Metric | None:
+        """The metric that `fit_space` wants; the scheme makes sure that there is at most one."""
+        return next((t.metric for t in self.transforms if t.metric), None)
+
+    def fit_space(self, states: States, metric: torch.Tensor | None = None) -> None:
         """Fit the transforms in order, each on what those before it make, then the grouping."""
         with self._named_in_errors():
-            if not states.tokens:
-                raise StateError("there are no tokens to learn from")
-            states = states.map(self._checked)
             for transform in self.transforms:
-                transform.fit(states)
+                transform.fit(states, metric if transform.metric else None)
                 states = states.map(partial(_transformed, transform))
             needs_data = self.config.grouping.needs_data
             self._set_order(moments(states).rms.square().cpu() if needs_data else None)
@@ -104,7 +137,7 @@ class Codec:
     def training_vectors(self, states: States, samples: int, seed: int) -> list[torch.Tensor]:
         """What each segment's quantizer learns from: `[N', books, d]`."""
         with self._named_in_errors():
-            z, _ = self._forward(self._checked(states.sample(samples, seed)))
+            z, _ = self._forward(states.sample(samples, seed))
         return [self._to_books(part, s) for part, s in self._split(z)]
 
     def fit_quantizers(self, vectors: list[torch.Tensor], seed: int) -> None:
@@ -116,15 +149,19 @@ class Codec:
 
     # -- coding ----------------------------------------------------------------------------
 
-    def encode(self, x: torch.Tensor) -> Encoded:
+    def encode(self, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> Encoded:
         """Code tokens `[N, H, D]`.
 
         Raises:
-            StateError: another shape, NaN or infinity, or a token too large for its scale.
+            StateError: another shape, NaN or infinity, a token too large for its scale, or other
+                sources than the predictor's.
             NotFittedError: before `fit`.
         """
         with self._named_in_errors():
-            z, side = self._forward(self._checked(x).float())
+            x = self._checked(x).float()
+            if self.predictor is not None:
+                x = x - self._predicted(sources, len(x))
+            z, side = self._forward(x)
         packed = []
         for (part, segment), quantizer in zip(self._split(z), self.quantizers, strict=True):
             codes = quantizer.encode(self._to_books(part, segment))
@@ -132,11 +169,12 @@ class Codec:
             packed.append(pack(codes, segment.code_bits, self.layout))
         return Encoded(torch.cat(packed, -1), side)
 
-    def decode(self, encoded: Encoded) -> torch.Tensor:
+    def decode(self, encoded: Encoded, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """Reconstruct tokens, `[N, H, D]` in fp32.
 
         Raises:
-            StateError: codes or side scalars of another layout.
+            StateError: codes or side scalars of another layout, or other sources than the
+                predictor's.
             NotFittedError: before `fit`.
         """
         given = (encoded.codes.shape[1:], encoded.side.shape[1:])
@@ -158,13 +196,19 @@ class Codec:
         coded = torch.cat(parts, -1).flatten(1)
         z = torch.empty_like(coded)
         z[:, self._order().flatten()] = coded
-        return self._inverse(z.unflatten(1, (self.heads, self.head_dim)), encoded.side)
+        x = self._inverse(z.unflatten(1, (self.heads, self.head_dim)), encoded.side)
+        if self.predictor is None:
+            return x
+        with self._named_in_errors():
+            return x + self._predicted(sources, len(x))
 
     # -- state -----------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything learned, by flat name: `transforms.0.channels`, `segments.0.codewords`."""
         tensors: dict[str, torch.Tensor] = {}
+        if self.predictor is not None:
+            tensors |= {f"predictor.{k}": v for k, v in self.predictor.state().items()}
         for index, transform in enumerate(self.transforms):
             tensors |= {f"transforms.{index}.{k}": v for k, v in transform.state().items()}
         for index, quantizer in enumerate(self.quantizers):
@@ -175,7 +219,7 @@ class Codec:
 
     def planned_bytes(self, *, codebooks: bool = True) -> int:
         """Bytes of `state`, known before `fit`; without codebooks where another codec has them."""
-        planned = sum(t.planned_bytes(self.heads, self.head_dim) for t in self.transforms)
+        planned = sum(part.planned_bytes(self.heads, self.head_dim) for part in self._learning())
         if self.config.grouping.needs_data:
             planned += 8 * self.heads * self.head_dim  # the order, int64
         if codebooks:
@@ -189,6 +233,8 @@ class Codec:
         """Take over what `state` returned. Raises StateError where names or shapes do not fit."""
         rest = dict(tensors)
         with self._named_in_errors():
+            if self.predictor is not None:
+                self.predictor.load_state(take(rest, "predictor."))
             for index, transform in enumerate(self.transforms):
                 transform.load_state(take(rest, f"transforms.{index}."))
             for index, quantizer in enumerate(self.quantizers):
@@ -238,8 +284,13 @@ class Codec:
                 )
                 for segment in config.all_segments
             ),
-            head_local=config.grouping.head_local and all(t.head_local for t in self.transforms),
+            head_local=config.grouping.head_local
+            and all(part.head_local for part in self._learning()),
             sharing=config.sharing,
+            sources=tuple(
+                (source.stream, source.back)
+                for source in (config.predictor.sources if config.predictor else ())
+            ),
         )
 
     def _segment(self, index: int, config: SegmentConfig, units: int, channels: int) -> Segment:
@@ -274,6 +325,10 @@ class Codec:
             raise StateError(f"'order' is no permutation of {channels} channels")
         self.order_ = order
 
+    def _learning(self) -> list[Predictor | Transform]:
+        """What stands before the grouping."""
+        return [*([] if self.predictor is None else [self.predictor]), *self.transforms]
+
     def _check_shapes(self) -> None:
         for transform in self.transforms:
             channels = transform.state().get("channels")
@@ -281,6 +336,15 @@ class Codec:
                 raise StateError(
                     f"channels have shape {[self.heads, self.head_dim]}, "
                     f"given {list(channels.shape)}"
+                )
+        for part in self._learning():
+            held = sum(tensor.nbytes for tensor in part.state().values())
+            planned = part.planned_bytes(self.heads, self.head_dim)
+            if held != planned:
+                shapes = {name: list(tensor.shape) for name, tensor in part.state().items()}
+                raise StateError(
+                    f"{part.config.type}: its tensors take {planned} bytes for {self.heads} heads "
+                    f"of {self.head_dim} channels, given {held} bytes in {shapes}"
                 )
         for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
             books = quantizer.state().get("codewords")
@@ -312,6 +376,18 @@ class Codec:
             yield
         except (SchemeError, StateError) as error:
             raise type(error)(f"{self.where}: {error}") from error
+
+    def _predicted(self, sources: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
+        """Raises StateError where sources are missing or of another shape."""
+        assert self.predictor is not None
+        given = [list(source.shape) for source in sources]
+        expected = [tokens, self.heads, self.head_dim]
+        if given != [expected] * len(self.layout.sources):
+            raise StateError(
+                f"it is predicted from {len(self.layout.sources)} reconstructions {expected} of "
+                f"{list(self.layout.sources)} (stream, layers back), given {given}"
+            )
+        return self.predictor.predict(sources)
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transformed, ordered channels `[N, U, C/U]`, and the side scalars `[N, F]`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, MutableMapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from einops import rearrange
@@ -16,9 +17,10 @@ from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.geometry import Geometry
-from vqkv.layouts import PAGE_TOKENS
-from vqkv.scheme import STREAMS, Scheme, Stream, StreamConfig
+from vqkv.layouts import PAGE_TOKENS, Stream
+from vqkv.scheme import STREAMS, Scheme, StreamConfig
 from vqkv.states import States
+from vqkv.transforms import Metric
 
 if TYPE_CHECKING:
     from vqkv.cache import VQCache
@@ -28,12 +30,28 @@ if TYPE_CHECKING:
 StreamKey = tuple[int, Stream]
 
 
-class StateSource(Protocol):
+class StateSource(ABC):
     """Where `fit` reads a model's states: captured ones on disk, or tensors in a test."""
 
+    @abstractmethod
     def states(self, layer: int, stream: Stream) -> States:
         """Tokens of one stream; keys before or after RoPE, as that layer's scheme codes them."""
-        ...
+
+    def metric(self, layer: int, kind: Metric) -> torch.Tensor:
+        """`[H, D, D]`: an error e of a head's keys (`query`) or values (`output`) costs `eᵀ M e`.
+
+        Raises:
+            StateError: this source knows none.
+        """
+        raise StateError(f"{type(self).__name__} has no {kind} metric of layer {layer}")
+
+    def kept(self, layer: int, stream: Stream, states: States) -> States:
+        """The same states, computed once and kept until `forget`; here in memory."""
+        return States.of(torch.cat(list(states.chunks())))
+
+    def forget(self, layer: int, stream: Stream) -> None:
+        """What `kept` keeps of a stream is needed no more."""
+        return None  # here it goes with the states themselves
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,9 @@ class KVCompressor:
             else layer
             for (layer, stream), codec in self._codecs.items()
         }
+        self._last_use = {
+            used: layer for layer, stream in self._codecs for used in self.sources(layer, stream)
+        }
         self.fitted = scheme.data_free
 
     # -- fitting ---------------------------------------------------------------------------
@@ -129,13 +150,15 @@ class KVCompressor:
             layers for layers in self._families() if not self._codecs[layers[0]].config.data_free
         ]
         total, done = sum(map(len, families)), 0
+        reconstructions = Reconstructions(self, source)
         for family in families:
             names = {key: f"{key[0]}.{key[1]}" for key in family}
             if all(name in checkpoint for name in names.values()):
                 for key, name in names.items():
+                    reconstructions.forget_before(key)
                     self._restore(key, checkpoint[name])
             else:
-                self._fit_family(source, family, seed)
+                self._fit_family(source, reconstructions, family, seed)
                 for key, name in names.items():
                     codec = self._codecs[key]
                     checkpoint[name] = FittedStream(codec.state(), codec.health)
@@ -153,13 +176,34 @@ class KVCompressor:
             families.setdefault((self._home(layer, stream), stream), []).append((layer, stream))
         return list(families.values())
 
-    def _fit_family(self, source: StateSource, family: list[StreamKey], seed: int) -> None:
+    def sources(self, layer: int, stream: Stream) -> list[StreamKey]:
+        """The streams that a stream is predicted from, in its predictor's order."""
+        place = self.geometry.compressed.index(layer)
+        return [
+            (self.geometry.compressed[place - back], source)
+            for source, back in self._codecs[layer, stream].layout.sources
+        ]
+
+    def last_use(self, layer: int, stream: Stream) -> int | None:
+        """The last layer with a stream that is predicted from this one; None if there is none."""
+        return self._last_use.get((layer, stream))
+
+    def _fit_family(
+        self,
+        source: StateSource,
+        reconstructions: Reconstructions,
+        family: list[StreamKey],
+        seed: int,
+    ) -> None:
         """Fit streams that share codebooks, these from an equal share of each one's tokens."""
         share = -(-self.scheme.calibration.samples // len(family))
         vectors = []
         for key in family:
-            codec, states = self._codecs[key], source.states(*key)
-            codec.fit_space(states)
+            codec = self._codecs[key]
+            reconstructions.forget_before(key)
+            states = codec.fit_predictor(source.states(*key), reconstructions.of(key))
+            kind = codec.metric
+            codec.fit_space(states, None if kind is None else source.metric(key[0], kind))
             vectors.append(codec.training_vectors(states, share, seed))
         first, *others = (self._codecs[key] for key in family)
         first.fit_quantizers([torch.cat(segment) for segment in zip(*vectors, strict=True)], seed)
@@ -227,18 +271,31 @@ class KVCompressor:
         """Every (layer, stream) with its codec, in model order, keys before values."""
         yield from self._codecs.items()
 
-    def encode(self, layer: int, stream: Stream, x: torch.Tensor) -> Encoded:
+    def encode(
+        self, layer: int, stream: Stream, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
+    ) -> Encoded:
         """Code states `[B, H, T, D]` as `B·T` tokens, row by row.
 
-        Raises:
-            StateError: another shape, or NaN or infinity.
-        """
-        tokens = rearrange(x, "b h t d -> (b t) h d")
-        return self.codec(layer, stream, x.device).encode(tokens)
+        A predicted stream needs its `sources`: what `decode` gave for the streams that `sources`
+        names, `[B, H, T, D]` each.
 
-    def decode(self, layer: int, stream: Stream, encoded: Encoded, batch: int = 1) -> torch.Tensor:
-        """States `[B, H, T, D]` (fp32) of what `encode` returned."""
-        tokens = self.codec(layer, stream, encoded.codes.device).decode(encoded)
+        Raises:
+            StateError: another shape, NaN or infinity, or other sources than the predictor's.
+        """
+        codec = self.codec(layer, stream, x.device)
+        return codec.encode(_tokens(x), [_tokens(source) for source in sources])
+
+    def decode(
+        self,
+        layer: int,
+        stream: Stream,
+        encoded: Encoded,
+        batch: int = 1,
+        sources: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """States `[B, H, T, D]` (fp32) of what `encode` returned, with the same `sources`."""
+        codec = self.codec(layer, stream, encoded.codes.device)
+        tokens = codec.decode(encoded, [_tokens(source) for source in sources])
         return rearrange(tokens, "(b t) h d -> b h t d", b=batch)
 
     def identity(self) -> str:
@@ -273,11 +330,16 @@ class KVCompressor:
         return sum(codec.layout.bytes_per_token for codec in self._codecs.values())
 
     def side_bytes(self) -> dict[str, int]:
-        """Bytes that do not grow with tokens: codebooks, transforms, channel orders, their sum."""
-        found = {"codebooks": 0, "transforms": 0, "orders": 0}
+        """Bytes that do not grow with tokens, by what they are of, and their sum."""
+        kinds = {
+            "segments": "codebooks",
+            "transforms": "transforms",
+            "predictor": "predictors",
+            "order": "orders",
+        }
+        found = dict.fromkeys(kinds.values(), 0)
         for _, name, tensor in self.tensors():
-            kind = name.partition(".")[0]
-            found[{"segments": "codebooks", "order": "orders"}.get(kind, kind)] += tensor.nbytes
+            found[kinds[name.partition(".")[0]]] += tensor.nbytes
         return {**found, "total": sum(found.values())}
 
     def planned_side_bytes(self) -> int:
@@ -414,3 +476,52 @@ class KVCompressor:
             f"KVCompressor({self.scheme.name!r}, {len(self.geometry.compressed)} layers, "
             f"{self.bits_per_value:g} bits per value, {state})"
         )
+
+
+class Reconstructions:
+    """What fitted streams decode to, for the streams that are predicted from them."""
+
+    def __init__(self, compressor: KVCompressor, source: StateSource) -> None:
+        self._compressor = compressor
+        self._source = source
+        self._kept: dict[StreamKey, States] = {}
+        order = [key for key, _ in compressor.codecs()]
+        #: The last stream, in model order, that each one is a source of.
+        self._last_use = {used: key for key in order for used in compressor.sources(*key)}
+        self._place = {key: place for place, key in enumerate(order)}
+
+    def of(self, key: StreamKey) -> list[States]:
+        """Reconstructions of the sources of a stream, all of which have been fitted."""
+        return [self._of(used) for used in self._compressor.sources(*key)]
+
+    def forget_before(self, key: StreamKey) -> None:
+        """Let go of what neither this stream nor any after it is predicted from.
+
+        What a later stream needs is computed first: it may depend on what goes.
+        """
+        for used in [u for u, last in self._last_use.items() if self._place[u] < self._place[key]]:
+            if self._place[self._last_use[used]] >= self._place[key]:
+                self._of(used)
+        for used in list(self._kept):
+            if self._place[self._last_use[used]] < self._place[key]:
+                del self._kept[used]
+                self._source.forget(*used)
+
+    def _of(self, key: StreamKey) -> States:
+        if key not in self._kept:
+            layer, stream = key
+            codec = self._compressor._codecs[key]
+            states = self._source.states(layer, stream)
+            sources = self.of(key)
+
+            def through(x: torch.Tensor, s: list[torch.Tensor]) -> torch.Tensor:
+                return codec.decode(codec.encode(x, s), s)
+
+            decoded = States(states.tokens, lambda: states.beside(sources, through))
+            self._kept[key] = self._source.kept(layer, stream, decoded)
+        return self._kept[key]
+
+
+def _tokens(states: torch.Tensor) -> torch.Tensor:
+    """States `[B, H, T, D]` as tokens `[B·T, H, D]`, row by row."""
+    return rearrange(states, "b h t d -> (b t) h d")

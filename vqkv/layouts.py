@@ -9,6 +9,7 @@ from typing import Literal
 #: Tokens of a page. Pages start at multiples of it, counted from a row's first token.
 PAGE_TOKENS = 64
 
+Stream = Literal["keys", "values"]
 Rope = Literal["pre", "post"]
 Sharing = Literal["group", "head", "layer", "model"]
 
@@ -72,6 +73,7 @@ class Layout:
         pairs_whole: every RoPE pair lies inside one subvector.
         head_local: codes and transforms never mix heads.
         sharing: which subvectors read the same codebook.
+        sources: (stream, compressed layers back) of what the tokens are predicted from.
     """
 
     heads: int
@@ -82,6 +84,7 @@ class Layout:
     pairs_whole: bool = False
     head_local: bool = True
     sharing: Sharing = "group"
+    sources: tuple[tuple[Stream, int], ...] = ()
 
     @classmethod
     def of_codebook(cls, books: int, stages: int, codewords: int, dim: int) -> Layout:

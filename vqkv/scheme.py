@@ -11,15 +11,15 @@ from pydantic import Field, field_validator, model_validator
 
 from vqkv.errors import SchemeError
 from vqkv.groupings import GroupingChoice, Strided
-from vqkv.layouts import Rope, Sharing
+from vqkv.layouts import Rope, Sharing, Stream
+from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
 from vqkv.quantizers import QuantizerChoice
 from vqkv.registry import Config
-from vqkv.transforms import TRANSFORMS, TransformChoice
+from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
 
 if TYPE_CHECKING:
     from vqkv.geometry import Geometry  # imports transformers, which a scheme can do without
 
-Stream = Literal["keys", "values"]
 STREAMS: tuple[Stream, ...] = ("keys", "values")
 
 
@@ -34,8 +34,11 @@ class SegmentConfig(Config):
 
 
 class StreamConfig(Config):
-    """How one stream is coded: transforms, then grouping, then quantizer."""
+    """How one stream is coded: prediction, transforms, grouping, then quantizer."""
 
+    predictor: PredictorChoice | None = Field(
+        default=None, description="Subtracts what streams decoded earlier tell."
+    )
     transforms: tuple[TransformChoice, ...] = ()
     grouping: GroupingChoice
     sharing: Sharing = Field(
@@ -61,6 +64,7 @@ class StreamConfig(Config):
                 f"sharing 'head' needs groups within heads; {self.grouping.type} groups cross "
                 "them: use 'group', 'layer' or 'model'"
             )
+        self._check_metrics()
         dims = {self.dim_of(segment) for segment in self.segments}
         if isinstance(self.grouping, Strided) and dims - {self.grouping.dim}:
             raise ValueError(
@@ -69,6 +73,39 @@ class StreamConfig(Config):
         for segment in self.all_segments:
             _check_learner(segment.quantizer, self.dim_of(segment))
         return self
+
+    @field_validator("predictor")
+    @classmethod
+    def _from_streams_before(cls, predictor: PredictorConfig | None) -> PredictorConfig | None:
+        sources = predictor.sources if predictor else ()
+        for index, source in enumerate(sources):
+            if source.back == 0 and source.stream == "values":
+                raise ValueError(
+                    f"sources.{index}: a stream cannot be predicted from itself: values with "
+                    "`back` 0; give keys, or `back` of at least 1"
+                )
+        if len(set(sources)) < len(sources):
+            raise ValueError("sources: each stream is named once")
+        return predictor
+
+    def _check_metrics(self) -> None:
+        """A metric is of the stream as it is, so nothing may have bent its space before."""
+        own: Metric = "query" if isinstance(self, KeysConfig) else "output"
+        for index, config in enumerate(self.transforms):
+            metric = TRANSFORMS.build(config).metric
+            if metric is None:
+                continue
+            if metric != own:
+                raise ValueError(
+                    f"transforms.{index}: the metric of {'keys' if own == 'query' else 'values'} "
+                    f"is {own!r}, given {metric!r}"
+                )
+            for before in self.transforms[:index]:
+                if not TRANSFORMS.get(before.type).keeps_metric:
+                    raise ValueError(
+                        f"transforms.{index}: a transform in the {metric!r} metric cannot follow "
+                        f"{before.type!r}, which changes the space: put it first"
+                    )
 
     def dim_of(self, segment: SegmentConfig) -> int:
         """d: channels of a subvector in one of the segments."""
@@ -85,7 +122,8 @@ class StreamConfig(Config):
     def data_free(self) -> bool:
         """No part of it learns from data."""
         return (
-            not self.grouping.needs_data
+            (self.predictor is None or not PREDICTORS.get(self.predictor.type).needs_data)
+            and not self.grouping.needs_data
             and not any(TRANSFORMS.get(t.type).needs_data for t in self.transforms)
             and all(segment.quantizer.data_free for segment in self.all_segments)
         )
@@ -95,6 +133,17 @@ class KeysConfig(StreamConfig):
     """How keys are coded, and whether before or after RoPE turns them."""
 
     rope: Rope = Field(description="Code keys before (pre) or after (post) rotary embedding.")
+
+    @field_validator("predictor")
+    @classmethod
+    def _from_earlier_layers(cls, predictor: PredictorConfig | None) -> PredictorConfig | None:
+        for index, source in enumerate(predictor.sources if predictor else ()):
+            if source.back == 0:
+                raise ValueError(
+                    f"sources.{index}: keys are decoded before this layer's {source.stream}, so "
+                    "they are predicted from layers before: `back` is at least 1, given 0"
+                )
+        return predictor
 
 
 class Residency(Config):
@@ -161,6 +210,29 @@ class Scheme(Config):
             raise ValueError(f"each layer is overridden once; given twice: {twice}")
         return layers
 
+    @model_validator(mode="after")
+    def _first_layer_needs_no_other(self) -> Self:
+        named = [override for override in self.layers if 0 in override.layers]
+        for stream in STREAMS:
+            overrides = (getattr(override, stream) for override in named)
+            config = next((c for c in overrides if c is not None), getattr(self, stream))
+            if config.predictor and any(source.back for source in config.predictor.sources):
+                raise ValueError(
+                    f"{stream}.predictor: nothing comes before layer 0: add an override such as "
+                    f"`layers: [{{layers: [0], {stream}: {{predictor: null}}}}]`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_fit(self) -> Self:
+        predicted = any(config.predictor for config in self._streams())
+        if predicted and any(config.sharing == "model" for config in self._streams()):
+            raise ValueError(
+                "sharing 'model' fits all layers together, predictors fit them one after another: "
+                "share codebooks by 'group', 'head' or 'layer'"
+            )
+        return self
+
     @property
     def data_free(self) -> bool:
         """Usable without calibration."""
@@ -190,6 +262,9 @@ class Scheme(Config):
                 f"{self.name}: layers: {outside} are not in a model of {geometry.layers} layers "
                 f"(0 to {last}, or -{geometry.layers} to -1)"
             )
+        for place, layer in enumerate(geometry.compressed):
+            for stream in STREAMS:
+                self._check_sources(place, layer, stream, geometry)
         meant = [layer % geometry.layers for layer in named]
         twice = sorted({layer for layer in meant if meant.count(layer) > 1})
         if twice:
@@ -197,6 +272,17 @@ class Scheme(Config):
                 f"{self.name}: layers: each layer is overridden once; {named} name {twice} twice "
                 f"in a model of {geometry.layers} layers"
             )
+
+    def _check_sources(self, place: int, layer: int, stream: Stream, geometry: Geometry) -> None:
+        """The sources of the compressed layer at `place` exist."""
+        predictor = self.stream(layer, stream, geometry.layers).predictor
+        for source in predictor.sources if predictor else ():
+            if source.back > place:
+                raise SchemeError(
+                    f"{self.name}: {stream} of layer {layer}: predictor: needs {source.stream} "
+                    f"{source.back} compressed layers back, but only {place} come before; override "
+                    f"this layer with `predictor: null` or nearer sources"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; `Scheme.model_validate` takes them back."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from vqkv.codebooks import LEARNERS
 from vqkv.errors import SchemeError
 from vqkv.groupings import GROUPINGS
+from vqkv.predictors import PREDICTORS
 from vqkv.quantizers import QUANTIZERS
 from vqkv.registry import did_you_mean, explain, schema_with_members
 from vqkv.scheme import Scheme, merge
@@ -48,7 +49,7 @@ def scheme_schema() -> dict[str, Any]:
     Blocks may be partial, as a base or the scheme's own streams can complete them; loading is
     what finds a missing field.
     """
-    schema = schema_with_members(Scheme, (GROUPINGS, TRANSFORMS, QUANTIZERS, LEARNERS))
+    schema = schema_with_members(Scheme, (PREDICTORS, GROUPINGS, TRANSFORMS, QUANTIZERS, LEARNERS))
     for definition in schema["$defs"].values():
         definition.pop("required", None)
     schema["$defs"]["Scheme"] |= {"required": ["name"]}

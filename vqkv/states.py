@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,15 @@ class States:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> States:
         """The same tokens with a function applied to each chunk as it is read."""
         return States(self.tokens, lambda: (function(chunk) for chunk in self.chunks()))
+
+    def beside(
+        self,
+        others: Sequence[States],
+        function: Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """`function(chunk, [chunk of each other])`, chunk by chunk; all hold the same tokens."""
+        for x, *rest in zip(self.chunks(), *(other.chunks() for other in others), strict=True):
+            yield function(x, rest)
 
     def sample(self, count: int, seed: int) -> torch.Tensor:
         """At most `count` tokens drawn at random without repeats, in order: `[n, H, D]`."""

@@ -22,12 +22,20 @@ from vqkv.compressor import KVCompressor
 from vqkv.errors import NotFittedError, StateError
 from vqkv.groupings import ChannelStats, Grouping
 from vqkv.layouts import PAGE_TOKENS
+from vqkv.predictors import Predictor
 from vqkv.quantizers import Quantizer
 from vqkv.registry import Config, config_class
 from vqkv.states import States
 from vqkv.transforms import Transform
 
-__all__ = ["check_cache", "check_grouping", "check_learner", "check_quantizer", "check_transform"]
+__all__ = [
+    "check_cache",
+    "check_grouping",
+    "check_learner",
+    "check_predictor",
+    "check_quantizer",
+    "check_transform",
+]
 
 SAMPLES, SUBSPACES, DIM = 512, 3, 4
 
@@ -156,7 +164,8 @@ def check_transform(
     transform = cls(**settings)
     if transform.needs_data:
         _raises(NotFittedError, lambda: transform.forward(x), "forward before fit")
-    transform.fit(States.of(x))
+    root = torch.randn(heads, head_dim, head_dim, generator=torch.Generator().manual_seed(1))
+    transform.fit(States.of(x), root @ root.transpose(1, 2) if transform.metric else None)
     z, side = transform.forward(x)
     assert z.shape == x.shape, f"forward keeps the shape {list(x.shape)}, got {list(z.shape)}"
     declared = transform.side_count(heads)
@@ -174,6 +183,46 @@ def check_transform(
     other = cls(**settings)
     other.load_state(state)
     assert torch.equal(other.forward(x)[0], z), "state carries everything that forward needs"
+
+
+def check_predictor(
+    cls: type[Predictor], *, heads: int = 2, head_dim: int = 16, **settings: Any
+) -> None:
+    """Check a predictor class: deterministic, no noise, state survives a round trip.
+
+    `settings` name the sources where the class does not take any two.
+    """
+    sources = settings.pop("sources", ({"stream": "keys", "back": 1},))
+    settings = {"sources": sources, **settings}
+    _check_config(cls, settings)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(64, heads, head_dim, generator=generator) for _ in sources]
+    x = torch.randn(64, heads, head_dim, generator=generator) + sum(given)
+    predictor = cls(**settings)
+    if predictor.needs_data:
+        _raises(NotFittedError, lambda: predictor.predict(given), "predict before fit")
+    assert predictor.fit(States.of(x), [States.of(s) for s in given]) is predictor, (
+        "fit returns the predictor"
+    )
+    predicted = predictor.predict(given)
+    assert predicted.shape == x.shape, f"predict gives {list(x.shape)}, got {list(predicted.shape)}"
+    assert bool(torch.isfinite(predicted).all()), "predict gives finite values"
+    assert (x - predicted).square().mean() < x.square().mean(), "predict beats the zero vector"
+    one = predictor.predict([source[5:6] for source in given])
+    assert torch.allclose(one, predicted[5:6], atol=1e-5), "predict treats tokens alike"
+    if predictor.head_local and heads > 1:
+        moved = [torch.cat([s[:, :1], s[:, 1:] + 1], 1) for s in given]
+        assert torch.equal(predictor.predict(moved)[:, 0], predicted[:, 0]), (
+            "head_local says that heads do not mix, but they do"
+        )
+    state = predictor.state()
+    planned = predictor.planned_bytes(heads, head_dim)
+    held = sum(tensor.nbytes for tensor in state.values())
+    assert planned == held, f"planned_bytes says {planned}, state has {held}"
+    other = cls(**settings)
+    other.load_state(state)
+    assert torch.equal(other.predict(given), predicted), "state carries everything"
+    _raises(StateError, lambda: cls(**settings).load_state({"nonsense": x}), "a wrong state name")
 
 
 def check_cache(compressor: KVCompressor, model: Any) -> None:

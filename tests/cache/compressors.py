@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from vqkv.cache.rope import RotaryAdapter
-from vqkv.compressor import KVCompressor
+from vqkv.compressor import KVCompressor, StateSource
 from vqkv.geometry import Geometry
-from vqkv.scheme import Stream
+from vqkv.layouts import Stream
 from vqkv.scheme_files import scheme_from_dict
 from vqkv.states import States
 
@@ -43,7 +43,7 @@ def scheme_dict(
     }
 
 
-class ModelStates:
+class ModelStates(StateSource):
     """States of a forward over random tokens, pre-RoPE keys where the scheme wants them."""
 
     def __init__(self, model: PreTrainedModel, geometry: Geometry, rope: str) -> None:

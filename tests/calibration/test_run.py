@@ -128,9 +128,9 @@ def test_it_learns_from_the_models_states_without_the_sinks(
 ) -> None:
     seen: dict[str, int] = {}
 
-    def fit_space(codec: Codec, states: States) -> None:
+    def fit_space(codec: Codec, states: States, metric: torch.Tensor | None = None) -> None:
         seen[codec.where] = states.tokens
-        original(codec, states)
+        original(codec, states, metric)
 
     original = Codec.fit_space
     monkeypatch.setattr(Codec, "fit_space", fit_space)
@@ -349,11 +349,11 @@ def interrupt_learning(monkeypatch: pytest.MonkeyPatch, at: str | None) -> list[
     fitted: list[str] = []
     original = Codec.fit_space
 
-    def fit_space(codec: Codec, states: States) -> None:
+    def fit_space(codec: Codec, states: States, metric: torch.Tensor | None = None) -> None:
         if codec.where == at:
             raise Interrupted
         fitted.append(codec.where)
-        original(codec, states)
+        original(codec, states, metric)
 
     monkeypatch.setattr(Codec, "fit_space", fit_space)
     return fitted

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -16,6 +17,7 @@ from vqkv.artefact import check_fits
 from vqkv.cache.rows import Rows
 from vqkv.compressor import KVCompressor
 from vqkv.errors import CacheError
+from vqkv.layouts import Stream
 
 
 class BeforeUseCache(Cache):
@@ -66,6 +68,7 @@ class BeforeUseLayer(CacheLayerMixin):
         self._length = key_states.shape[2]
         keys = self._keys(key_states).to(key_states.dtype)
         values = self._through("values", value_states).to(value_states.dtype)
+        self.rows.decoded.release(self.index, self.compressor)
         sinks = self.compressor.scheme.residency.sinks
         keys[:, :, :sinks] = key_states[:, :, :sinks]
         values[:, :, :sinks] = value_states[:, :, :sinks]
@@ -96,6 +99,16 @@ class BeforeUseLayer(CacheLayerMixin):
         decoded = self._through("keys", rotary.unrotate(self.index, keys, tables))
         return rotary.rotate(self.index, decoded, tables)
 
-    def _through(self, stream: Any, states: torch.Tensor) -> torch.Tensor:
-        encoded = self.compressor.encode(self.index, stream, states)
-        return self.compressor.decode(self.index, stream, encoded, batch=states.shape[0])
+    def _through(self, stream: Stream, states: torch.Tensor) -> torch.Tensor:
+        batch, _, tokens, _ = states.shape
+        rows = torch.arange(batch)
+        sources = [
+            self.rows.decoded.get(key, rows, 0, tokens)
+            for key in self.compressor.sources(self.index, stream)
+        ]
+        codec = self.compressor.codec(self.index, stream, states.device)
+        given = rearrange(states, "b h t d -> (b t) h d")
+        decoded = codec.decode(codec.encode(given, sources), sources)
+        if self.compressor.last_use(self.index, stream) is not None:
+            self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded)
+        return rearrange(decoded, "(b t) h d -> b h t d", b=batch)

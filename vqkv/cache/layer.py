@@ -21,7 +21,8 @@ from vqkv.cache.rows import Rows
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.errors import CacheError
-from vqkv.layouts import PAGE_TOKENS
+from vqkv.layouts import PAGE_TOKENS, Stream
+from vqkv.scheme import STREAMS
 
 #: Tokens decoded at a time, which bounds what decoding holds beside its result.
 DECODE_TOKENS = 4096
@@ -99,6 +100,7 @@ class VQLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
         old, new = self._length, self._length + key_states.shape[2]
+        self._share_history()
         # While candidates may be rolled back, tokens are coded by the length before them.
         self._code(old if self._recording else new, old)
         self._tail_keys = torch.cat([self._tail_keys, key_states], 2)
@@ -110,7 +112,12 @@ class VQLayer(CacheLayerMixin):
         read = self.read(0, new)
         if not self._recording:
             self._code(new, new)
+        self.release()
         return read
+
+    def release(self) -> None:
+        """This layer's part of the forward is over: let go of reconstructions none needs now."""
+        self.rows.decoded.release(self.index, self._compressor)
 
     def get_seq_length(self) -> int:
         """T: slots held, padding included."""
@@ -204,8 +211,8 @@ class VQLayer(CacheLayerMixin):
             for first in range(low, high, DECODE_TOKENS):
                 last = min(first + DECODE_TOKENS, high)
                 slots = slice(pad + first - start, pad + last - start)
-                keys[rows, :, slots] = self._decode_keys(rows, pad, first, last).to(self.dtype)
-                values[rows, :, slots] = self._decode_values(rows, first, last).to(self.dtype)
+                keys[rows, :, slots] = self._read_keys(rows, pad, first, last).to(self.dtype)
+                values[rows, :, slots] = self._read_values(rows, first, last).to(self.dtype)
             sinks = min(high, self._sink_keys.shape[2])
             if low < sinks:
                 slots = slice(pad + low - start, pad + sinks - start)
@@ -221,12 +228,12 @@ class VQLayer(CacheLayerMixin):
     @property
     def key_codec(self) -> Codec:
         """The keys' codec, with codebooks on this layer's device."""
-        return self._compressor.codec(self.index, "keys", self.device)
+        return self._codec("keys")
 
     @property
     def value_codec(self) -> Codec:
         """The values' codec, with codebooks on this layer's device."""
-        return self._compressor.codec(self.index, "values", self.device)
+        return self._codec("values")
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the layer's tensors: codes with their side, exact sinks, exact tail."""
@@ -322,8 +329,8 @@ class VQLayer(CacheLayerMixin):
             keys = self._rotary().unrotate(
                 self.index, keys, self._tables(rows, pad + start, pad + stop)
             )
-        self._keys.write(rows, start, self.key_codec.encode(_tokens(keys)))
-        self._values.write(rows, start, self.value_codec.encode(_tokens(values)))
+        self._encode("keys", rows, start, keys)
+        self._encode("values", rows, start, values)
         for row in rows.tolist():
             self.coded[row] = stop
 
@@ -341,17 +348,64 @@ class VQLayer(CacheLayerMixin):
         self._sink_keys[rows, :, start:stop] = keys[:, :, : stop - start]
         self._sink_values[rows, :, start:stop] = values[:, :, : stop - start]
 
-    def _decode_keys(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> torch.Tensor:
+    def _encode(self, stream: Stream, rows: torch.Tensor, start: int, states: torch.Tensor) -> None:
+        """Code states `[rows, H, n, D]`, pre-RoPE where the scheme says so, from `start` on."""
+        stop = start + states.shape[2]
+        sources = self._sources(stream, rows, start, stop)
+        tokens = rearrange(states, "b h t d -> (b t) h d")
+        self._store(stream).write(rows, start, self._codec(stream).encode(tokens, sources))
+        if self._compressor.last_use(self.index, stream) is not None:
+            self._share(stream, rows, start, stop)
+
+    def _share_history(self) -> None:
+        """Put what streams are predicted from that are yet to come where they will find it."""
+        if self.index == self._compressor.geometry.compressed[0]:
+            self.rows.decoded.clear()
+        for stream in STREAMS:
+            if self._compressor.last_use(self.index, stream) is not None:
+                for rows, _, coded in self._groups():
+                    for start in range(0, coded, DECODE_TOKENS):
+                        self._share(stream, rows, start, min(start + DECODE_TOKENS, coded))
+
+    def _share(self, stream: Stream, rows: torch.Tensor, start: int, stop: int) -> None:
+        tokens = self._decode(stream, rows, start, stop)
+        self.rows.decoded.put((self.index, stream), len(self.coded), rows, start, tokens)
+
+    def _sources(
+        self, stream: Stream, rows: torch.Tensor, start: int, stop: int
+    ) -> list[torch.Tensor]:
+        keys = self._compressor.sources(self.index, stream)
+        found = [self.rows.decoded.get(key, rows, start, stop) for key in keys]
+        return [tokens.to(self.device) for tokens in found]
+
+    def _decode(self, stream: Stream, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Tokens `[rows · n, H, D]` in fp32, as they are coded."""
+        sources = self._sources(stream, rows, start, stop)
+        return self._codec(stream).decode(self._store(stream).read(rows, start, stop), sources)
+
+    def _decoded(self, stream: Stream, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The same, from what is shared where it has been decoded already."""
+        if self.rows.decoded.holds((self.index, stream)):
+            return self.rows.decoded.get((self.index, stream), rows, start, stop)
+        return self._decode(stream, rows, start, stop)
+
+    def _codec(self, stream: Stream) -> Codec:
+        return self._compressor.codec(self.index, stream, self.device)
+
+    def _store(self, stream: Stream) -> PageStore:
+        return self._keys if stream == "keys" else self._values
+
+    def _read_keys(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> torch.Tensor:
         """Keys after RoPE, `[rows, H, n, D]` in fp32."""
-        tokens = self.key_codec.decode(self._keys.read(rows, start, stop))
+        tokens = self._decoded("keys", rows, start, stop)
         keys = rearrange(tokens, "(b t) h d -> b h t d", b=len(rows))
         if self.key_codec.layout.rope == "pre":
             tables = self._tables(rows, pad + start, pad + stop)
             return self._rotary().rotate(self.index, keys, tables)
         return keys
 
-    def _decode_values(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        tokens = self.value_codec.decode(self._values.read(rows, start, stop))
+    def _read_values(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        tokens = self._decoded("values", rows, start, stop)
         return rearrange(tokens, "(b t) h d -> b h t d", b=len(rows))
 
     def _rotary(self) -> RotaryAdapter:
@@ -380,8 +434,3 @@ class VQLayer(CacheLayerMixin):
             self._values.to(device)
             for name in self._TENSORS:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-
-
-def _tokens(states: torch.Tensor) -> torch.Tensor:
-    """States `[B, H, T, D]` as tokens `[B·T, H, D]`, row by row."""
-    return rearrange(states, "b h t d -> (b t) h d")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vqkv.cache.decoded import Decoded
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.errors import CacheError
 
@@ -20,12 +21,14 @@ class Rows:
         positions: position of each slot, `[B, T]` (int32); None while no attached model said.
         rotary: the attached model's rotary embedding; None while no model is attached.
         attend: the attached model's attention reads codes.
+        decoded: reconstructions that the running forward shares.
     """
 
     pads: list[int] = field(default_factory=list)
     positions: torch.Tensor | None = None
     rotary: RotaryAdapter | None = None
     attend: bool = False
+    decoded: Decoded = field(default_factory=Decoded)
 
     @property
     def known(self) -> int:

@@ -19,13 +19,14 @@ from vqkv.artefact import FILES, base_model_name
 from vqkv.attention import text_config
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
+from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
 from vqkv.calibration.windows import calibration_windows, read_text
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError
 from vqkv.folders import check_free
 from vqkv.geometry import Geometry
-from vqkv.scheme import Scheme, Stream
+from vqkv.scheme import Scheme
 from vqkv.version import __version__
 
 #: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
@@ -132,7 +133,8 @@ def calibrate(
             start = time.perf_counter()
             _capture(model, compressor, windows, spool, progress)
             captured = time.perf_counter()
-            _learn(compressor, spool, partial, seed, progress)
+            source = CapturedStates(spool, model, compressor, context)
+            _learn(compressor, source, partial, seed, progress)
             capture_seconds, learn_seconds = captured - start, time.perf_counter() - captured
         compressor.save_pretrained(out, overwrite=overwrite)
         shutil.rmtree(partial)
@@ -140,12 +142,14 @@ def calibrate(
 
 
 def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
-    """What a compressor learns from, by layer: keys before or after RoPE, and values."""
+    """What a compressor learns from, by layer: keys and queries before or after RoPE, values."""
     wants: dict[int, list[Kind]] = {}
     for (layer, stream), codec in compressor.codecs():
         if not codec.config.data_free:
             pre = stream == "keys" and codec.layout.rope == "pre"
             wants.setdefault(layer, []).append("pre_keys" if pre else stream)
+            if codec.metric == "query":
+                wants[layer].append("pre_queries" if pre else "queries")
     return wants
 
 
@@ -195,8 +199,10 @@ def _capture(
         return
 
     def take(layer: int, kind: Kind, states: torch.Tensor) -> None:
-        stream: Stream = "values" if kind == "values" else "keys"
-        spool.append(layer, stream, states)
+        if kind in ("queries", "pre_queries"):
+            spool.add_queries(layer, states)
+        else:
+            spool.append(layer, "values" if kind == "values" else "keys", states)
 
     with StateCapture(model, wanted_kinds(compressor), take) as capture:
         for window in windows[spool.windows :]:
@@ -208,7 +214,11 @@ def _capture(
 
 
 def _learn(
-    compressor: KVCompressor, spool: Spool, partial: Path, seed: int, progress: Progress | None
+    compressor: KVCompressor,
+    source: CapturedStates,
+    partial: Path,
+    seed: int,
+    progress: Progress | None,
 ) -> None:
     if progress is not None:
         progress("learn", 0, sum(not codec.config.data_free for _, codec in compressor.codecs()))
@@ -217,4 +227,4 @@ def _learn(
         if progress is not None:
             progress("learn", done, total)
 
-    compressor.fit(spool, seed=seed, progress=tell, checkpoint=StreamFiles(partial))
+    compressor.fit(source, seed=seed, progress=tell, checkpoint=StreamFiles(partial))

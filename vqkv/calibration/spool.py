@@ -3,7 +3,8 @@
 One file per stream, `3.keys.raw`: tokens in a row, each `[H, D]`, little-endian, in the type that
 the model computes in. `index.json` says how much of the files is whole; what a killed process
 wrote beyond that is cut off when the spool is opened again. Files are read with plain reads: pages
-of a memory map would count as resident memory.
+of a memory map would count as resident memory. Of queries the sums of their products are kept, in
+`products-7.safetensors` after 7 windows. `3.keys.decoded` are reconstructions, made when needed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from vqkv.codebooks.base import check_finite
 from vqkv.errors import ArtefactError, StateError
-from vqkv.scheme import Stream
+from vqkv.layouts import Stream
 from vqkv.states import CHUNK_TOKENS, States
 
 _INDEX = "index.json"
@@ -46,7 +50,7 @@ class _Form:
 
 
 class Spool:
-    """Appends states window by window; a `StateSource` of what it holds.
+    """Appends states window by window and reads them back.
 
     Args:
         folder: made where it is missing; an earlier spool in it is gone on with.
@@ -63,6 +67,7 @@ class Spool:
         self.tokens = 0
         self._pending = 0
         self._forms: dict[str, _Form] = {}
+        self._products: dict[str, torch.Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _INDEX).exists():
             self._read_index()
@@ -85,36 +90,75 @@ class Spool:
         with self._path(name).open("ab") as file:
             file.write(bits.astype(bits.dtype.newbyteorder("<"), copy=False).data)
 
+    def add_queries(self, layer: int, queries: torch.Tensor) -> None:
+        """Add what queries `[B, Q, T, D]` of the current window sum up to.
+
+        Raises:
+            StateError: NaN or infinity; names layer and window.
+        """
+        queries = queries[:, :, self.sinks :]
+        check_finite(queries, f"queries of layer {layer} in window {self.windows}", "[B, Q, T, D]")
+        rows = rearrange(queries.double(), "b q t d -> q (b t) d")
+        product = rows.transpose(1, 2) @ rows
+        held = self._products.get(str(layer))
+        self._products[str(layer)] = product.cpu() + (0 if held is None else held)
+
+    def query_moments(self, layer: int) -> torch.Tensor:
+        """`Σ_q = E[q qᵀ]` of each query head, `[Q, D, D]` in fp64."""
+        if str(layer) not in self._products:
+            raise StateError(f"queries of layer {layer}: none were captured")
+        return self._products[str(layer)] / self.tokens
+
     def finish_window(self) -> None:
         """The current window is whole: keep it."""
         self.windows += 1
+        if self._products:
+            save_file(self._products, self._products_path(self.windows))
         self.tokens += self._pending
         index = {
             "windows": self.windows,
             "tokens": self.tokens,
+            "products": bool(self._products),
             "streams": {name: asdict(form) for name, form in self._forms.items()},
         }
         draft = self.folder / f"{_INDEX}.new"
         draft.write_text(json.dumps(index), encoding="utf-8")
         os.replace(draft, self.folder / _INDEX)
+        self._products_path(self.windows - 1).unlink(missing_ok=True)
 
     def states(self, layer: int, stream: Stream) -> States:
         """What was captured of one stream, in the order of its windows."""
         name = f"{layer}.{stream}"
         if name not in self._forms:
             raise StateError(f"{stream} of layer {layer}: there are no tokens to learn from")
-        return States(self.tokens, lambda: self._chunks(name))
+        return States(self.tokens, lambda: self._chunks(self._path(name), self._forms[name]))
 
-    def _chunks(self, name: str) -> Iterator[torch.Tensor]:
-        form = self._forms[name]
+    def kept(self, layer: int, stream: Stream, states: States) -> States:
+        """The same states, computed once and kept on disk until `forget`."""
+        path = self._decoded_path(layer, stream)
+        form = None
+        with path.open("wb") as file:
+            for chunk in states.chunks():
+                form = _Form("float32", *chunk.shape[1:])
+                file.write(chunk.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
+        if form is None:
+            raise StateError(f"{stream} of layer {layer}: there are no tokens to keep")
+        kept = form
+        return States(self.tokens, lambda: self._chunks(path, kept))
+
+    def forget(self, layer: int, stream: Stream) -> None:
+        """What `kept` keeps of a stream is needed no more."""
+        self._decoded_path(layer, stream).unlink(missing_ok=True)
+
+    def _chunks(self, path: Path, form: _Form) -> Iterator[torch.Tensor]:
         bits = _BITS[form.torch_dtype.itemsize]
         stored = np.dtype(f"<i{form.torch_dtype.itemsize}")
-        with self._path(name).open("rb") as file:
+        with path.open("rb") as file:
             for start in range(0, self.tokens, CHUNK_TOKENS):
                 count = min(CHUNK_TOKENS, self.tokens - start) * form.token_bytes
                 data = bytearray(count)
                 if file.readinto(data) != count:
-                    raise ArtefactError(f"{self._path(name)}: damaged, it ends too early")
+                    raise ArtefactError(f"{path}: damaged, it ends too early")
                 native = np.frombuffer(data, stored).astype(stored.newbyteorder("="), copy=False)
                 chunk = torch.from_numpy(native).to(bits).view(form.torch_dtype)
                 yield chunk.view(-1, form.heads, form.head_dim).float()
@@ -122,13 +166,21 @@ class Spool:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.raw"
 
+    def _decoded_path(self, layer: int, stream: Stream) -> Path:
+        return self.folder / f"{layer}.{stream}.decoded"
+
+    def _products_path(self, windows: int) -> Path:
+        return self.folder / f"products-{windows}.safetensors"
+
     def _read_index(self) -> None:
         path = self.folder / _INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             self.windows, self.tokens = index["windows"], index["tokens"]
             self._forms = {name: _Form(**form) for name, form in index["streams"].items()}
-        except (ValueError, LookupError, TypeError) as error:
+            if index["products"]:
+                self._products = load_file(self._products_path(self.windows))
+        except (ValueError, LookupError, TypeError, OSError, SafetensorError) as error:
             raise ArtefactError(f"{path}: damaged: {error}") from error
 
     def _cut(self) -> None:
@@ -138,6 +190,8 @@ class Spool:
             if not path.exists() or path.stat().st_size < size:
                 raise ArtefactError(f"{path}: damaged, it has not the {size} bytes of the index")
             os.truncate(path, size)
-        for path in self.folder.glob("*.raw"):
-            if path.stem not in self._forms:
-                path.unlink()
+        wanted = {self._path(name) for name in self._forms} | {self.folder / _INDEX}
+        if self._products:
+            wanted.add(self._products_path(self.windows))
+        for path in set(self.folder.iterdir()) - wanted:
+            path.unlink()

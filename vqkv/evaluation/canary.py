@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,9 @@ class DestroyingCodec(Codec):
     def __init__(self, codec: Codec) -> None:
         self.__dict__.update(codec.__dict__)
 
-    def encode(self, x: torch.Tensor) -> Encoded:
+    def encode(self, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> Encoded:
         """Zeros in the shape of what the codec would have stored."""
-        encoded = super().encode(x)
+        encoded = super().encode(x, sources)
         return Encoded(torch.zeros_like(encoded.codes), torch.zeros_like(encoded.side))
 
     def to(self, device: torch.device) -> Codec:

@@ -1,5 +1,5 @@
 """Transforms: the space in which squared error is the error that hurts. One transform, one file."""
 
-from vqkv.transforms.base import TRANSFORMS, Transform, TransformChoice
+from vqkv.transforms.base import TRANSFORMS, Metric, Transform, TransformChoice
 
-__all__ = ["TRANSFORMS", "Transform", "TransformChoice"]
+__all__ = ["TRANSFORMS", "Metric", "Transform", "TransformChoice"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from vqkv.errors import NotFittedError, StateError
 from vqkv.registry import Choice, Component, Config, Registry
 from vqkv.states import States
+
+#: In which an error counts: by what queries make of a key, or the output projection of a value.
+Metric = Literal["query", "output"]
 
 
 class TransformConfig(Config):
@@ -25,11 +28,18 @@ class Transform(Component, ABC):
         needs_data: `fit` has to run first.
         folds: it is linear and the same for every token, so attention on codes can move it into
             the query or the output.
+        keeps_metric: a metric of what goes in is one of what comes out, up to a factor per token.
     """
 
     config: TransformConfig
     needs_data: ClassVar[bool] = False
     folds: ClassVar[bool] = False
+    keeps_metric: ClassVar[bool] = False
+
+    @property
+    def metric(self) -> Metric | None:
+        """The metric that `fit` wants; None where squared error will do."""
+        return None
 
     @property
     def head_local(self) -> bool:
@@ -47,8 +57,14 @@ class Transform(Component, ABC):
         """Bytes of `state`, known before `fit`."""
         return 0
 
-    def fit(self, states: States) -> Transform:
-        """Learn from all chunks of a stream."""
+    def fit(self, states: States, metric: torch.Tensor | None = None) -> Transform:
+        """Learn from all chunks of a stream.
+
+        Args:
+            states: what the transforms before this one make of the stream.
+            metric: `[H, D, D]`, given to transforms whose `metric` asks for one: an error e of a
+                head costs `eᵀ M e`.
+        """
         return self
 
     @abstractmethod
@@ -119,6 +135,7 @@ TRANSFORMS: Registry[type[Transform]] = Registry(
         "channel_scale": "vqkv.transforms.channel_scale:ChannelScale",
         "token_scale": "vqkv.transforms.token_scale:TokenScale",
         "hadamard": "vqkv.transforms.hadamard:Hadamard",
+        "spectral": "vqkv.transforms.spectral:Spectral",
     },
 )
 

@@ -24,8 +24,9 @@ class Center(ChannelTransform):
     """
 
     Config = CenterConfig
+    keeps_metric = True
 
-    def fit(self, states: States) -> Center:
+    def fit(self, states: States, metric: torch.Tensor | None = None) -> Center:
         """Learn μ."""
         self._keep(moments(states).mean)
         return self

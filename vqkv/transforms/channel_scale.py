@@ -27,7 +27,7 @@ class ChannelScale(ChannelTransform):
     Config = ChannelScaleConfig
     config: ChannelScaleConfig
 
-    def fit(self, states: States) -> ChannelScale:
+    def fit(self, states: States, metric: torch.Tensor | None = None) -> ChannelScale:
         """Learn s."""
         found = moments(states)
         scale = {

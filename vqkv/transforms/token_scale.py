@@ -28,6 +28,7 @@ class TokenScale(Transform):
 
     Config = TokenScaleConfig
     config: TokenScaleConfig
+    keeps_metric = True
 
     def side_count(self, heads: int) -> int:
         """One scalar per head or per token, two for `minmax`."""

@@ -1,0 +1,105 @@
+"""What a compressor is fitted on: spooled states, and the metrics of the model they came from."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from transformers import PreTrainedModel
+
+from vqkv.attention import attention_modules, output_projection
+from vqkv.cache.rope import RotaryAdapter
+from vqkv.calibration.spool import Spool
+from vqkv.compressor import KVCompressor, StateSource
+from vqkv.layouts import Stream
+from vqkv.states import States
+from vqkv.transforms import Metric
+
+#: Distances between query and key that the query metric is averaged over.
+DISTANCES = 192
+
+
+class CapturedStates(StateSource):
+    """Spooled states and a model's metrics.
+
+    Args:
+        spool: with states and query products of all windows.
+        model: that they came from.
+        compressor: to be fitted; says where keys are coded before RoPE.
+        context: tokens of a window.
+    """
+
+    def __init__(
+        self, spool: Spool, model: PreTrainedModel, compressor: KVCompressor, context: int
+    ) -> None:
+        self._spool = spool
+        self._model = model
+        self._geometry = compressor.geometry
+        self._context = context
+        self._modules = attention_modules(model)
+        pre_rope = query_layers(compressor, rope="pre")
+        self._adapter = RotaryAdapter(model, pre_rope) if pre_rope else None
+        self._pre_rope = frozenset(pre_rope)
+
+    def states(self, layer: int, stream: Stream) -> States:
+        """Tokens as they were captured."""
+        return self._spool.states(layer, stream)
+
+    def kept(self, layer: int, stream: Stream, states: States) -> States:
+        """Kept on disk."""
+        return self._spool.kept(layer, stream, states)
+
+    def forget(self, layer: int, stream: Stream) -> None:
+        """Deleted."""
+        self._spool.forget(layer, stream)
+
+    def metric(self, layer: int, kind: Metric) -> torch.Tensor:
+        """`[H, D, D]` in fp64, over the query heads that read a KV head.
+
+        - `query`: `E[q qᵀ]`. Before RoPE the key of a token at distance Δ is rotated by Δ before
+          it meets the query, so `E_Δ[R_Δᵀ E[q qᵀ] R_Δ]`; causal attention in a window of T tokens
+          sees Δ with a density that falls linearly to 0 at T.
+        - `output`: `Σ_j O_jᵀ O_j`, O_j being the slices of the output projection.
+
+        Raises:
+            ModelError: the output projection is not known.
+        """
+        heads, dim = self._geometry.kv_heads, self._geometry.head_dim
+        if kind == "output":
+            channels = self._geometry.query_heads * dim
+            weight = output_projection(self._modules[layer], channels).detach().double().cpu()
+            slices = rearrange(weight, "e (h g d) -> h (e g) d", h=heads, d=dim)
+            return slices.transpose(1, 2) @ slices
+        moments = self._spool.query_moments(layer)
+        moments = rearrange(moments, "(h g) i j -> h g i j", h=heads).mean(1)
+        if layer not in self._pre_rope or self._adapter is None:
+            return moments
+        return _averaged(self._adapter, layer, moments, self._context)
+
+
+def query_layers(compressor: KVCompressor, rope: str | None = None) -> list[int]:
+    """Layers whose keys are fitted in the query metric, before or after RoPE if told."""
+    return [
+        layer
+        for (layer, stream), codec in compressor.codecs()
+        if stream == "keys"
+        and codec.metric == "query"
+        and (rope is None or codec.layout.rope == rope)
+    ]
+
+
+def _averaged(
+    adapter: RotaryAdapter, layer: int, moments: torch.Tensor, context: int
+) -> torch.Tensor:
+    """`E_Δ[R_Δᵀ Σ R_Δ]` of `Σ` `[H, D, D]`."""
+    # Quantiles of the density 2 (T − Δ) / T², each of equal weight.
+    middles = (torch.arange(DISTANCES, dtype=torch.float64) + 0.5) / DISTANCES
+    distances = (context * (1 - (1 - middles).sqrt())).round().long()
+    total = torch.zeros_like(moments)
+    for part in distances.split(32):
+        tables = adapter.tables(layer, part[:, None])
+        rows = moments.expand(len(part), *moments.shape)  # rows of Σ as keys, all at one position
+        for _ in range(2):
+            rows = adapter.unrotate(layer, rows, tables).double().transpose(2, 3)
+        total += rows.sum(0)
+    total = total / DISTANCES
+    return (total + total.transpose(1, 2)) / 2

@@ -1,0 +1,142 @@
+"""Ridge regression on reconstructions: AQUA-KV's predictors (arXiv 2501.19392, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from einops import rearrange
+from pydantic import Field
+
+from vqkv.errors import NotFittedError, StateError
+from vqkv.predictors.base import Predictor, PredictorConfig
+from vqkv.states import States
+
+
+class LinearConfig(PredictorConfig):
+    """Settings of `Linear`.
+
+    Attributes:
+        ridge: penalty on the weights, in mean variances of the sources' channels.
+        scope: predict a head from the same head of every source, or from all heads together.
+    """
+
+    type: Literal["linear"] = "linear"
+    ridge: float = Field(default=1e-3, ge=0)
+    scope: Literal["head", "layer"] = "layer"
+
+
+class Linear(Predictor):
+    """`x̂ = s A + b`, s the sources' channels side by side.
+
+    `A = (Cov(s) + λI)⁻¹ Cov(s, x)` with `λ = ridge · tr Cov(s) / F`, and `b = E x − E s A`.
+    State: `weight` `[U, F, n]` and `bias` `[U, n]` in fp16; U is H or 1, n = C / U.
+    """
+
+    Config = LinearConfig
+    config: LinearConfig
+    weight_: torch.Tensor
+    bias_: torch.Tensor
+
+    @property
+    def head_local(self) -> bool:
+        """Whether the scope is one head."""
+        return self.config.scope == "head"
+
+    def fit(self, states: States, sources: Sequence[States]) -> Self:
+        """Closed form, in fp64, one pass over the tokens.
+
+        Raises:
+            StateError: weights beyond fp16.
+        """
+        total: torch.Tensor | None = None
+        for chunk in states.beside(sources, lambda x, s: self._rows([*s, x])):
+            rows = torch.nn.functional.pad(chunk.double(), (0, 1), value=1.0)  # [U, N, F + n + 1]
+            product = rows.transpose(1, 2) @ rows
+            total = product if total is None else total + product
+        if total is None or not states.tokens:
+            raise StateError("there are no tokens to learn from")
+        count = total[:, -1:, -1:]
+        mean = total[:, -1:, :-1] / count  # [U, 1, F + n]
+        covariance = total[:, :-1, :-1] / count - mean.transpose(1, 2) @ mean
+        features = self._features(covariance.shape[1])
+        seen = covariance[:, :features, :features]
+        spread = seen.diagonal(dim1=1, dim2=2).mean(1)
+        # Sources that never vary predict nothing, but must not make the system singular.
+        penalty = (self.config.ridge * spread).clamp_min(torch.finfo(torch.float32).tiny)
+        eye = torch.eye(features, dtype=seen.dtype, device=seen.device)
+        weight = torch.linalg.solve(
+            seen + penalty[:, None, None] * eye, covariance[:, :features, features:]
+        )
+        bias = (mean[:, :, features:] - mean[:, :, :features] @ weight)[:, 0]
+        self.weight_, self.bias_ = _stored(weight), _stored(bias)
+        return self
+
+    def predict(self, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`s A + b`."""
+        if not hasattr(self, "weight_"):
+            raise NotFittedError("the linear predictor has not been fitted: call fit first")
+        heads = sources[0].shape[1]
+        rows = self._rows(sources)
+        predicted = torch.baddbmm(self.bias_.float().unsqueeze(1), rows, self.weight_.float())
+        if self.head_local:
+            return rearrange(predicted, "h n d -> n h d")
+        return rearrange(predicted, "1 n (h d) -> n h d", h=heads)
+
+    def planned_bytes(self, heads: int, head_dim: int) -> int:
+        """Weight and bias in fp16."""
+        units = heads if self.head_local else 1
+        channels = heads * head_dim // units
+        return 2 * units * channels * (len(self.config.sources) * channels + 1)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`weight` and `bias` in fp16."""
+        if not hasattr(self, "weight_"):
+            raise NotFittedError("the linear predictor has not been fitted: call fit first")
+        return {"weight": self.weight_, "bias": self.bias_}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over `weight` and `bias`. Raises StateError on other names, types or shapes."""
+        given = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in state.items()}
+        weight, bias = state.get("weight"), state.get("bias")
+        fits = (
+            set(state) == {"weight", "bias"}
+            and weight is not None
+            and bias is not None
+            and (weight.dtype, bias.dtype) == (torch.float16, torch.float16)
+            and (weight.ndim, bias.ndim) == (3, 2)
+            and weight.shape[1] == len(self.config.sources) * weight.shape[2]
+            and bias.shape == (weight.shape[0], weight.shape[2])
+        )
+        if not fits:
+            raise StateError(
+                "state holds 'weight', float16 [U, sources · n, n], and 'bias', float16 [U, n]; "
+                f"given {given}"
+            )
+        self.weight_, self.bias_ = state["weight"], state["bias"]
+
+    def _row(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens `[N, H, D]` as `[U, N, n]`."""
+        if self.head_local:
+            return rearrange(x, "n h d -> h n d")
+        return rearrange(x, "n h d -> 1 n (h d)")
+
+    def _rows(self, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sources side by side, `[U, N, F]`."""
+        return torch.cat([self._row(source) for source in sources], 2).float()
+
+    def _features(self, width: int) -> int:
+        """F of F + n channels."""
+        sources = len(self.config.sources)
+        return width * sources // (sources + 1)
+
+
+def _stored(exact: torch.Tensor) -> torch.Tensor:
+    rounded = exact.to(torch.float16)
+    if not bool(torch.isfinite(rounded).all()):
+        raise StateError(
+            f"the linear predictor learned values up to {float(exact.abs().max()):.3g}, beyond "
+            "fp16's 65504: raise `ridge`"
+        )
+    return rounded
