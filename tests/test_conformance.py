@@ -35,7 +35,9 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("product", {"code_bits": 3, "dim": 1, "learner": {"type": "uniform"}}),
     ("residual", {"depth": 3, "code_bits": 3}),
     ("residual", {"depth": 2, "code_bits": 3, "learner": {"type": "ema", "steps": 5}}),
+    ("residual", {"rate": 1.5, "code_bits": 3, "beam": 3, "refine": 2}),
     ("identity", {"dtype": "bfloat16"}),
+    ("sign_sketch", {"rate": 4}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),
@@ -46,10 +48,16 @@ LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("residual", {"stages": 2, "learner": {"type": "kmeans", "iterations": 3}}),
     ("product", {"learners": [{"type": "kmeans"}] * 3}),
     ("uniform", {"dim": 1}),
+    ("gain_shape", {}),
+    ("gain_shape", {"shape": "vector"}),
+    ("simvq", {}),
+    ("simvq", {"codebook": "frozen"}),
+    ("gaussian", {"dim": 2}),
 ]
 GROUPING_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("contiguous", {"dim": 4}),
     ("strided", {"dim": 4}),
+    ("whole", {}),
     ("rope_pairs", {"dim": 4}),
     ("energy_balanced", {"dim": 4}),
     ("energy_balanced", {"dim": 4, "pairs": True}),
@@ -59,8 +67,10 @@ TRANSFORM_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("center", {}),
     ("channel_scale", {}),
     ("channel_scale", {"stat": "sqrt_absmax"}),
+    ("channel_scale", {"stat": "query"}),
     ("token_scale", {}),
     ("token_scale", {"stat": "minmax", "scope": "layer"}),
+    ("token_scale", {"stat": "minmax", "group": 4}),
     ("hadamard", {}),
     ("hadamard", {"scope": "layer", "block": 8}),
     ("spectral", {}),

@@ -11,6 +11,8 @@ from vqkv.errors import NotFittedError, SchemeError
 from vqkv.groupings import GROUPINGS, ChannelStats, Grouping, Pairs
 from vqkv.rotation import Pairing, rope_pairs
 
+WITH_DIM = sorted({*GROUPINGS.names()} - {"whole"})
+
 
 def build(name: str, **settings: Any) -> Grouping:
     return GROUPINGS.get(name)(**settings)
@@ -40,6 +42,13 @@ def test_contiguous() -> None:
 def test_strided() -> None:
     assert groups(build("strided", dim=4), 8) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert groups(build("strided", dim=2), 4, heads=2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def test_whole() -> None:
+    assert groups(build("whole").resolved(2, 4), 4, heads=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    (token,) = groups(build("whole", scope="layer").resolved(2, 4), 4, heads=2)
+    assert sorted(token) == list(range(8))
+    assert build("whole").keeps_pairs(8, HALF)
 
 
 def test_rope_pairs() -> None:
@@ -91,7 +100,7 @@ def test_across_heads() -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Grouping, int, int, Pairs]:
-    name = draw(st.sampled_from(sorted(GROUPINGS.names())))
+    name = draw(st.sampled_from(WITH_DIM))
     dim = draw(st.integers(1, 6))
     settings: dict[str, Any] = {}
     if name == "energy_balanced":
@@ -150,7 +159,7 @@ def test_which_groupings_keep_pairs(name: str, dim: int, pairing: Pairing, whole
     assert build(name, dim=dim).keeps_pairs(16, rope_pairs(pairing, 16)) is whole
 
 
-@pytest.mark.parametrize("name", GROUPINGS.names())
+@pytest.mark.parametrize("name", WITH_DIM)
 def test_without_rope_no_pair_is_broken(name: str) -> None:
     assert build(name, dim=2).keeps_pairs(16, ())
 

@@ -78,8 +78,16 @@ def test_presets_are_different_schemes() -> None:
 @pytest.mark.parametrize(
     ("name", "at_128", "at_64"),
     [
+        ("aquakv-2", 2.078, 2.15),
+        ("calibquant-1", 1.0, 1.0),
+        ("cq-2c8b", 4.0, 4.0),
         ("cq-4c8b", 2.0, 2.0),
+        ("cq-8c10b", 1.25, 1.25),
         ("cq-8c8b", 1.0, 1.0),
+        ("gsrq-1", 1.125, 1.25),
+        ("million-4", 4.0, 4.0),
+        ("nova-2", 2.1875, 2.375),
+        ("qjl-3", 3.0625, 3.125),
         ("rvq-2.875", 2.875, 3.0),
         ("scalar-1bit", 1.25, 1.5),
         ("scalar-2bit", 2.25, 2.5),
@@ -88,6 +96,12 @@ def test_presets_are_different_schemes() -> None:
         ("spectral-2", 2.0, 2.0),
         ("spectral-predict-1", 1.09375, 1.1),
         ("spectral-predict-2", 2.0625, 2.067),
+        ("tasq-1.25", 1.258, 1.292),
+        ("truncate-4", 4.0, 4.0),
+        ("turboquant-2.5", 2.625, 2.75),
+        ("turboquant-3.5", 3.625, 3.75),
+        ("vecinfer-2", 2.0, 2.0),
+        ("vqkv-2.75", 2.75, 2.75),
     ],
 )
 def test_presets_store_the_bits_that_they_promise(name: str, at_128: float, at_64: float) -> None:

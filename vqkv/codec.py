@@ -61,7 +61,8 @@ class Codec:
         pairs: Pairs = (),
         where: str = "stream",
     ) -> None:
-        self.config = config
+        grouping = config.grouping.resolved(heads, head_dim)
+        self.config = config = config.model_copy(update={"grouping": grouping})
         self.heads = heads
         self.head_dim = head_dim
         self.pairs = pairs
@@ -77,8 +78,8 @@ class Codec:
         self.health: list[Health] = []
         with self._named_in_errors():
             self.layout = self._layout()
-        if config.data_free:
-            self._prepare()
+            if config.data_free:
+                self._prepare()
 
     # -- fitting ---------------------------------------------------------------------------
 
@@ -273,9 +274,9 @@ class Codec:
                 for index, segment in enumerate(config.all_segments)
             ),
             side=tuple(
-                SideField(transform.config.type, transform.side_count(self.heads))
+                SideField(transform.config.type, count)
                 for transform in self.transforms
-                if transform.side_count(self.heads)
+                if (count := transform.side_count(self.heads, self.head_dim))
             ),
             rope=config.rope if isinstance(config, KeysConfig) else None,
             pairs_whole=all(
@@ -403,7 +404,7 @@ class Codec:
     def _inverse(self, z: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         end = side.shape[1]
         for transform in reversed(self.transforms):
-            start = end - transform.side_count(self.heads)
+            start = end - transform.side_count(self.heads, self.head_dim)
             z = transform.inverse(z, side[:, start:end])
             end = start
         return z

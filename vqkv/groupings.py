@@ -56,6 +56,10 @@ class Grouping(Config, ABC):
     def keeps_pairs(self, head_dim: int, pairs: Pairs) -> bool:
         """Whether both channels of every RoPE pair always share a subvector."""
 
+    def resolved(self, heads: int, head_dim: int) -> Grouping:
+        """The same with its `dim` known."""
+        return self
+
     def check(self, head_dim: int, heads: int, pairs: Pairs) -> None:
         """Raises SchemeError where `dim` does not divide the channels it groups."""
         channels = head_dim if self.head_local else heads * head_dim
@@ -95,6 +99,31 @@ class Contiguous(Grouping):
     def keeps_pairs(self, head_dim: int, pairs: Pairs) -> bool:
         """True where pairs are neighbours and `dim` is even."""
         return _pairs_share_group(torch.arange(head_dim), self.dim, pairs)
+
+
+class Whole(Grouping):
+    """All channels of a head, or of a token, are one group: d = D or d = H·D."""
+
+    type: Literal["whole"] = "whole"
+    scope: Literal["head", "layer"] = "head"
+    dim: Literal[0] = Field(default=0, description="Follows from the model.")
+
+    def resolved(self, heads: int, head_dim: int) -> Grouping:
+        """The grouping with its dim."""
+        if self.scope == "head":
+            return Contiguous(dim=head_dim)
+        return AcrossHeads(dim=heads * head_dim)
+
+    def permutation(self, head_dim: int, heads: int, stats: ChannelStats) -> torch.Tensor:
+        """`[H, D]` or `[1, C]`."""
+        return self.resolved(heads, head_dim).permutation(head_dim, heads, stats)
+
+    def keeps_pairs(self, head_dim: int, pairs: Pairs) -> bool:
+        """Always: a group holds whole heads."""
+        return True
+
+    def check(self, head_dim: int, heads: int, pairs: Pairs) -> None:
+        """Nothing can be wrong."""
 
 
 class Strided(Grouping):
@@ -220,6 +249,7 @@ GROUPINGS: Registry[type[Grouping]] = Registry(
     Grouping,
     {
         "contiguous": "vqkv.groupings:Contiguous",
+        "whole": "vqkv.groupings:Whole",
         "strided": "vqkv.groupings:Strided",
         "rope_pairs": "vqkv.groupings:RopePairs",
         "energy_balanced": "vqkv.groupings:EnergyBalanced",

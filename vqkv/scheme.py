@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vqkv.errors import SchemeError
+from vqkv.codebooks.gaussian import gaussian_grid
+from vqkv.errors import SchemeError, StateError
 from vqkv.groupings import GroupingChoice, Strided
 from vqkv.layouts import Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
-from vqkv.quantizers import QuantizerChoice
+from vqkv.quantizers import QuantizerChoice, QuantizerConfig
 from vqkv.registry import Config
 from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
 
@@ -304,7 +305,7 @@ def fingerprint(scheme: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _check_learner(quantizer: Config, dim: int) -> None:
+def _check_learner(quantizer: QuantizerConfig, dim: int) -> None:
     """Refuse learners whose codewords are not of the quantizer's shape. Raises ValueError."""
     learner = getattr(quantizer, "learner", None)
     if learner is None:
@@ -318,6 +319,11 @@ def _check_learner(quantizer: Config, dim: int) -> None:
             )
         if getattr(nested, "type", None) == "uniform" and dim != 1:
             raise ValueError(f"the uniform learner is scalar: set grouping.dim to 1, given {dim}")
+        if getattr(nested, "type", None) == "gaussian":
+            try:
+                gaussian_grid(dim, 2 ** quantizer.bits())
+            except StateError as error:
+                raise ValueError(f"quantizer.learner: {error}") from error
 
 
 def _nested(learner: Config) -> Iterator[Config]:

@@ -130,7 +130,7 @@ def check_grouping(
 ) -> None:
     """Check a grouping class: orders are permutations, and `keeps_pairs` tells the truth."""
     _check_config(cls, settings)
-    grouping = cls(**settings)
+    grouping = cls(**settings).resolved(heads, head_dim)
     energy = torch.rand(heads, head_dim, generator=torch.Generator().manual_seed(0))
     for pairs in ((), _half_split(head_dim), _interleaved(head_dim)):
         order = grouping.permutation(head_dim, heads, ChannelStats(energy, pairs))
@@ -168,7 +168,7 @@ def check_transform(
     transform.fit(States.of(x), root @ root.transpose(1, 2) if transform.metric else None)
     z, side = transform.forward(x)
     assert z.shape == x.shape, f"forward keeps the shape {list(x.shape)}, got {list(z.shape)}"
-    declared = transform.side_count(heads)
+    declared = transform.side_count(heads, head_dim)
     stored = 0 if side is None else side.shape[1]
     assert stored == declared, f"side_count says {declared} scalars per token, side has {stored}"
     assert side is None or side.dtype == torch.float16, "side is stored in fp16"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from vqkv.codebooks.base import CodebookLearner, Health, usage_entropy
 from vqkv.errors import StateError
@@ -13,11 +13,16 @@ from vqkv.registry import Config
 
 
 class UniformConfig(Config):
-    """Settings of `Uniform`. With both ends given it needs no data."""
+    """Settings of `Uniform`. With both ends given it needs no data.
+
+    `shrink` is the part of the range found in data that levels cover, about its middle: values
+    beyond are clipped, and those within come out finer.
+    """
 
     type: Literal["uniform"] = "uniform"
     low: float | None = None
     high: float | None = None
+    shrink: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _ends(self) -> UniformConfig:
@@ -25,6 +30,8 @@ class UniformConfig(Config):
             raise ValueError("give both `low` and `high`, or neither to take them from data")
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"`low` is below `high`, given {self.low} and {self.high}")
+        if self.low is not None and self.shrink != 1:
+            raise ValueError("`shrink` is for ranges from data: leave it out, or `low` and `high`")
         return self
 
 
@@ -53,7 +60,9 @@ class Uniform(CodebookLearner):
         levels = self.fixed(samples.shape[1], 1, codewords)
         levels = None if levels is None else levels.to(samples.device)
         if levels is None:
-            levels = _levels(samples.amin((0, 2)), samples.amax((0, 2)), codewords)
+            low, high = samples.amin((0, 2)), samples.amax((0, 2))
+            middle, reach = (low + high) / 2, self.config.shrink * (high - low) / 2
+            levels = _levels(middle - reach, middle + reach, codewords)
         return levels, [_health(samples[..., 0], levels.view(-1, codewords), weights)]
 
 

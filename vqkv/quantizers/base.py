@@ -97,6 +97,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
         "product": "vqkv.quantizers.product:ProductQuantizer",
         "residual": "vqkv.quantizers.residual:ResidualQuantizer",
         "identity": "vqkv.quantizers.identity:IdentityQuantizer",
+        "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",
     },
 )
 

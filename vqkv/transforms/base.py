@@ -14,6 +14,9 @@ from vqkv.states import States
 #: In which an error counts: by what queries make of a key, or the output projection of a value.
 Metric = Literal["query", "output"]
 
+#: Costs in a metric are raised to this part of the largest, so that it can be inverted.
+FLOOR = 1e-4
+
 
 class TransformConfig(Config):
     """Base of transform settings."""
@@ -49,7 +52,7 @@ class Transform(Component, ABC):
     def check(self, heads: int, head_dim: int) -> None:
         """Raises SchemeError where the settings do not fit H and D."""
 
-    def side_count(self, heads: int) -> int:
+    def side_count(self, heads: int, head_dim: int) -> int:
         """Scalars of 16 bits stored per token."""
         return 0
 

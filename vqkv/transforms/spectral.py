@@ -13,10 +13,7 @@ from einops import rearrange
 
 from vqkv.errors import NotFittedError, StateError
 from vqkv.states import States
-from vqkv.transforms.base import Metric, Transform, TransformConfig
-
-#: Eigenvalues of a metric are raised to this part of the largest, so that it can be inverted.
-FLOOR = 1e-4
+from vqkv.transforms.base import FLOOR, Metric, Transform, TransformConfig
 
 
 class SpectralConfig(TransformConfig):

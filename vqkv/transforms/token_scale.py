@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 
-from vqkv.errors import StateError
+from vqkv.errors import SchemeError, StateError
 from vqkv.transforms.base import Transform, TransformConfig
 
 _TINY = torch.finfo(torch.float16).tiny
 
 
 class TokenScaleConfig(TransformConfig):
-    """Settings of `TokenScale`: which size, and one per head or one for all heads together."""
+    """Settings of `TokenScale`: which size, and one per head or one for all heads together.
+
+    `group` gives each run of so many channels of a head a size of its own.
+    """
 
     type: Literal["token_scale"] = "token_scale"
     stat: Literal["std", "rms", "l2", "minmax"] = "rms"
     scope: Literal["head", "layer"] = "head"
+    group: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _within_heads(self) -> Self:
+        if self.group is not None and self.scope == "layer":
+            raise ValueError("groups of channels lie within heads: `group` needs scope 'head'")
+        return self
 
 
 class TokenScale(Transform):
@@ -30,9 +41,18 @@ class TokenScale(Transform):
     config: TokenScaleConfig
     keeps_metric = True
 
-    def side_count(self, heads: int) -> int:
-        """One scalar per head or per token, two for `minmax`."""
+    def check(self, heads: int, head_dim: int) -> None:
+        """Refuse groups that do not fill a head."""
+        if self.config.group is not None and head_dim % self.config.group:
+            raise SchemeError(
+                f"token_scale.group: {self.config.group} does not divide head dim {head_dim}"
+            )
+
+    def side_count(self, heads: int, head_dim: int) -> int:
+        """One scalar per head, group or token, two for `minmax`."""
         scales = heads if self.config.scope == "head" else 1
+        if self.config.group is not None:
+            scales *= head_dim // self.config.group
         return scales * (2 if self.config.stat == "minmax" else 1)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +61,7 @@ class TokenScale(Transform):
         Raises:
             StateError: a token is too large for an fp16 scale.
         """
-        rows = x.flatten(1).unsqueeze(1) if self.config.scope == "layer" else x  # [N, R, n]
+        rows = self._rows(x)
         if self.config.stat == "minmax":
             low, width = _range(rows)
             z = (rows - low.float().unsqueeze(2)) / width.float().unsqueeze(2)
@@ -60,11 +80,17 @@ class TokenScale(Transform):
         """Multiply by the stored scale."""
         if side is None:
             raise StateError("token_scale needs the side that forward returned, given None")
-        rows = z.flatten(1).unsqueeze(1) if self.config.scope == "layer" else z
+        rows = self._rows(z)
         if self.config.stat == "minmax":
             low, width = side.float().unsqueeze(2).chunk(2, 1)
             return (rows * width + low).view_as(z)
         return (rows * side.float().unsqueeze(2)).view_as(z)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, R, n]`: what shares a size side by side."""
+        if self.config.scope == "layer":
+            return x.flatten(1).unsqueeze(1)
+        return x if self.config.group is None else x.reshape(len(x), -1, self.config.group)
 
 
 def _range(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,83 @@
+"""Better codes than greedy ones for codewords that add up: beam search and refinement."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import encode
+
+#: Scores held at a time; bounds the transients to about 128 MiB.
+MAX_SCORES = 1 << 25
+
+
+def beam_search(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
+    """Codes `[N, M, S]` of `x` `[N, M, d]` that are never worse than greedy ones, stage by stage.
+
+    Keeps the `width` best partial sums of every vector (Babenko, Lempitsky 2014). A greedy path
+    may fall out of the beam and yet end better, so the greedy codes stay a candidate.
+    """
+    rows = max(1, MAX_SCORES // (width * codewords.shape[0] * codewords.shape[2]))
+    found = [_beam(part, codewords.float(), width) for part in x.split(rows)]
+    beam = torch.cat(found) if found else x.new_zeros(0, *codewords.shape[:2], dtype=torch.int32)
+    return better(x, codewords, encode(x, codewords), beam)
+
+
+def refine(
+    x: torch.Tensor, codewords: torch.Tensor, codes: torch.Tensor, rounds: int
+) -> torch.Tensor:
+    """Codes that are never worse than `codes`: each stage chosen anew given all others, in turn.
+
+    A stage's new code is the nearest to what the other stages leave over, so no step raises a
+    vector's error but by rounding, and what that would make worse is not taken.
+    """
+    current = codes.clone()
+    for _ in range(rounds):
+        before = current.clone()
+        for stage in range(codewords.shape[1]):
+            others = [s for s in range(codewords.shape[1]) if s != stage]
+            rest = x - decode(current[..., others].contiguous(), codewords[:, others])
+            current[..., stage] = encode(rest, codewords[:, stage : stage + 1])[..., 0]
+        current = better(x, codewords, before, current)
+        if torch.equal(current, before):
+            break
+    return current
+
+
+def better(
+    x: torch.Tensor, codewords: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    """Of two codes of each vector the one of less error, the first among equals."""
+    errors = [(x - decode(codes, codewords)).square().sum(-1) for codes in (first, second)]
+    return torch.where((errors[1] < errors[0]).unsqueeze(-1), second, first)
+
+
+def _beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
+    count, books, dim = x.shape
+    size = codewords.shape[2]
+    residual = x.transpose(0, 1).unsqueeze(2)  # [M, N, B, d], B growing up to width
+    codes = torch.zeros(books, count, 1, 0, dtype=torch.int32, device=x.device)
+    for stage in codewords.unbind(1):  # [M, K, d]
+        beams = residual.shape[2]
+        flat = residual.reshape(books, count * beams, dim)
+        # ‖r − c‖² = ‖r‖² − 2⟨r, c⟩ + ‖c‖²
+        scores = torch.baddbmm(
+            stage.square().sum(-1).unsqueeze(1), flat, stage.transpose(1, 2), alpha=-2
+        )
+        scores = scores + flat.square().sum(-1, keepdim=True)
+        kept = min(width, beams * size)
+        chosen = scores.view(books, count, beams * size).topk(kept, largest=False).indices
+        parent, code = chosen // size, chosen % size  # [M, N, B]
+        codes = torch.cat(
+            [
+                codes.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, codes.shape[3])),
+                code.unsqueeze(-1).int(),
+            ],
+            -1,
+        )
+        residual = residual.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, dim))
+        picked = stage.gather(1, code.view(books, -1, 1).expand(-1, -1, dim))
+        residual = residual - picked.view(books, count, kept, dim)
+    best = residual.square().sum(-1).argmin(2)  # [M, N]
+    index = best[..., None, None].expand(-1, -1, 1, codes.shape[3])
+    return codes.gather(2, index)[:, :, 0].transpose(0, 1)
