@@ -20,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # One thread a worker: more would only make the workers wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: env test test-suite test-oldest demo lint format docs clean
+.PHONY: env test test-suite test-oldest demo shootout lint format docs clean
 
 env: $(ENV_DONE)
 
@@ -58,6 +58,17 @@ test-oldest: $(OLDEST_DONE)
 
 demo: env
 	$(OFFLINE) $(BIN)/vqkv demo
+
+# Every scheme of ours and of the literature on one axis; an hour or more on 2 cores, resumable.
+SHOOTOUT := cq-2c8b cq-4c8b cq-8c10b cq-8c8b rvq-2.875 vqkv-2.75 aquakv-2 turboquant-3.5 \
+	turboquant-2.5 nova-2 spectral-2 spectral-1 spectral-predict-2 spectral-predict-1 \
+	scalar-4bit scalar-2bit million-4 vecinfer-2 tasq-1.25 gsrq-1 qjl-3 calibquant-1 truncate-4
+SHOOTOUT_TOKENS ?= 16384
+
+shootout: env
+	$(OFFLINE) $(BIN)/vqkv compare demo $(SHOOTOUT:%=--scheme %) \
+		--text vqkv/data/persuasion.txt --text vqkv/data/python-library.txt \
+		--tokens $(SHOOTOUT_TOKENS) --passages 2 --out benchmarks/results/shootout
 
 docs: env
 	$(BIN)/python tools/config_reference.py

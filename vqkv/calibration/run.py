@@ -120,7 +120,7 @@ def calibrate(
         "fingerprint": scheme.fingerprint(),
         "geometry": geometry.to_dict(),
         "base_model": base_model,
-        "model_sample": _model_sample(model),
+        "model_sample": model_sample(model),
         "window_sha256": _window_hash(windows),
         **run,
         **sources,
@@ -168,7 +168,7 @@ def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> No
         )
 
 
-def _model_sample(model: PreTrainedModel) -> str:
+def model_sample(model: PreTrainedModel) -> str:
     """SHA-256 of a few values of every weight, which tells apart models of one name."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():

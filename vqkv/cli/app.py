@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vqkv.cli import calibrate, demo, evaluate, generate, inspect, plan, schemes
+from vqkv.cli import calibrate, compare, demo, evaluate, generate, inspect, plan, schemes
 from vqkv.cli.output import fail
 from vqkv.errors import VQKVError
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)

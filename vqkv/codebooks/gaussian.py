@@ -69,9 +69,8 @@ def lloyd_max(levels: int) -> torch.Tensor:
     """Optimal levels `[K]` for N(0, 1), ascending and symmetric (Max 1960)."""
     if levels == 1:
         return torch.zeros(1)
-    points: torch.Tensor = torch.special.ndtri(
-        (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    )
+    middles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    points: torch.Tensor = torch.special.ndtri(middles)
     for _ in range(_ROUNDS):
         edges = (points[1:] + points[:-1]) / 2
         edges = torch.cat([edges.new_tensor([-torch.inf]), edges, edges.new_tensor([torch.inf])])

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vqkv.cache import BeforeUseCache, VQCache, attach
 from vqkv.compressor import KVCompressor
+from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores, score
 
 Mode = Literal["before-use", "chunked"]
@@ -24,15 +25,23 @@ class Arms:
         mode: before-use runs a window as one chunk through reconstructions; chunked runs `chunk`
             tokens at a time through the real cache.
         chunk: tokens of a chunk, in chunked mode.
+        exact: gives the exact arm's logits of windows that other compressors are scored on too,
+            before use.
     """
 
     def __init__(
-        self, model: PreTrainedModel, compressor: KVCompressor, mode: Mode, chunk: int
+        self,
+        model: PreTrainedModel,
+        compressor: KVCompressor,
+        mode: Mode,
+        chunk: int,
+        exact: ExactLogits | None = None,
     ) -> None:
         self.model = model
         self.compressor = compressor
         self.mode = mode
         self.chunk = chunk
+        self.exact = exact
 
     @torch.inference_mode()
     def scores(self, window: torch.Tensor, first: int = 1) -> Scores:
@@ -40,6 +49,11 @@ class Arms:
         ids = window.to(self.model.device)[None]
         chunk = self.chunk if self.mode == "chunked" else ids.shape[1]
         caches = (DynamicCache(config=self.model.config), self._compressed_cache())
+        if self.exact is not None and self.mode == "before-use":
+            exact = self.exact(ids)[first - 1 : -1]
+            with attach(self.model, self.compressor):
+                compressed = self.model(ids, past_key_values=caches[1]).logits[0, first - 1 : -1]
+            return score(exact, compressed, ids[0, first:])
         parts = []
         with attach(self.model, self.compressor):
             for start in range(0, ids.shape[1], chunk):

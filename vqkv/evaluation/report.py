@@ -65,7 +65,8 @@ def write_report(
     with replacing(folder) as work:
         text = json.dumps(data, indent=2, allow_nan=False)
         (work / "report.json").write_text(text + "\n", encoding="utf-8")
-        plot(evaluations, work / "plot.png")
+        points = [(e.text, e.scheme, e.bits_per_value, e.kl) for e in evaluations]
+        plot(points, work / "plot.png")
         page = _PAGE.format(
             title=html.escape(title),
             introduction=html.escape(introduction),
@@ -78,8 +79,8 @@ def write_report(
         (work / "report.html").write_text(page, encoding="utf-8")
 
 
-def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """KL against bits per value, a line per text."""
+def plot(points: Sequence[tuple[str, str, float, float]], path: Path) -> None:
+    """KL against bits per value: (text, scheme, bits, KL), a colour per text."""
     # No window system is asked for, and pyplot's global state is left alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,18 +88,15 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for text in dict.fromkeys(e.text for e in evaluations):
-        points = sorted((e for e in evaluations if e.text == text), key=lambda e: e.bits_per_value)
-        axes.plot([e.bits_per_value for e in points], [e.kl for e in points], "o-", label=text)
-        for point in points:
+    for index, text in enumerate(dict.fromkeys(point[0] for point in points)):
+        mine = [point for point in points if point[0] == text]
+        axes.plot([p[2] for p in mine], [p[3] for p in mine], "o", label=text)
+        for _, scheme, bits, kl in mine if index == 0 else ():
             axes.annotate(
-                point.scheme,
-                (point.bits_per_value, point.kl),
-                textcoords="offset points",
-                xytext=(6, 6),
+                scheme, (bits, kl), textcoords="offset points", xytext=(5, 4), fontsize="x-small"
             )
     axes.set_yscale("log")
-    axes.set_xlim(0, 1.25 * max(e.bits_per_value for e in evaluations))
+    axes.set_xlim(0, 1.25 * max(point[2] for point in points))
     axes.set_xlabel("bits per value")
     axes.set_ylabel("KL(exact ‖ compressed), nats per token")
     axes.grid(alpha=0.3)

@@ -16,6 +16,7 @@ from vqkv.compressor import KVCompressor
 from vqkv.errors import TextError
 from vqkv.evaluation.arms import Arms, Mode, filled_cache
 from vqkv.evaluation.canary import run_canary
+from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.passages import RepeatedPassages, repeated_passages
 from vqkv.evaluation.scoring import Scores
 
@@ -88,6 +89,7 @@ def evaluate(
     canary: bool = True,
     passages: int = 8,
     passage_lengths: tuple[int, ...] = (512, 1024, 2048),
+    exact: ExactLogits | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score `tokens` tokens of a text, in windows of `context`, with both caches.
@@ -105,6 +107,7 @@ def evaluate(
         canary: also check that destroyed codes are noticed.
         passages: repeated passages of each length; 0 for none.
         passage_lengths: in tokens.
+        exact: keeps the exact arm's logits where several compressors are scored before use.
         progress: told of each window and passage.
 
     Raises:
@@ -117,7 +120,7 @@ def evaluate(
     tell = progress or (lambda phase, done, total: None)
     text = text if isinstance(text, Text) else read_text(text)
     windows = text_windows(tokenizer, text, tokens, context, skip)
-    arms = Arms(model, compressor, mode, chunk)
+    arms = Arms(model, compressor, mode, chunk, exact)
 
     parts = []
     for done, window in enumerate(windows, start=1):
