@@ -1,4 +1,4 @@
-"""The results of a comparison as a folder: JSON, a table to read, a plot of quality against bits."""
+"""A comparison as a folder: JSON, a table to read, a plot of quality against bits."""
 
 from __future__ import annotations
 
