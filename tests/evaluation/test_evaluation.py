@@ -19,6 +19,7 @@ from vqkv.errors import TextError
 from vqkv.evaluation import Evaluation, Mode, evaluate
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.canary import destroyed, run_canary
+from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.memory import live_storage_bytes
 from vqkv.evaluation.passages import repeated_passages
 
@@ -80,6 +81,19 @@ def test_the_exact_arm_does_not_depend_on_mode_or_chunk(model: Any, coarse: KVCo
         torch.testing.assert_close(other.exact, one.exact, atol=1e-5, rtol=1e-5)
     later = Arms(model, coarse, "chunked", 7).scores(window, first=60)
     torch.testing.assert_close(later.exact, one.exact[59:], atol=1e-5, rtol=1e-5)
+
+
+def test_kept_exact_logits_give_the_same_scores(
+    model: Any, coarse: KVCompressor, tmp_path: Path
+) -> None:
+    window = random_ids(1, 100)[0]
+    exact = ExactLogits(model, tmp_path)
+    alone = Arms(model, coarse, "before-use", 32).scores(window, first=40)
+    for _ in range(2):  # computed, then read
+        kept = Arms(model, coarse, "before-use", 32, exact).scores(window, first=40)
+        for name in ("exact", "compressed", "kl", "agree"):
+            assert torch.equal(getattr(kept, name), getattr(alone, name))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_long_window_leaves_chunked_mode_exact(model: Any, coarse: KVCompressor) -> None:

@@ -79,9 +79,8 @@ def compare(
         print_json(data)
     else:
         print_table(COLUMNS, [cells(row) for row in data["rows"]], title=f"{model}, before use")
-    blind = [
-        row["evaluation"]["scheme"] for row in data["rows"] if not row["evaluation"]["canary_ok"]
-    ]
+    evaluations = [row["evaluation"] for row in data["rows"]]
+    blind = sorted({e["scheme"] for e in evaluations if not e["canary_ok"]})
     if blind:
         fail(f"the canary failed for {', '.join(blind)}", code=3)
 
