@@ -38,6 +38,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("residual", {"rate": 1.5, "code_bits": 3, "beam": 3, "refine": 2}),
     ("identity", {"dtype": "bfloat16"}),
     ("sign_sketch", {"rate": 4}),
+    ("rope_commutative", {"rate": 4, "size": 8}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),
@@ -51,6 +52,7 @@ LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("gain_shape", {}),
     ("gain_shape", {"shape": "vector"}),
     ("simvq", {}),
+    ("em", {}),
     ("simvq", {"codebook": "frozen"}),
     ("gaussian", {"dim": 2}),
 ]
@@ -58,6 +60,7 @@ GROUPING_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("contiguous", {"dim": 4}),
     ("strided", {"dim": 4}),
     ("whole", {}),
+    ("whole", {"scope": "layer"}),
     ("rope_pairs", {"dim": 4}),
     ("energy_balanced", {"dim": 4}),
     ("energy_balanced", {"dim": 4, "pairs": True}),

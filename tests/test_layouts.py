@@ -11,6 +11,7 @@ from tests.conftest import make_geometry
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.layouts import Layout, Segment, SideField
+from vqkv.quantizers.commutative import Commutative
 from vqkv.scheme import StreamConfig
 from vqkv.scheme_files import load_scheme, preset_names
 from vqkv.states import States
@@ -35,8 +36,13 @@ def give_codewords(codec: Codec) -> None:
     metric = torch.eye(codec.head_dim).expand(codec.heads, -1, -1)
     codec.fit_space(left, None if codec.metric is None else metric)
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
-        shape = (segment.books, segment.stages, segment.codewords, segment.dim)
-        quantizer.load_state({"codewords": torch.zeros(shape, dtype=torch.float16)})
+        if quantizer.config.data_free:
+            continue
+        commutative = isinstance(quantizer, Commutative)
+        size = quantizer.config.size if commutative else segment.codewords
+        shape = (segment.books, segment.stages, size, segment.dim)
+        name = "units" if commutative else "codewords"
+        quantizer.load_state({name: torch.zeros(shape, dtype=torch.float16)})
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

@@ -80,6 +80,8 @@ def test_presets_are_different_schemes() -> None:
     [
         ("aquakv-2", 2.078, 2.15),
         ("calibquant-1", 1.0, 1.0),
+        ("commvq-1", 1.047, 1.083),
+        ("commvq-2", 2.0156, 2.021),
         ("cq-2c8b", 4.0, 4.0),
         ("cq-4c8b", 2.0, 2.0),
         ("cq-8c10b", 1.25, 1.25),

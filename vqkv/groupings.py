@@ -102,17 +102,20 @@ class Contiguous(Grouping):
 
 
 class Whole(Grouping):
-    """All channels of a head, or of a token, are one group: d = D or d = H·D."""
+    """All channels of a head, or of a token (`layer`), are one group: d = D or d = H·D.
+
+    `pairs` is a head with its RoPE pairs side by side.
+    """
 
     type: Literal["whole"] = "whole"
-    scope: Literal["head", "layer"] = "head"
+    scope: Literal["head", "pairs", "layer"] = "head"
     dim: Literal[0] = Field(default=0, description="Follows from the model.")
 
     def resolved(self, heads: int, head_dim: int) -> Grouping:
         """The grouping with its dim."""
-        if self.scope == "head":
-            return Contiguous(dim=head_dim)
-        return AcrossHeads(dim=heads * head_dim)
+        if self.scope == "layer":
+            return AcrossHeads(dim=heads * head_dim)
+        return RopePairs(dim=head_dim) if self.scope == "pairs" else Contiguous(dim=head_dim)
 
     def permutation(self, head_dim: int, heads: int, stats: ChannelStats) -> torch.Tensor:
         """`[H, D]` or `[1, C]`."""
@@ -123,7 +126,8 @@ class Whole(Grouping):
         return True
 
     def check(self, head_dim: int, heads: int, pairs: Pairs) -> None:
-        """Nothing can be wrong."""
+        """Refuses what the resolved grouping does."""
+        self.resolved(heads, head_dim).check(head_dim, heads, pairs)
 
 
 class Strided(Grouping):

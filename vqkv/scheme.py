@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vqkv.codebooks.gaussian import gaussian_grid
 from vqkv.errors import SchemeError, StateError
-from vqkv.groupings import GroupingChoice, Strided
+from vqkv.groupings import GroupingChoice, RopePairs, Strided, Whole
 from vqkv.layouts import Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
 from vqkv.quantizers import QuantizerChoice, QuantizerConfig
@@ -66,6 +66,7 @@ class StreamConfig(Config):
                 "them: use 'group', 'layer' or 'model'"
             )
         self._check_metrics()
+        self._check_pairs()
         dims = {self.dim_of(segment) for segment in self.segments}
         if isinstance(self.grouping, Strided) and dims - {self.grouping.dim}:
             raise ValueError(
@@ -88,6 +89,27 @@ class StreamConfig(Config):
         if len(set(sources)) < len(sources):
             raise ValueError("sources: each stream is named once")
         return predictor
+
+    def _check_pairs(self) -> None:
+        """Codewords that commute with RoPE need keys that it has not turned, pairs side by side."""
+        wanting = [s.quantizer.type for s in self.all_segments if s.quantizer.needs_rope_pairs]  # type: ignore[attr-defined]
+        if not wanting:
+            return
+        if not isinstance(self, KeysConfig) or self.rope != "pre":
+            given = "post-RoPE keys" if isinstance(self, KeysConfig) else "values"
+            raise ValueError(
+                f"quantizer: {wanting[0]!r} codes keys before RoPE turns them (rope: pre), "
+                f"given {given}"
+            )
+        paired = isinstance(self.grouping, RopePairs) or (
+            isinstance(self.grouping, Whole) and self.grouping.scope == "pairs"
+        )
+        if not paired:
+            raise ValueError(
+                f"grouping: {wanting[0]!r} needs RoPE pairs side by side: use "
+                "{type: whole, scope: pairs} or {type: rope_pairs}, given "
+                f"{self.grouping.type!r}"
+            )
 
     def _check_metrics(self) -> None:
         """A metric is of the stream as it is, so nothing may have bent its space before."""

@@ -139,6 +139,7 @@ LEARNERS: Registry[type[CodebookLearner]] = Registry(
         "residual": "vqkv.codebooks.residual:ResidualLearner",
         "product": "vqkv.codebooks.product:ProductLearner",
         "uniform": "vqkv.codebooks.uniform:Uniform",
+        "em": "vqkv.codebooks.em:EM",
         "gain_shape": "vqkv.codebooks.gain_shape:GainShape",
         "simvq": "vqkv.codebooks.simvq:SimVQ",
         "gaussian": "vqkv.codebooks.gaussian:Gaussian",

@@ -28,6 +28,11 @@ class QuantizerConfig(Config):
         """No fit is needed."""
         return False
 
+    @property
+    def needs_rope_pairs(self) -> bool:
+        """Subvectors are RoPE pairs of keys before rotation, side by side."""
+        return False
+
 
 class Quantizer(Component, ABC):
     """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.
@@ -97,6 +102,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
         "product": "vqkv.quantizers.product:ProductQuantizer",
         "residual": "vqkv.quantizers.residual:ResidualQuantizer",
         "identity": "vqkv.quantizers.identity:IdentityQuantizer",
+        "rope_commutative": "vqkv.quantizers.commutative:Commutative",
         "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",
     },
 )
