@@ -36,10 +36,8 @@ def give_codewords(codec: Codec) -> None:
     metric = torch.eye(codec.head_dim).expand(codec.heads, -1, -1)
     codec.fit_space(left, None if codec.metric is None else metric)
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
-        if quantizer.config.data_free:
-            continue
         commutative = isinstance(quantizer, Commutative)
-        size = quantizer.config.size if commutative else segment.codewords
+        size = int(getattr(quantizer.config, "size", segment.codewords))
         shape = (segment.books, segment.stages, size, segment.dim)
         name = "units" if commutative else "codewords"
         quantizer.load_state({name: torch.zeros(shape, dtype=torch.float16)})
