@@ -269,10 +269,14 @@ def test_bf16(read: Any) -> None:
                 torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("family", ["llama", "llama-mqa", "qwen3"])
-def test_attending_on_codes_reads_as_decoding_them(family: str, rope: str) -> None:
+def test_attending_on_codes_reads_as_decoding_them(
+    family: str, rope: str, implementation: str
+) -> None:
     model = tiny_model(family, max_position_embeddings=1024)
+    model.set_attn_implementation(implementation)
     compressor = compressor_for(model, rope)
     ids = torch.nn.functional.pad(random_ids(3, 190), (10, 0))
     mask = torch.ones_like(ids)

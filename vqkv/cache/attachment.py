@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vqkv.artefact import check_fits
 from vqkv.attention import argument, attention_modules, cache_parameter
 from vqkv.cache.before_use import BeforeUseCache
-from vqkv.cache.coded_attention import NAME, register
+from vqkv.cache.coded_attention import CodedAttention
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.cache.vqcache import VQCache
@@ -91,8 +91,10 @@ def attach(
 
     Raises:
         ArtefactError: the compressor is for another geometry, norm or RoPE.
-        ModelError: the scheme needs pre-RoPE keys and the family cannot give them.
-        KernelError: `read="attend"` and no kernel attends on this scheme's codes.
+        ModelError: the scheme needs pre-RoPE keys and the family cannot give them, or
+            `read="attend"` and the family's attention cannot be exchanged.
+        KernelError: `read="attend"` and no kernel attends on this scheme's codes, or in the way
+            that the model does.
     """
     check_fits(
         compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor)
@@ -103,7 +105,8 @@ def attach(
             if stream == "keys":
                 select("attend", codec.layout, model.device)
     adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
-    with ForwardCapture(model, adapter) as capture, attention_of(model, read):
+    attention = CodedAttention(model, layers) if read == "attend" else nullcontext()
+    with ForwardCapture(model, adapter) as capture, attention:
         attachment = Attachment(model, compressor, adapter, capture, read)
         first = attention_modules(model)[layers[0]]
         hook = first.register_forward_pre_hook(attachment.introduce, with_kwargs=True)
@@ -112,18 +115,3 @@ def attach(
         finally:
             hook.remove()
             attachment.withdraw()
-
-
-@contextmanager
-def attention_of(model: PreTrainedModel, read: Read) -> Iterator[None]:
-    """The model with attention that can read codes, where asked for; its own again afterwards."""
-    if read == "decode":
-        yield
-        return
-    register()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
