@@ -105,6 +105,15 @@ def test_chunked_prefill(model: Any) -> None:
     assert torch.equal(coded, exact)
 
 
+def test_chunked_prefill_with_more_padding_than_a_chunk(model: Any) -> None:
+    ids, mask = PROMPT.clone(), torch.ones_like(PROMPT)
+    ids[0, :23], mask[0, :23] = 0, 0
+    way = {"attention_mask": mask, "prefill_chunk_size": 16}
+    exact = generate(model, DynamicCache(config=model.config), ids, **way)
+    with attach(model, compressor_for(model, quantizer="identity")) as attached:
+        assert torch.equal(generate(model, attached.new_cache(), ids, **way), exact)
+
+
 @pytest.mark.parametrize("quantizer", ["identity", "product"])
 def test_several_turns_on_one_cache(model: Any, quantizer: str) -> None:
     compressor = compressor_for(model, quantizer=quantizer)

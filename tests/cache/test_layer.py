@@ -144,6 +144,65 @@ def test_a_padded_row_is_coded_as_the_same_row_alone(family: str, rope: str) -> 
                     assert same.float().mean() > 0.999  # batched products round otherwise
 
 
+class TestPadding:
+    """Two rows of 150 slots, the first with 10 of padding."""
+
+    ids = torch.nn.functional.pad(random_ids(2, 140), (10, 0))
+    mask = torch.ones(2, 160, dtype=torch.long)
+    mask[0, :10] = 0
+
+    def filled(self, model: Any, attached: Any) -> VQCache:
+        cache: VQCache = attached.new_cache()
+        feed(model, cache, self.ids, 150, attention_mask=self.mask[:, :150])
+        assert cache.coded_layers[0].coded == [128, 128]
+        return cache
+
+    @pytest.mark.parametrize("rope", ["pre", "post"])
+    def test_it_stays_where_a_forward_brings_no_mask(self, model: Any, rope: str) -> None:
+        with attach(model, compressor_for(model, rope, window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            before = keys_of(cache, 150)
+            feed(model, cache, random_ids(2, 1))
+            assert cache.rows.pads == [10, 0]
+            assert torch.equal(keys_of(cache, 150), before)
+
+    @pytest.mark.parametrize("rope", ["pre", "post"])
+    def test_other_padding_under_coded_tokens_is_refused(self, model: Any, rope: str) -> None:
+        with attach(model, compressor_for(model, rope, window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            before = keys_of(cache, 150)
+            with pytest.raises(CacheError, match="row 0 was coded with 10 slots .* now says 0"):
+                feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
+            feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
+            assert torch.equal(keys_of(cache, 150), before)
+
+    def test_padding_that_an_unattached_cache_has_coded_is_refused_later(self, model: Any) -> None:
+        compressor = compressor_for(model, "post", window=WINDOW)
+        cache = VQCache(compressor, model.config)
+        feed(model, cache, self.ids, 150, attention_mask=self.mask[:, :150])
+        refused = pytest.raises(CacheError, match="row 0 was coded with 0 slots .* now says 10")
+        with attach(model, compressor), refused:
+            feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
+
+    def test_slots_that_the_tail_has_dropped_do_not_come_back(self, model: Any) -> None:
+        """A row of padding alone has nothing coded, but its slots go with those of other rows."""
+        mask = torch.ones(2, 151, dtype=torch.long)
+        mask[0, :140] = 0
+        with attach(model, compressor_for(model, "post", window=WINDOW)) as attached:
+            cache = attached.new_cache()
+            feed(model, cache, self.ids, 150, attention_mask=mask[:, :150])
+            assert cache.coded_layers[0].coded == [0, 128]
+            with pytest.raises(CacheError, match="row 0 .* 140 .* now says 0"):
+                feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
+
+    def test_another_batch_leaves_it_as_it_was(self, model: Any) -> None:
+        with attach(model, compressor_for(model, "post", window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            with pytest.raises(CacheError, match="the cache holds 2 rows, given 3"):
+                feed(model, cache, random_ids(3, 1), attention_mask=torch.ones(3, 151))
+            assert cache.rows.pads == [10, 0]
+
+
 class TestCrop:
     def test_inside_the_tail_it_is_exact(self, model: Any) -> None:
         compressor = compressor_for(model, window=WINDOW)

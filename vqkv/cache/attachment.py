@@ -58,11 +58,14 @@ class Attachment:
         if not isinstance(cache, VQCache | BeforeUseCache):
             return
         padding = self._capture.left_padding
+        pads = None if padding is None else padding.tolist()
+        if pads is not None and isinstance(cache, VQCache):
+            cache.check_padding(pads)
         rows = cache.rows
         rows.note(
             start=cache.get_seq_length(self.compressor.geometry.compressed[0]),
             positions=None if self._adapter is None else self._capture.positions,
-            pads=[] if padding is None else padding.tolist(),
+            pads=pads,
         )
         rows.rotary = self._adapter
         rows.attend = self.read == "attend"

@@ -220,6 +220,26 @@ class VQLayer(CacheLayerMixin):
                 values[rows, :, slots] = self._sink_values[rows, :, low:sinks]
         return keys, values
 
+    def check_padding(self, pads: list[int]) -> None:
+        """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.
+
+        Rows of which nothing is stored but the tail may change: a chunk of a prefill can be all
+        padding, with more to come.
+
+        Raises:
+            CacheError: another number of rows, or other padding than tokens were coded with.
+        """
+        if not self.is_initialized:
+            return
+        self._check_rows(len(pads))
+        for row, (pad, old) in enumerate(zip(pads, self._pads(), strict=True)):
+            if pad != old and (self.coded[row] or pad < self._tail_start):
+                raise CacheError(
+                    f"layer {self.index}: row {row} was coded with {old} slots of padding at its "
+                    f"left, the attention mask now says {pad}: pass masks [batch, tokens so far] "
+                    "that agree with the first one, or start a new cache"
+                )
+
     @property
     def tail_start(self) -> int:
         """First slot from which every row is exact."""
@@ -274,12 +294,15 @@ class VQLayer(CacheLayerMixin):
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _check(self, states: torch.Tensor) -> None:
-        if states.shape[0] != len(self.coded):
+    def _check_rows(self, given: int) -> None:
+        if given != len(self.coded):
             raise CacheError(
-                f"layer {self.index}: the cache holds {len(self.coded)} rows, given "
-                f"{states.shape[0]}: reset it, or start a new one"
+                f"layer {self.index}: the cache holds {len(self.coded)} rows, given {given}: "
+                "reset it, or start a new one"
             )
+
+    def _check(self, states: torch.Tensor) -> None:
+        self._check_rows(states.shape[0])
         if self.key_codec.layout.rope == "pre":
             held = 0 if self.rows.positions is None else self.rows.positions.shape[1]
             if self.rows.rotary is None or held < self._length + states.shape[2]:

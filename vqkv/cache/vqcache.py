@@ -42,6 +42,15 @@ class VQCache(Cache):
         """The compressed layers, by index."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, VQLayer)}
 
+    def check_padding(self, pads: list[int]) -> None:
+        """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.
+
+        Raises:
+            CacheError: another number of rows, or other padding than tokens were coded with.
+        """
+        for layer in self.coded_layers.values():
+            layer.check_padding(pads)
+
     # Rows change for all layers at once, so what they share changes here.
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
