@@ -24,6 +24,7 @@ from vqkv.cache.coded_attention import _visible, coded_attention
 from vqkv.cache.layer import CodedStates
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.errors import ArtefactError, CacheError, KernelError, ModelError
+from vqkv.kernels import recording
 
 
 @pytest.fixture
@@ -71,6 +72,35 @@ def test_two_attached_models_at_once(model: Any) -> None:
                     atol=1e-4,
                     rtol=1e-4,
                 )
+
+
+@pytest.mark.parametrize("inner", ["pre", "post"])
+def test_two_compressors_on_one_model_serve_their_own_caches(model: Any, inner: str) -> None:
+    ids, mask = random_ids(2, 160), torch.ones(2, 160, dtype=torch.long)
+    mask[0, :7] = 0
+    reads: dict[str, Any] = {"pre": "decode", "post": "attend"}
+    compressors = {rope: compressor_for(model, rope) for rope in reads}
+
+    def run(cache: Any) -> tuple[torch.Tensor, list[str]]:
+        with recording() as ran, torch.no_grad():
+            model(ids[:, :150], attention_mask=mask[:, :150], past_key_values=cache)
+            logits = model(ids[:, 150:], attention_mask=mask, past_key_values=cache).logits
+        assert cache.coded_layers[0].coded == [128, 128]
+        return logits, ran
+
+    alone = {}
+    for rope, compressor in compressors.items():
+        with attach(model, compressor, read=reads[rope]) as attached:
+            alone[rope] = run(attached.new_cache())
+    outer = "post" if inner == "pre" else "pre"
+    with (
+        attach(model, compressors[outer], read=reads[outer]) as one,
+        attach(model, compressors[inner], read=reads[inner]) as two,
+    ):
+        for rope, attached in ((outer, one), (inner, two)):
+            logits, ran = run(attached.new_cache())
+            assert torch.equal(logits, alone[rope][0])
+            assert ran == alone[rope][1]
 
 
 @pytest.mark.parametrize("read", ["decode", "attend"])

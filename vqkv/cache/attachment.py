@@ -52,7 +52,11 @@ class Attachment:
     def introduce(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Forward pre-hook of the first compressed layer: tell the forward's cache of its rows."""
+        """Forward pre-hook of the first compressed layer: tell the forward's cache of its rows.
+
+        Padding is told to caches of other compressors too: it is the same for all, and none may
+        be coded. The rest belongs to this attachment's compressor.
+        """
         name = cache_parameter(module)
         cache = None if name is None else argument(module, name, args, kwargs)
         if not isinstance(cache, VQCache | BeforeUseCache):
@@ -61,15 +65,16 @@ class Attachment:
         pads = None if padding is None else padding.tolist()
         if pads is not None and isinstance(cache, VQCache):
             cache.check_padding(pads)
-        rows = cache.rows
+        rows, mine = cache.rows, cache.compressor is self.compressor
         rows.note(
             start=cache.get_seq_length(self.compressor.geometry.compressed[0]),
-            positions=None if self._adapter is None else self._capture.positions,
+            positions=self._capture.positions if mine and self._adapter is not None else None,
             pads=pads,
         )
-        rows.rotary = self._adapter
-        rows.attend = self.read == "attend"
-        self._served.add(rows)
+        if mine:
+            rows.rotary = self._adapter
+            rows.attend = self.read == "attend"
+            self._served.add(rows)
 
     def withdraw(self) -> None:
         """Caches outlive the attachment; what belongs to the model does not."""
@@ -84,7 +89,8 @@ def attach(
     """Let caches of `compressor` see positions, padding and RoPE of `model` within a block.
 
     Needed by pre-RoPE schemes and for left-padded batches. Undone when the block ends, by an
-    exception too.
+    exception too. A model may have several compressors attached: each serves the caches that were
+    made with it.
 
     Args:
         model: a causal language model of transformers.

@@ -309,7 +309,7 @@ class VQLayer(CacheLayerMixin):
                 raise CacheError(
                     f"scheme {self._compressor.scheme.name!r} codes keys before RoPE, which a "
                     "cache alone cannot see: run the model inside `with vqkv.attach(model, "
-                    "compressor):`"
+                    "compressor):`, with the compressor that the cache was made with"
                 )
 
     def _pads(self) -> list[int]:
