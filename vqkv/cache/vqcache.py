@@ -18,6 +18,9 @@ from vqkv.compressor import KVCompressor
 class VQCache(Cache):
     """A compressed cache for one batch; pass it as `past_key_values`.
 
+    By itself it sees no attention mask: left-padded batches have to run inside `attach`, or their
+    padding is coded, and kept as sinks, like any text.
+
     Args:
         compressor: fitted, or data-free.
         config: the model's transformers config.
