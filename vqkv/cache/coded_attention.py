@@ -134,7 +134,7 @@ def coded_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
     output = attend(query, _blocks(layer, visible), scale, layer.key_codec.layout)
-    layer.release()
+    layer.finish()
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -90,7 +90,8 @@ class VQLayer(CacheLayerMixin):
         """Take in new states `[B, H, t, D]` and return what attention reads, all T slots.
 
         Old tokens that leave the window are coded first. What is new is always read exactly in
-        the forward that brings it.
+        the forward that brings it. Where attention reads the codes itself, it gets `CodedStates`
+        and has to call `finish` when it has read them.
 
         Raises:
             CacheError: another batch or geometry, or pre-RoPE codes without an attached model.
@@ -106,17 +107,20 @@ class VQLayer(CacheLayerMixin):
         self._tail_keys = torch.cat([self._tail_keys, key_states], 2)
         self._tail_values = torch.cat([self._tail_values, value_states], 2)
         self._length = new
-        exact_until_read = new - old <= self.window
-        if self.rows.attend and new - old <= ATTEND_ROWS and exact_until_read:
+        if self.rows.attend and new - old <= ATTEND_ROWS:
             return CodedStates(self), CodedStates(self)
         read = self.read(0, new)
-        if not self._recording:
-            self._code(new, new)
-        self.release()
+        self.finish()
         return read
 
-    def release(self) -> None:
-        """This layer's part of the forward is over: let go of reconstructions none needs now."""
+    def finish(self) -> None:
+        """What is new has been read, which ends this layer's part of the forward.
+
+        New tokens that the window has left behind already are coded, and reconstructions that no
+        later layer needs go.
+        """
+        if not self._recording:
+            self._code(self._length, self._length)
         self.rows.decoded.release(self.index, self._compressor)
 
     def get_seq_length(self) -> int:
