@@ -288,6 +288,26 @@ def test_bytes_are_those_of_all_tensors_and_no_copy_of_the_history_hides(model: 
     assert cache.nbytes()["codes"] <= per_token * (700 + PAGE_TOKENS)
 
 
+@pytest.mark.parametrize("deep", [4, 60, 149])
+def test_cropping_frees_what_was_cut_off(model: Any, deep: int) -> None:
+    with attach(model, compressor_for(model, window=100)) as attached:
+        cache = attached.new_cache()
+        feed(model, cache, random_ids(1, 150), 150)
+        cache.crop(-deep)
+    assert cache.nbytes()["total"] == reachable_bytes(cache)
+
+
+def test_reset_frees_everything(model: Any) -> None:
+    with attach(model, compressor_for(model, window=WINDOW)) as attached:
+        cache = attached.new_cache()
+        feed(model, cache, random_ids(2, 150), 150)
+        cache.activate_past_recording()
+        cache.reset()
+        assert cache.nbytes()["total"] == reachable_bytes(cache) == 0
+        feed(model, cache, random_ids(2, 150), 150)
+        assert cache.coded_layers[0].coded == [128, 128], "recording ends with what it recorded"
+
+
 def reachable_bytes(cache: VQCache) -> int:
     """Storage bytes of every tensor that hangs on the cache, its compressor and model left out."""
     skipped = {id(cache.compressor), id(cache.rows.rotary)}

@@ -157,13 +157,19 @@ class VQLayer(CacheLayerMixin):
         ]
         first = self._tail_start
         self._tail_start = min(first, self._length)
-        kept = self._length - first
-        self._tail_keys = self._tail_keys[:, :, : max(0, kept)]
-        self._tail_values = self._tail_values[:, :, : max(0, kept)]
+        kept = max(0, self._length - first)
+        # Cloned, so that the memory of what was cut off is freed.
+        self._tail_keys = self._tail_keys[:, :, :kept].clone()
+        self._tail_values = self._tail_values[:, :, :kept].clone()
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens, and free their memory."""
         self.coded, self._length, self._tail_start = [], 0, 0
+        self._recording = False
+        if self.is_initialized:
+            del self._keys, self._values
+            for name in self._TENSORS:
+                delattr(self, name)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ class Rows:
     def crop(self, length: int) -> None:
         """Forget slots from `length` on."""
         if self.positions is not None:
-            self.positions = self.positions[:, :length]
+            self.positions = self.positions[:, :length].clone()  # frees the rest's memory
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
@@ -77,6 +77,7 @@ class Rows:
     def reset(self) -> None:
         """Forget all rows."""
         self.pads, self.positions = [], None
+        self.decoded.clear()
 
     @property
     def nbytes(self) -> int:
