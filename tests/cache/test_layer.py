@@ -427,3 +427,22 @@ def test_a_scheme_that_was_never_calibrated(model: Any) -> None:
     compressor = KVCompressor(scheme_from_dict(scheme_dict()), Geometry.from_model(model))
     with pytest.raises(NotFittedError, match="calibrate it first"):
         VQCache(compressor, model.config)
+
+
+@pytest.mark.parametrize("read", ["decode", "attend"])
+def test_a_prefix_of_inference_mode_goes_on_without(model: Any, read: Any) -> None:
+    """After a crop, sinks and pages that were made in it are written to again."""
+    compressor = compressor_for(model, window=WINDOW, sinks=100)
+    ids = random_ids(1, 330)
+    caches = []
+    with attach(model, compressor, read=read) as attached:
+        for mode in (torch.no_grad, torch.inference_mode):
+            cache = attached.new_cache()
+            with mode():
+                model(ids[:, :300], past_key_values=cache)
+                cache.crop(-210)
+            feed(model, cache, ids[:, 90:], 10)
+            caches.append(cache)
+        for one, other in zip(*(cache.coded_layers.values() for cache in caches), strict=True):
+            for a, b in zip(one.read(0, 330), other.read(0, 330), strict=True):
+                assert torch.equal(a, b)

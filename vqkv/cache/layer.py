@@ -15,7 +15,7 @@ from einops import rearrange
 from transformers.cache_utils import CacheLayerMixin
 
 from vqkv.attention import Tables
-from vqkv.cache.pages import PageStore
+from vqkv.cache.pages import PageStore, writable
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.codec import Codec
@@ -378,6 +378,7 @@ class VQLayer(CacheLayerMixin):
             room = (0, 0, 0, stop - self._sink_keys.shape[2])
             self._sink_keys = torch.nn.functional.pad(self._sink_keys, room)
             self._sink_values = torch.nn.functional.pad(self._sink_values, room)
+        self._sink_keys, self._sink_values = writable(self._sink_keys), writable(self._sink_values)
         self._sink_keys[rows, :, start:stop] = keys[:, :, : stop - start]
         self._sink_values[rows, :, start:stop] = values[:, :, : stop - start]
 
