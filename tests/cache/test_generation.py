@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.cache.compressors import compressor_for, random_ids
@@ -174,7 +176,7 @@ class TestStorage:
         compressor = compressor_for(model, "post")
         cache = VQCache(compressor, model.config)
         with torch.no_grad():
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT.repeat(1, 2), past_key_values=cache)
         cache.save(folder / "prefix")
         return folder / "prefix"
 
@@ -189,6 +191,56 @@ class TestStorage:
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(ArtefactError, match="no saved cache, or a damaged one"):
             VQCache.load(path, compressor_for(model, "post"), model.config)
+
+    @pytest.mark.parametrize("damage", ["missing", "shortened", "flipped", "retyped", "header"])
+    def test_a_file_that_is_not_as_it_was_saved_is_refused(
+        self, model: Any, tmp_path: Path, damage: str
+    ) -> None:
+        path = self.saved(model, tmp_path)
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        codes = tensors["1.key_codes"]
+        if damage == "missing":
+            del tensors["1.key_codes"]
+        elif damage == "shortened":
+            tensors["1.key_codes"] = codes[:, :, :-1].contiguous()
+        elif damage == "flipped":
+            codes[0, 0, -1, -1] ^= 1
+        elif damage == "retyped":
+            tensors["1.key_codes"] = codes.view(torch.int8)
+        else:
+            metadata["vqkv"] = metadata["vqkv"].replace('"length": 120', '"length": 110')
+        save_file(tensors, path, metadata)
+        with pytest.raises(ArtefactError, match=r"prefix: damaged or edited: .*save .* again"):
+            VQCache.load(path, compressor_for(model, "post"), model.config)
+
+    @pytest.mark.parametrize("header", [None, "no json", "[]", '{"format": "vqkv-cache"}'])
+    def test_a_file_of_another_kind_is_refused(
+        self, model: Any, tmp_path: Path, header: str | None
+    ) -> None:
+        metadata = None if header is None else {"vqkv": header}
+        save_file({"x": torch.zeros(3)}, tmp_path / "other", metadata)
+        with pytest.raises(ArtefactError, match="other: (not a|no) saved cache"):
+            VQCache.load(tmp_path / "other", compressor_for(model, "post"), model.config)
+
+    def test_anybody_may_read_it_who_may_read_new_files(self, model: Any, tmp_path: Path) -> None:
+        new = tmp_path / "new"
+        new.touch()
+        assert self.saved(model, tmp_path).stat().st_mode == new.stat().st_mode
+
+    def test_it_loads_onto_a_device(self, tmp_path: Path) -> None:
+        model = mixed_model()
+        compressor = compressor_for(model)
+        with attach(model, compressor) as attached, torch.no_grad():
+            cache = attached.new_cache()
+            model(PROMPT.repeat(1, 2), past_key_values=cache)
+        cache.save(tmp_path / "prefix")
+        loaded = VQCache.load(tmp_path / "prefix", compressor, model.config, device="meta")
+        layers: list[Any] = loaded.layers
+        coded, sliding = layers
+        assert coded.device.type == "meta"
+        held = [*coded.tensors().values(), sliding.keys, sliding.values, loaded.rows.positions]
+        assert all(t is not None and t.device.type == "meta" for t in held)
 
     def test_an_empty_cache_is_not_saved(self, model: Any, tmp_path: Path) -> None:
         cache = VQCache(compressor_for(model, "post"), model.config)
@@ -321,7 +373,7 @@ def test_attending_where_new_tokens_exceed_the_window(model: Any, rope: str, win
     ids = random_ids(2, 200)
     caches, logits = {}, {}
     for read in ("decode", "attend"):
-        with attach(model, compressor, read=read) as attached, torch.no_grad():  # type: ignore[arg-type]
+        with attach(model, compressor, read=read) as attached, torch.no_grad():
             cache = attached.new_cache()
             found = [model(ids[:, :120], past_key_values=cache).logits]
             for part in ids[:, 120:].split([1] * 20 + [10] * 6, 1):

@@ -122,11 +122,22 @@ class VQCache(Cache):
         save(self, path)
 
     @classmethod
-    def load(cls, path: Any, compressor: KVCompressor, config: Any) -> Self:
-        """A cache that `save` wrote. Raises ArtefactError where it does not fit the compressor."""
+    def load(
+        cls,
+        path: Any,
+        compressor: KVCompressor,
+        config: Any,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A cache that `save` wrote, on the device that the model is on.
+
+        Raises:
+            ArtefactError: the file is damaged, or does not fit the compressor.
+        """
         from vqkv.cache.storage import load
 
-        return load(cls(compressor, config), path)
+        return load(cls(compressor, config), path, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of all tokens that shares the codebooks."""
