@@ -349,13 +349,33 @@ def test_reset_takes_another_batch(model: Any) -> None:
         )
 
 
+def test_prefetch_and_offload_move_every_tensor(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands in for an accelerator."""
+    cache = VQCache(compressor_for(model, "post", window=WINDOW), model.config)
+    feed(model, cache, random_ids(1, 150), 150)
+    layer = cache.coded_layers[1]
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    assert {t.device.type for t in layer.tensors().values()} == {"meta"}
+    # Nothing comes back from there, so what would is put in its place.
+    held = {name: t.shape for name, t in layer.tensors().items()}
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, to, **_: torch.ones_like(t, device=to))
+    layer.offload()
+    assert {t.device.type for t in layer.tensors().values()} == {"cpu"}
+    assert {name: t.shape for name, t in layer.tensors().items()} == held
+
+
 def test_offload_and_prefetch_keep_everything(model: Any) -> None:
     cache = VQCache(compressor_for(model, "post", window=WINDOW), model.config)
     feed(model, cache, random_ids(1, 150), 150)
-    before = cache.coded_layers[1].read(0, 150)
-    cache.coded_layers[1].offload()
-    cache.coded_layers[1].prefetch()
-    assert torch.equal(cache.coded_layers[1].read(0, 150)[0], before[0])
+    layer = cache.coded_layers[1]
+    before = layer.read(0, 150)
+    layer.offload()
+    layer.prefetch()
+    for a, b in zip(layer.read(0, 150), before, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
