@@ -171,7 +171,7 @@ class TestPadding:
         with attach(model, compressor_for(model, rope, window=WINDOW)) as attached:
             cache = self.filled(model, attached)
             before = keys_of(cache, 150)
-            with pytest.raises(CacheError, match="row 0 was coded with 10 slots .* now says 0"):
+            with pytest.raises(CacheError, match=r"row 0 was coded with 10 slots .* now says 0"):
                 feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
             feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
             assert torch.equal(keys_of(cache, 150), before)
@@ -180,7 +180,7 @@ class TestPadding:
         compressor = compressor_for(model, "post", window=WINDOW)
         cache = VQCache(compressor, model.config)
         feed(model, cache, self.ids, 150, attention_mask=self.mask[:, :150])
-        refused = pytest.raises(CacheError, match="row 0 was coded with 0 slots .* now says 10")
+        refused = pytest.raises(CacheError, match=r"row 0 was coded with 0 slots .* now says 10")
         with attach(model, compressor), refused:
             feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
 
@@ -192,7 +192,7 @@ class TestPadding:
             cache = attached.new_cache()
             feed(model, cache, self.ids, 150, attention_mask=mask[:, :150])
             assert cache.coded_layers[0].coded == [0, 128]
-            with pytest.raises(CacheError, match="row 0 .* 140 .* now says 0"):
+            with pytest.raises(CacheError, match=r"row 0 .* 140 .* now says 0"):
                 feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
 
     def test_another_batch_leaves_it_as_it_was(self, model: Any) -> None:
