@@ -159,7 +159,7 @@ def _visible(
 
 def _blocks(layer: VQLayer, visible: torch.Tensor) -> Iterator[Block]:
     """All slots in runs: coded ones decoded a block at a time, then what is exact in every row."""
-    slots, exact = layer.get_seq_length(), layer.tail_start
+    slots, exact = layer.get_seq_length(), layer.exact_from
     edges = [*range(0, exact, BLOCK_TOKENS), exact, slots]
     for start, stop in pairwise(edges):
         if start < stop:

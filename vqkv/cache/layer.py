@@ -60,7 +60,7 @@ class VQLayer(CacheLayerMixin):
         self._recording = False
         self.coded: list[int] = []
         self._length = 0
-        self._tail_start = 0  # the slot that the tail's first entry is
+        self._tail_start = 0  # the slot of the tail's first entry, exact in some row
         self.is_initialized = False
 
     # -- transformers' interface -----------------------------------------------------------
@@ -251,8 +251,8 @@ class VQLayer(CacheLayerMixin):
                 )
 
     @property
-    def tail_start(self) -> int:
-        """First slot from which every row is exact."""
+    def exact_from(self) -> int:
+        """The slot from which on every row is exact; the tail of some rows starts earlier."""
         return max((pad + coded for _, pad, coded in self._groups()), default=0)
 
     @property
