@@ -55,6 +55,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    # Soft-capped scores, in layers of both kinds.
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "olmo2": ("olmo2", {}),

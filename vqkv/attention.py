@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vqkv.errors import ModelError
 
@@ -63,6 +65,16 @@ def cache_parameter(module: nn.Module) -> str | None:
     """The name under which an attention module takes the cache."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in _CACHE_PARAMETERS if name in parameters), None)
+
+
+def own_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The attention function that `module` calls where its model has that implementation."""
+    modeling = inspect.getmodule(type(module))
+    # A modeling file may have functions of its own beside the shared ones, eager is always one.
+    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager: Any = getattr(modeling, "eager_attention_forward", None)
+    own: Callable[..., Any] = functions.get_interface(implementation, eager)
+    return own
 
 
 def output_projection(module: nn.Module, channels: int) -> torch.Tensor:

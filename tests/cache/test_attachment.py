@@ -8,13 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
+from transformers.models.llama import modeling_llama
 
 from tests.cache.compressors import compressor_for, random_ids
 from tests.tiny_models import tiny_model
 from vqkv.cache import BeforeUseCache, attach
+from vqkv.cache.coded_attention import _visible, coded_attention
+from vqkv.cache.layer import CodedStates
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.errors import ArtefactError, CacheError, KernelError, ModelError
+from vqkv.kernels import recording
 
 
 @pytest.fixture
@@ -22,23 +32,26 @@ def model() -> Any:
     return tiny_model("llama", max_position_embeddings=1024)
 
 
-def hooks_of(model: Any) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+def traces(model: Any) -> tuple[Any, ...]:
+    """What attaching changes."""
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    registered = set(AttentionInterface()), set(AttentionMaskInterface())
+    return hooks, model.config._attn_implementation, registered
 
 
 def test_it_undoes_itself(model: Any) -> None:
-    before = (hooks_of(model), model.config._attn_implementation)
+    before = traces(model)
     with attach(model, compressor_for(model), read="attend"):
-        assert hooks_of(model) > before[0]
-        assert model.config._attn_implementation == "vqkv"
-    assert (hooks_of(model), model.config._attn_implementation) == before
+        assert traces(model)[0] > before[0]
+        assert model.config._attn_implementation.startswith("vqkv")
+    assert traces(model) == before
 
 
 def test_it_undoes_itself_after_an_exception(model: Any) -> None:
-    before = (hooks_of(model), model.config._attn_implementation)
+    before = traces(model)
     with pytest.raises(ZeroDivisionError), attach(model, compressor_for(model), read="attend"):
         1 / 0  # noqa: B018
-    assert (hooks_of(model), model.config._attn_implementation) == before
+    assert traces(model) == before
 
 
 def test_two_attached_models_at_once(model: Any) -> None:
@@ -59,6 +72,35 @@ def test_two_attached_models_at_once(model: Any) -> None:
                     atol=1e-4,
                     rtol=1e-4,
                 )
+
+
+@pytest.mark.parametrize("inner", ["pre", "post"])
+def test_two_compressors_on_one_model_serve_their_own_caches(model: Any, inner: str) -> None:
+    ids, mask = random_ids(2, 160), torch.ones(2, 160, dtype=torch.long)
+    mask[0, :7] = 0
+    reads: dict[str, Any] = {"pre": "decode", "post": "attend"}
+    compressors = {rope: compressor_for(model, rope) for rope in reads}
+
+    def run(cache: Any) -> tuple[torch.Tensor, list[str]]:
+        with recording() as ran, torch.no_grad():
+            model(ids[:, :150], attention_mask=mask[:, :150], past_key_values=cache)
+            logits = model(ids[:, 150:], attention_mask=mask, past_key_values=cache).logits
+        assert cache.coded_layers[0].coded == [128, 128]
+        return logits, ran
+
+    alone = {}
+    for rope, compressor in compressors.items():
+        with attach(model, compressor, read=reads[rope]) as attached:
+            alone[rope] = run(attached.new_cache())
+    outer = "post" if inner == "pre" else "pre"
+    with (
+        attach(model, compressors[outer], read=reads[outer]) as one,
+        attach(model, compressors[inner], read=reads[inner]) as two,
+    ):
+        for rope, attached in ((outer, one), (inner, two)):
+            logits, ran = run(attached.new_cache())
+            assert torch.equal(logits, alone[rope][0])
+            assert ran == alone[rope][1]
 
 
 @pytest.mark.parametrize("read", ["decode", "attend"])
@@ -95,6 +137,89 @@ def test_codes_that_mix_heads_are_refused_for_attend_alone(model: Any) -> None:
         pass
     with pytest.raises(KernelError, match="mix heads"), attach(model, mixed, read="attend"):
         pass
+
+
+@pytest.mark.parametrize(("family", "variant"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_attention_that_no_kernel_computes_is_refused_for_attend_alone(
+    family: str, variant: str
+) -> None:
+    model = tiny_model(family)
+    before, compressor = traces(model), compressor_for(model, quantizer="identity")
+    with attach(model, compressor):
+        pass
+    refused = pytest.raises(KernelError, match=rf"{family}: layer 1 .*{variant}.*read='decode'")
+    with refused, attach(model, compressor, read="attend"):
+        pass
+    assert traces(model) == before
+
+
+def test_a_variant_that_only_the_call_shows_is_refused(model: Any) -> None:
+    cache = compressor_for(model, "post").new_cache(model.config)
+    states = CodedStates(cache.coded_layers[0])
+    with pytest.raises(KernelError, match=r"Linear attends with s_aux.*read='decode'"):
+        coded_attention(torch.nn.Linear(1, 1), torch.zeros(1), states, None, s_aux=torch.zeros(1))
+
+
+def test_masks_that_cannot_be_read_are_refused_for_attend_alone(model: Any) -> None:
+    model.set_attn_implementation("flex_attention")
+    with attach(model, compressor_for(model, "post", quantizer="identity")) as attached:
+        compressor = attached.compressor
+    refused = pytest.raises(KernelError, match=r"llama: .*'flex_attention'.*'sdpa'")
+    with refused, attach(model, compressor, read="attend"):
+        pass
+
+
+def test_attention_that_cannot_be_exchanged_is_refused_for_attend_alone() -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=64, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    before, compressor = traces(model), compressor_for(model, "post", quantizer="identity")
+    with attach(model, compressor):
+        pass
+    refused = pytest.raises(ModelError, match=r"bloom: BloomModel .*read='decode'")
+    with refused, attach(model, compressor, read="attend"):
+        pass
+    assert traces(model) == before
+
+
+def test_what_is_not_coded_goes_to_the_model_s_own_attention(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.set_attn_implementation("eager")
+    ids = random_ids(2, 60)
+    with torch.no_grad():
+        expected = model(ids).logits
+        ran: list[Any] = []
+        own = modeling_llama.eager_attention_forward
+
+        def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+            ran.append(module.layer_idx)
+            return own(module, *args, **kwargs)
+
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+        compressor = compressor_for(model, quantizer="identity")
+        ran.clear()
+        with attach(model, compressor, read="attend") as attached:
+            cache = attached.new_cache()
+            assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+            assert ran == [0, 1]
+            model(ids[:, :1], past_key_values=cache)
+            assert ran == [0, 1], "codes are read by our kernel"
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "float", "flash"])
+def test_which_slots_a_query_sees_by_any_form_of_mask(form: str) -> None:
+    """Two queries at the end of five slots; all but None hide two slots of padding from row 0."""
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()[3:].expand(2, 1, 2, 5)
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    seen = causal & real[:, None, None].bool()
+    mask, expected = {
+        "none": (None, causal),
+        "bool": (seen, seen),
+        "float": (torch.where(seen, 0.0, torch.finfo(torch.float32).min), seen),
+        "flash": (real, seen),
+    }[form]
+    visible = _visible(mask, 2, 5, torch.device("cpu"))
+    assert torch.equal(visible.expand(2, 1, 2, 5), expected)
 
 
 def test_importing_changes_nothing_in_transformers() -> None:

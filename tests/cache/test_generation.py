@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.cache.compressors import compressor_for, random_ids
@@ -15,6 +17,7 @@ from tests.tiny_models import tiny_model
 from vqkv.cache import VQCache, attach
 from vqkv.errors import ArtefactError, CacheError, ModelError
 from vqkv.kernels import recording
+from vqkv.layouts import PAGE_TOKENS
 
 #: Long enough that several pages are coded.
 NEW = 90
@@ -105,29 +108,54 @@ def test_chunked_prefill(model: Any) -> None:
     assert torch.equal(coded, exact)
 
 
+def test_chunked_prefill_with_more_padding_than_a_chunk(model: Any) -> None:
+    ids, mask = PROMPT.clone(), torch.ones_like(PROMPT)
+    ids[0, :23], mask[0, :23] = 0, 0
+    way = {"attention_mask": mask, "prefill_chunk_size": 16}
+    exact = generate(model, DynamicCache(config=model.config), ids, **way)
+    with attach(model, compressor_for(model, quantizer="identity")) as attached:
+        assert torch.equal(generate(model, attached.new_cache(), ids, **way), exact)
+
+
+def by_hand(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What greedy `generate` does: all that the cache lacks in one forward, then token by token."""
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("read", ["decode", "attend"])
 @pytest.mark.parametrize("quantizer", ["identity", "product"])
-def test_several_turns_on_one_cache(model: Any, quantizer: str) -> None:
+def test_several_turns_on_one_cache(model: Any, quantizer: str, read: Any) -> None:
     compressor = compressor_for(model, quantizer=quantizer)
-    with attach(model, compressor) as attached:
-        cache = attached.new_cache()
+    with attach(model, compressor, read=read) as attached:
+        cache, fresh = attached.new_cache(), attached.new_cache()
         first = generate(model, cache)
+        assert torch.equal(first, by_hand(model, fresh, PROMPT))
         follow_up = torch.cat([first, random_ids(2, 30, seed=4)], 1)
         second = generate(model, cache, follow_up)
+        assert torch.equal(second, by_hand(model, fresh, follow_up))
     assert cache.get_seq_length() == second.shape[1] - 1
     if quantizer == "identity":
         assert torch.equal(second, generate(model, DynamicCache(config=model.config), follow_up))
 
 
 def test_a_copied_prefix_serves_several_continuations(model: Any) -> None:
-    compressor = compressor_for(model)
+    compressor, prompt = compressor_for(model), PROMPT.repeat(1, 3)
+    questions = [torch.cat([prompt, random_ids(2, 9, seed=s)], 1) for s in (1, 2)]
     with attach(model, compressor) as attached, torch.no_grad():
         prefix = attached.new_cache()
-        model(PROMPT.repeat(1, 3), past_key_values=prefix)
-        questions = [torch.cat([PROMPT.repeat(1, 3), random_ids(2, 9, seed=s)], 1) for s in (1, 2)]
-        texts = [generate(model, copy.deepcopy(prefix), q) for q in questions]
-        again = [generate(model, copy.deepcopy(prefix), q) for q in questions]
-        assert all(torch.equal(a, b) for a, b in zip(texts, again, strict=True))
+        model(prompt, past_key_values=prefix)
+        for question in questions:
+            fresh = attached.new_cache()
+            model(prompt, past_key_values=fresh)
+            expected = generate(model, fresh, question)
+            for _ in range(2):
+                assert torch.equal(generate(model, copy.deepcopy(prefix), question), expected)
         copied = copy.deepcopy(prefix)
+    assert prefix.get_seq_length() == prompt.shape[1], "copies leave it as it was"
     mine, its = prefix.coded_layers[0], copied.coded_layers[0]
     assert copied.compressor is prefix.compressor, "codebooks are shared"
     assert mine.tensors()["key_codes"].data_ptr() != its.tensors()["key_codes"].data_ptr()
@@ -164,7 +192,7 @@ class TestStorage:
         compressor = compressor_for(model, "post")
         cache = VQCache(compressor, model.config)
         with torch.no_grad():
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT.repeat(1, 2), past_key_values=cache)
         cache.save(folder / "prefix")
         return folder / "prefix"
 
@@ -179,6 +207,56 @@ class TestStorage:
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(ArtefactError, match="no saved cache, or a damaged one"):
             VQCache.load(path, compressor_for(model, "post"), model.config)
+
+    @pytest.mark.parametrize("damage", ["missing", "shortened", "flipped", "retyped", "header"])
+    def test_a_file_that_is_not_as_it_was_saved_is_refused(
+        self, model: Any, tmp_path: Path, damage: str
+    ) -> None:
+        path = self.saved(model, tmp_path)
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        codes = tensors["1.key_codes"]
+        if damage == "missing":
+            del tensors["1.key_codes"]
+        elif damage == "shortened":
+            tensors["1.key_codes"] = codes[:, :, :-1].contiguous()
+        elif damage == "flipped":
+            codes[0, 0, -1, -1] ^= 1
+        elif damage == "retyped":
+            tensors["1.key_codes"] = codes.view(torch.int8)
+        else:
+            metadata["vqkv"] = metadata["vqkv"].replace('"length": 120', '"length": 110')
+        save_file(tensors, path, metadata)
+        with pytest.raises(ArtefactError, match=r"prefix: damaged or edited: .*save .* again"):
+            VQCache.load(path, compressor_for(model, "post"), model.config)
+
+    @pytest.mark.parametrize("header", [None, "no json", "[]", '{"format": "vqkv-cache"}'])
+    def test_a_file_of_another_kind_is_refused(
+        self, model: Any, tmp_path: Path, header: str | None
+    ) -> None:
+        metadata = None if header is None else {"vqkv": header}
+        save_file({"x": torch.zeros(3)}, tmp_path / "other", metadata)
+        with pytest.raises(ArtefactError, match=r"other: (not a|no) saved cache"):
+            VQCache.load(tmp_path / "other", compressor_for(model, "post"), model.config)
+
+    def test_anybody_may_read_it_who_may_read_new_files(self, model: Any, tmp_path: Path) -> None:
+        new = tmp_path / "new"
+        new.touch()
+        assert self.saved(model, tmp_path).stat().st_mode == new.stat().st_mode
+
+    def test_it_loads_onto_a_device(self, tmp_path: Path) -> None:
+        model = mixed_model()
+        compressor = compressor_for(model)
+        with attach(model, compressor) as attached, torch.no_grad():
+            cache = attached.new_cache()
+            model(PROMPT.repeat(1, 2), past_key_values=cache)
+        cache.save(tmp_path / "prefix")
+        loaded = VQCache.load(tmp_path / "prefix", compressor, model.config, device="meta")
+        layers: list[Any] = loaded.layers
+        coded, sliding = layers
+        assert coded.device.type == "meta"
+        held = [*coded.tensors().values(), sliding.keys, sliding.values, loaded.rows.positions]
+        assert all(t is not None and t.device.type == "meta" for t in held)
 
     def test_an_empty_cache_is_not_saved(self, model: Any, tmp_path: Path) -> None:
         cache = VQCache(compressor_for(model, "post"), model.config)
@@ -252,27 +330,38 @@ def test_mistral() -> None:
         compressor_for(tiny_model("mistral"))
 
 
+@pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("read", ["decode", "attend"])
-def test_bf16(read: Any) -> None:
+def test_bf16(read: Any, rope: str) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, max_position_embeddings=1024)
-    compressor = compressor_for(model, "post", quantizer="identity")
+    compressor = compressor_for(model, rope, quantizer="identity")
     ids = random_ids(1, 150)
     exact = DynamicCache(config=model.config)
+    exact_layers: list[Any] = exact.layers
     with attach(model, compressor, read=read) as attached, torch.no_grad():
         cache = attached.new_cache()
         for part in ids.split([130, 10, 10], 1):
             expected = model(part, past_key_values=exact).logits
             logits = model(part, past_key_values=cache).logits
-            if read == "decode":
+            if read == "decode" and rope == "post":
                 assert torch.equal(logits, expected)
-            else:  # scores in fp32 where SDPA rounds them to bf16
+            else:  # scores in fp32 where SDPA rounds them to bf16; keys rotated anew
                 torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-2)
+        layer = cache.coded_layers[0]
+        keys = layer.read(0, 150)[0]
+        assert layer.coded == [128] and keys.dtype == torch.bfloat16
+        # Un-rotating and rotating in fp32 moves a key by one rounding to bf16 at most.
+        torch.testing.assert_close(keys, exact_layers[0].keys, atol=1e-3, rtol=2**-7)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("family", ["llama", "llama-mqa", "qwen3"])
-def test_attending_on_codes_reads_as_decoding_them(family: str, rope: str) -> None:
+def test_attending_on_codes_reads_as_decoding_them(
+    family: str, rope: str, implementation: str
+) -> None:
     model = tiny_model(family, max_position_embeddings=1024)
+    model.set_attn_implementation(implementation)
     compressor = compressor_for(model, rope)
     ids = torch.nn.functional.pad(random_ids(3, 190), (10, 0))
     mask = torch.ones_like(ids)
@@ -298,3 +387,26 @@ def test_attending_on_codes_reads_as_decoding_them(family: str, rope: str) -> No
                 start = stop
     for a, b in zip(logits["decode"], logits["attend"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_attending_where_new_tokens_exceed_the_window(model: Any, rope: str, window: int) -> None:
+    compressor = compressor_for(model, rope, window=window)
+    ids = random_ids(2, 200)
+    caches, logits = {}, {}
+    for read in ("decode", "attend"):
+        with attach(model, compressor, read=read) as attached, torch.no_grad():
+            cache = attached.new_cache()
+            found = [model(ids[:, :120], past_key_values=cache).logits]
+            for part in ids[:, 120:].split([1] * 20 + [10] * 6, 1):
+                with recording() as ran:
+                    found.append(model(part, past_key_values=cache).logits)
+                assert ("attend.naive" in ran) == (read == "attend")
+                exact = cache.get_seq_length() - cache.coded_layers[0].coded[0]
+                assert window <= exact < window + PAGE_TOKENS
+        caches[read], logits[read] = cache, torch.cat(found, 1)
+    torch.testing.assert_close(logits["attend"], logits["decode"], atol=1e-5, rtol=1e-5)
+    for a, b in zip(*(cache.coded_layers.values() for cache in caches.values()), strict=True):
+        same = a.tensors()["key_codes"] == b.tensors()["key_codes"]
+        assert same.float().mean() > 0.999  # what layer 1 codes differs by rounding in layer 0

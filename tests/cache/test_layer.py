@@ -144,6 +144,65 @@ def test_a_padded_row_is_coded_as_the_same_row_alone(family: str, rope: str) -> 
                     assert same.float().mean() > 0.999  # batched products round otherwise
 
 
+class TestPadding:
+    """Two rows of 150 slots, the first with 10 of padding."""
+
+    ids = torch.nn.functional.pad(random_ids(2, 140), (10, 0))
+    mask = torch.ones(2, 160, dtype=torch.long)
+    mask[0, :10] = 0
+
+    def filled(self, model: Any, attached: Any) -> VQCache:
+        cache: VQCache = attached.new_cache()
+        feed(model, cache, self.ids, 150, attention_mask=self.mask[:, :150])
+        assert cache.coded_layers[0].coded == [128, 128]
+        return cache
+
+    @pytest.mark.parametrize("rope", ["pre", "post"])
+    def test_it_stays_where_a_forward_brings_no_mask(self, model: Any, rope: str) -> None:
+        with attach(model, compressor_for(model, rope, window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            before = keys_of(cache, 150)
+            feed(model, cache, random_ids(2, 1))
+            assert cache.rows.pads == [10, 0]
+            assert torch.equal(keys_of(cache, 150), before)
+
+    @pytest.mark.parametrize("rope", ["pre", "post"])
+    def test_other_padding_under_coded_tokens_is_refused(self, model: Any, rope: str) -> None:
+        with attach(model, compressor_for(model, rope, window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            before = keys_of(cache, 150)
+            with pytest.raises(CacheError, match=r"row 0 was coded with 10 slots .* now says 0"):
+                feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
+            feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
+            assert torch.equal(keys_of(cache, 150), before)
+
+    def test_padding_that_an_unattached_cache_has_coded_is_refused_later(self, model: Any) -> None:
+        compressor = compressor_for(model, "post", window=WINDOW)
+        cache = VQCache(compressor, model.config)
+        feed(model, cache, self.ids, 150, attention_mask=self.mask[:, :150])
+        refused = pytest.raises(CacheError, match=r"row 0 was coded with 0 slots .* now says 10")
+        with attach(model, compressor), refused:
+            feed(model, cache, random_ids(2, 1), attention_mask=self.mask[:, :151])
+
+    def test_slots_that_the_tail_has_dropped_do_not_come_back(self, model: Any) -> None:
+        """A row of padding alone has nothing coded, but its slots go with those of other rows."""
+        mask = torch.ones(2, 151, dtype=torch.long)
+        mask[0, :140] = 0
+        with attach(model, compressor_for(model, "post", window=WINDOW)) as attached:
+            cache = attached.new_cache()
+            feed(model, cache, self.ids, 150, attention_mask=mask[:, :150])
+            assert cache.coded_layers[0].coded == [0, 128]
+            with pytest.raises(CacheError, match=r"row 0 .* 140 .* now says 0"):
+                feed(model, cache, random_ids(2, 1), attention_mask=torch.ones(2, 151))
+
+    def test_another_batch_leaves_it_as_it_was(self, model: Any) -> None:
+        with attach(model, compressor_for(model, "post", window=WINDOW)) as attached:
+            cache = self.filled(model, attached)
+            with pytest.raises(CacheError, match="the cache holds 2 rows, given 3"):
+                feed(model, cache, random_ids(3, 1), attention_mask=torch.ones(3, 151))
+            assert cache.rows.pads == [10, 0]
+
+
 class TestCrop:
     def test_inside_the_tail_it_is_exact(self, model: Any) -> None:
         compressor = compressor_for(model, window=WINDOW)
@@ -229,6 +288,26 @@ def test_bytes_are_those_of_all_tensors_and_no_copy_of_the_history_hides(model: 
     assert cache.nbytes()["codes"] <= per_token * (700 + PAGE_TOKENS)
 
 
+@pytest.mark.parametrize("deep", [4, 60, 149])
+def test_cropping_frees_what_was_cut_off(model: Any, deep: int) -> None:
+    with attach(model, compressor_for(model, window=100)) as attached:
+        cache = attached.new_cache()
+        feed(model, cache, random_ids(1, 150), 150)
+        cache.crop(-deep)
+    assert cache.nbytes()["total"] == reachable_bytes(cache)
+
+
+def test_reset_frees_everything(model: Any) -> None:
+    with attach(model, compressor_for(model, window=WINDOW)) as attached:
+        cache = attached.new_cache()
+        feed(model, cache, random_ids(2, 150), 150)
+        cache.activate_past_recording()
+        cache.reset()
+        assert cache.nbytes()["total"] == reachable_bytes(cache) == 0
+        feed(model, cache, random_ids(2, 150), 150)
+        assert cache.coded_layers[0].coded == [128, 128], "recording ends with what it recorded"
+
+
 def reachable_bytes(cache: VQCache) -> int:
     """Storage bytes of every tensor that hangs on the cache, its compressor and model left out."""
     skipped = {id(cache.compressor), id(cache.rows.rotary)}
@@ -270,13 +349,33 @@ def test_reset_takes_another_batch(model: Any) -> None:
         )
 
 
+def test_prefetch_and_offload_move_every_tensor(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands in for an accelerator."""
+    cache = VQCache(compressor_for(model, "post", window=WINDOW), model.config)
+    feed(model, cache, random_ids(1, 150), 150)
+    layer = cache.coded_layers[1]
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    assert {t.device.type for t in layer.tensors().values()} == {"meta"}
+    # Nothing comes back from there, so what would is put in its place.
+    held = {name: t.shape for name, t in layer.tensors().items()}
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, to, **_: torch.ones_like(t, device=to))
+    layer.offload()
+    assert {t.device.type for t in layer.tensors().values()} == {"cpu"}
+    assert {name: t.shape for name, t in layer.tensors().items()} == held
+
+
 def test_offload_and_prefetch_keep_everything(model: Any) -> None:
     cache = VQCache(compressor_for(model, "post", window=WINDOW), model.config)
     feed(model, cache, random_ids(1, 150), 150)
-    before = cache.coded_layers[1].read(0, 150)
-    cache.coded_layers[1].offload()
-    cache.coded_layers[1].prefetch()
-    assert torch.equal(cache.coded_layers[1].read(0, 150)[0], before[0])
+    layer = cache.coded_layers[1]
+    before = layer.read(0, 150)
+    layer.offload()
+    layer.prefetch()
+    for a, b in zip(layer.read(0, 150), before, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
@@ -348,3 +447,22 @@ def test_a_scheme_that_was_never_calibrated(model: Any) -> None:
     compressor = KVCompressor(scheme_from_dict(scheme_dict()), Geometry.from_model(model))
     with pytest.raises(NotFittedError, match="calibrate it first"):
         VQCache(compressor, model.config)
+
+
+@pytest.mark.parametrize("read", ["decode", "attend"])
+def test_a_prefix_of_inference_mode_goes_on_without(model: Any, read: Any) -> None:
+    """After a crop, sinks and pages that were made in it are written to again."""
+    compressor = compressor_for(model, window=WINDOW, sinks=100)
+    ids = random_ids(1, 330)
+    caches = []
+    with attach(model, compressor, read=read) as attached:
+        for mode in (torch.no_grad, torch.inference_mode):
+            cache = attached.new_cache()
+            with mode():
+                model(ids[:, :300], past_key_values=cache)
+                cache.crop(-210)
+            feed(model, cache, ids[:, 90:], 10)
+            caches.append(cache)
+        for one, other in zip(*(cache.coded_layers.values() for cache in caches), strict=True):
+            for a, b in zip(one.read(0, 330), other.read(0, 330), strict=True):
+                assert torch.equal(a, b)

@@ -15,6 +15,7 @@ from vqkv.cache import BeforeUseCache, VQCache, attach
 from vqkv.compressor import KVCompressor, StateSource
 from vqkv.errors import KernelError, StateError
 from vqkv.geometry import Geometry
+from vqkv.kernels import recording
 from vqkv.layouts import Stream
 from vqkv.scheme_files import scheme_from_dict
 from vqkv.states import States
@@ -224,10 +225,13 @@ def test_heads_that_are_mixed_are_refused_for_attend(model: Any, compressor: KVC
         pass
 
 
+@pytest.mark.parametrize("window", [0, 10])
 @pytest.mark.parametrize("rope", ["pre", "post"])
-def test_attend_on_values_that_are_predicted_head_by_head(model: Any, rope: str) -> None:
+def test_attend_on_values_that_are_predicted_head_by_head(
+    model: Any, rope: str, window: int
+) -> None:
     geometry = Geometry.from_model(model)
-    scheme = scheme_dict(rope)
+    scheme = scheme_dict(rope, window=window)
     predictor = {"type": "linear", "scope": "head", "sources": [VALUES[0]]}
     scheme["values"] = {**scheme["values"], "predictor": predictor}
     made = KVCompressor(scheme_from_dict(scheme), geometry)
@@ -236,9 +240,12 @@ def test_attend_on_values_that_are_predicted_head_by_head(model: Any, rope: str)
     for read in ("decode", "attend"):
         with attach(model, made, read=read) as attached, torch.no_grad():
             cache = attached.new_cache()
-            parts = ids.split([190, 1, 9], 1)
-            outputs = [model(part, past_key_values=cache).logits for part in parts]
-            assert not cache.rows.decoded._held
+            outputs = []
+            for part in ids.split([188, 1, 9, 1, 1], 1):
+                with recording() as ran:
+                    outputs.append(model(part, past_key_values=cache).logits)
+                assert ("attend.naive" in ran) == (read == "attend" and part.shape[1] < 100)
+                assert not cache.rows.decoded._held
         logits[read] = torch.cat(outputs, 1)
     torch.testing.assert_close(logits["decode"], logits["attend"], atol=1e-5, rtol=1e-5)
 

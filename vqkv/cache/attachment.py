@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vqkv.artefact import check_fits
 from vqkv.attention import argument, attention_modules, cache_parameter
 from vqkv.cache.before_use import BeforeUseCache
-from vqkv.cache.coded_attention import NAME, register
+from vqkv.cache.coded_attention import CodedAttention
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.cache.vqcache import VQCache
@@ -52,21 +52,29 @@ class Attachment:
     def introduce(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Forward pre-hook of the first compressed layer: tell the forward's cache of its rows."""
+        """Forward pre-hook of the first compressed layer: tell the forward's cache of its rows.
+
+        Padding is told to caches of other compressors too: it is the same for all, and none may
+        be coded. The rest belongs to this attachment's compressor.
+        """
         name = cache_parameter(module)
         cache = None if name is None else argument(module, name, args, kwargs)
         if not isinstance(cache, VQCache | BeforeUseCache):
             return
         padding = self._capture.left_padding
-        rows = cache.rows
+        pads = None if padding is None else padding.tolist()
+        if pads is not None and isinstance(cache, VQCache):
+            cache.check_padding(pads)
+        rows, mine = cache.rows, cache.compressor is self.compressor
         rows.note(
             start=cache.get_seq_length(self.compressor.geometry.compressed[0]),
-            positions=None if self._adapter is None else self._capture.positions,
-            pads=[] if padding is None else padding.tolist(),
+            positions=self._capture.positions if mine and self._adapter is not None else None,
+            pads=pads,
         )
-        rows.rotary = self._adapter
-        rows.attend = self.read == "attend"
-        self._served.add(rows)
+        if mine:
+            rows.rotary = self._adapter
+            rows.attend = self.read == "attend"
+            self._served.add(rows)
 
     def withdraw(self) -> None:
         """Caches outlive the attachment; what belongs to the model does not."""
@@ -81,7 +89,8 @@ def attach(
     """Let caches of `compressor` see positions, padding and RoPE of `model` within a block.
 
     Needed by pre-RoPE schemes and for left-padded batches. Undone when the block ends, by an
-    exception too.
+    exception too. A model may have several compressors attached: each serves the caches that were
+    made with it.
 
     Args:
         model: a causal language model of transformers.
@@ -91,8 +100,10 @@ def attach(
 
     Raises:
         ArtefactError: the compressor is for another geometry, norm or RoPE.
-        ModelError: the scheme needs pre-RoPE keys and the family cannot give them.
-        KernelError: `read="attend"` and no kernel attends on this scheme's codes.
+        ModelError: the scheme needs pre-RoPE keys and the family cannot give them, or
+            `read="attend"` and the family's attention cannot be exchanged.
+        KernelError: `read="attend"` and no kernel attends on this scheme's codes, or in the way
+            that the model does.
     """
     check_fits(
         compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor)
@@ -103,7 +114,8 @@ def attach(
             if stream == "keys":
                 select("attend", codec.layout, model.device)
     adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
-    with ForwardCapture(model, adapter) as capture, attention_of(model, read):
+    attention = CodedAttention(model, layers) if read == "attend" else nullcontext()
+    with ForwardCapture(model, adapter) as capture, attention:
         attachment = Attachment(model, compressor, adapter, capture, read)
         first = attention_modules(model)[layers[0]]
         hook = first.register_forward_pre_hook(attachment.introduce, with_kwargs=True)
@@ -112,18 +124,3 @@ def attach(
         finally:
             hook.remove()
             attachment.withdraw()
-
-
-@contextmanager
-def attention_of(model: PreTrainedModel, read: Read) -> Iterator[None]:
-    """The model with attention that can read codes, where asked for; its own again afterwards."""
-    if read == "decode":
-        yield
-        return
-    register()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

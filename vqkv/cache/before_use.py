@@ -30,6 +30,7 @@ class BeforeUseCache(Cache):
 
     def __init__(self, compressor: KVCompressor, config: Any) -> None:
         check_fits(compressor.geometry, compressor.provenance.base_model, config, repr(compressor))
+        self.compressor = compressor
         self.rows = Rows()
         layers = list(DynamicCache(config=config).layers)
         for index in compressor.geometry.compressed:

@@ -1,79 +1,165 @@
-"""The attention function that reads codes, and its mask function, for transformers to find."""
+"""The attention function that reads codes, and the model's own around it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
 
+from vqkv.attention import attention_modules, model_type, own_attention
 from vqkv.cache.layer import CodedStates, VQLayer
-from vqkv.errors import KernelError
+from vqkv.errors import KernelError, ModelError
 from vqkv.kernels.attend import Block, attend
-
-#: The name under which transformers finds it.
-NAME = "vqkv"
 
 #: Slots decoded at a time.
 BLOCK_TOKENS = 1024
 
+#: What no kernel here computes: arguments of attention, and the module's attribute for each.
+VARIANTS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks", "position_bias": "position_bias"}
 
-def register() -> None:
-    """Make the function known to transformers, mask included. Repeating it changes nothing."""
-    AttentionInterface.register(NAME, coded_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+#: Mask functions of transformers whose masks `_visible` can read.
+_MASKS = (sdpa_mask, eager_mask, flash_attention_mask)
+
+
+class CodedAttention:
+    """A model's attention that reads codes where a layer hands it some, and else is its own.
+
+    A context manager: inside of it the decoder's attention passes through here; afterwards
+    everything is as before, exceptions included. Masks are those of the model's own implementation.
+
+    Args:
+        model: a causal language model of transformers.
+        layers: the compressed layers.
+
+    Raises:
+        KernelError: a compressed layer attends in a way that no kernel here computes, or the
+            model's implementation has masks that cannot be read.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
+        self._family = model_type(model)
+        self._base: PreTrainedModel = model.get_decoder()
+        self._name = f"vqkv_attend_{id(self)}"
+        self._original = self._base.config._attn_implementation
+        modules = attention_modules(model)
+        for layer in layers:
+            for variant, attribute in VARIANTS.items():
+                if getattr(modules[layer], attribute, None) is not None:
+                    raise _not_computed(f"{self._family}: layer {layer}", variant)
+        self._mask: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(self._original)
+        if self._mask not in _MASKS:
+            raise KernelError(
+                f"{self._family}: attention on codes cannot read the masks of the model's "
+                f"attention implementation {self._original!r}: load the model with "
+                "attn_implementation='sdpa', or use read='decode'"
+            )
+
+    def __enter__(self) -> Self:
+        """Raises ModelError where the model's attention cannot be exchanged."""
+        AttentionInterface.register(self._name, self._attention)
+        # Without a mask function of the same name transformers would pass no mask at all.
+        AttentionMaskInterface.register(self._name, self._mask)
+        try:
+            self._base.set_attn_implementation(self._name)
+            if self._base.config._attn_implementation != self._name:
+                raise ModelError(
+                    f"{self._family}: {type(self._base).__name__} does not let its attention be "
+                    "exchanged, so it cannot read codes: use read='decode'"
+                )
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives the model its own attention back."""
+        self._undo()
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: Any,
+        value: Any,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(key, CodedStates):
+            return coded_attention(module, query, key, attention_mask, *args, **kwargs)
+        own = own_attention(module, self._original)
+        return own(module, query, key, value, attention_mask, *args, **kwargs)
+
+    def _undo(self) -> None:
+        self._base.set_attn_implementation(self._original)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            # There is no public way to take back what `register` did.
+            interface._global_mapping.pop(self._name)
 
 
 def coded_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
-    key: Any,
-    value: Any,
-    attention_mask: torch.Tensor | None,
+    states: CodedStates,
+    mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention `[B, t, Q, D]` of queries `[B, Q, t, D]`; anything but codes goes to SDPA.
+) -> tuple[torch.Tensor, None]:
+    """Attention `[B, t, Q, D]` of queries `[B, Q, t, D]` over all slots of a layer.
 
     Raises:
         KernelError: the model asks for a variant of attention that no kernel here computes.
     """
-    if not isinstance(key, CodedStates):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    for variant in ("softcap", "s_aux", "position_bias"):
+    for variant in VARIANTS:
         if kwargs.get(variant) is not None:
-            raise KernelError(
-                f"{type(module).__name__} uses {variant}, which attention on codes does not "
-                "compute: use read='decode'"
-            )
-    layer = key.layer
+            raise _not_computed(type(module).__name__, variant)
+    layer = states.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = _visible(attention_mask, query.shape[2], layer.get_seq_length(), query.device)
+    visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
     output = attend(query, _blocks(layer, visible), scale, layer.key_codec.layout)
-    layer.release()
+    layer.finish()
     return output.transpose(1, 2).contiguous(), None
+
+
+def _not_computed(where: str, variant: str) -> KernelError:
+    return KernelError(
+        f"{where} attends with {variant}, which attention on codes does not compute: use "
+        "read='decode'"
+    )
 
 
 def _visible(
     mask: torch.Tensor | None, queries: int, slots: int, device: torch.device
 ) -> torch.Tensor:
     """Which of the last `queries` slots sees which slot, bool `[.., t, T]`."""
-    if mask is None:  # the mask function leaves out plain causal masks
-        last = torch.arange(slots - queries, slots, device=device)
-        return torch.arange(slots, device=device) <= last[:, None]
-    return mask if mask.dtype == torch.bool else mask == 0
+    if mask is not None and mask.ndim == 4:
+        return mask if mask.dtype == torch.bool else mask == 0
+    # Mask functions leave out plain causal masks, or leave them to the kernel beside padding.
+    last = torch.arange(slots - queries, slots, device=device)
+    causal = torch.arange(slots, device=device) <= last[:, None]
+    return causal if mask is None else causal & mask[:, None, None].bool()
 
 
 def _blocks(layer: VQLayer, visible: torch.Tensor) -> Iterator[Block]:
     """All slots in runs: coded ones decoded a block at a time, then what is exact in every row."""
-    slots, exact = layer.get_seq_length(), layer.tail_start
+    slots, exact = layer.get_seq_length(), layer.exact_from
     edges = [*range(0, exact, BLOCK_TOKENS), exact, slots]
     for start, stop in pairwise(edges):
         if start < stop:

@@ -15,7 +15,7 @@ from einops import rearrange
 from transformers.cache_utils import CacheLayerMixin
 
 from vqkv.attention import Tables
-from vqkv.cache.pages import PageStore
+from vqkv.cache.pages import PageStore, writable
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.codec import Codec
@@ -60,7 +60,7 @@ class VQLayer(CacheLayerMixin):
         self._recording = False
         self.coded: list[int] = []
         self._length = 0
-        self._tail_start = 0  # the slot that the tail's first entry is
+        self._tail_start = 0  # the slot of the tail's first entry, exact in some row
         self.is_initialized = False
 
     # -- transformers' interface -----------------------------------------------------------
@@ -90,7 +90,8 @@ class VQLayer(CacheLayerMixin):
         """Take in new states `[B, H, t, D]` and return what attention reads, all T slots.
 
         Old tokens that leave the window are coded first. What is new is always read exactly in
-        the forward that brings it.
+        the forward that brings it. Where attention reads the codes itself, it gets `CodedStates`
+        and has to call `finish` when it has read them.
 
         Raises:
             CacheError: another batch or geometry, or pre-RoPE codes without an attached model.
@@ -106,17 +107,20 @@ class VQLayer(CacheLayerMixin):
         self._tail_keys = torch.cat([self._tail_keys, key_states], 2)
         self._tail_values = torch.cat([self._tail_values, value_states], 2)
         self._length = new
-        exact_until_read = new - old <= self.window
-        if self.rows.attend and new - old <= ATTEND_ROWS and exact_until_read:
+        if self.rows.attend and new - old <= ATTEND_ROWS:
             return CodedStates(self), CodedStates(self)
         read = self.read(0, new)
-        if not self._recording:
-            self._code(new, new)
-        self.release()
+        self.finish()
         return read
 
-    def release(self) -> None:
-        """This layer's part of the forward is over: let go of reconstructions none needs now."""
+    def finish(self) -> None:
+        """What is new has been read, which ends this layer's part of the forward.
+
+        New tokens that the window has left behind already are coded, and reconstructions that no
+        later layer needs go.
+        """
+        if not self._recording:
+            self._code(self._length, self._length)
         self.rows.decoded.release(self.index, self._compressor)
 
     def get_seq_length(self) -> int:
@@ -153,13 +157,19 @@ class VQLayer(CacheLayerMixin):
         ]
         first = self._tail_start
         self._tail_start = min(first, self._length)
-        kept = self._length - first
-        self._tail_keys = self._tail_keys[:, :, : max(0, kept)]
-        self._tail_values = self._tail_values[:, :, : max(0, kept)]
+        kept = max(0, self._length - first)
+        # Cloned, so that the memory of what was cut off is freed.
+        self._tail_keys = self._tail_keys[:, :, :kept].clone()
+        self._tail_values = self._tail_values[:, :, :kept].clone()
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens, and free their memory."""
         self.coded, self._length, self._tail_start = [], 0, 0
+        self._recording = False
+        if self.is_initialized:
+            del self._keys, self._values
+            for name in self._TENSORS:
+                delattr(self, name)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -220,9 +230,29 @@ class VQLayer(CacheLayerMixin):
                 values[rows, :, slots] = self._sink_values[rows, :, low:sinks]
         return keys, values
 
+    def check_padding(self, pads: list[int]) -> None:
+        """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.
+
+        Rows of which nothing is stored but the tail may change: a chunk of a prefill can be all
+        padding, with more to come.
+
+        Raises:
+            CacheError: another number of rows, or other padding than tokens were coded with.
+        """
+        if not self.is_initialized:
+            return
+        self._check_rows(len(pads))
+        for row, (pad, old) in enumerate(zip(pads, self._pads(), strict=True)):
+            if pad != old and (self.coded[row] or pad < self._tail_start):
+                raise CacheError(
+                    f"layer {self.index}: row {row} was coded with {old} slots of padding at its "
+                    f"left, the attention mask now says {pad}: pass masks [batch, tokens so far] "
+                    "that agree with the first one, or start a new cache"
+                )
+
     @property
-    def tail_start(self) -> int:
-        """First slot from which every row is exact."""
+    def exact_from(self) -> int:
+        """The slot from which on every row is exact; the tail of some rows starts earlier."""
         return max((pad + coded for _, pad, coded in self._groups()), default=0)
 
     @property
@@ -274,19 +304,22 @@ class VQLayer(CacheLayerMixin):
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _check(self, states: torch.Tensor) -> None:
-        if states.shape[0] != len(self.coded):
+    def _check_rows(self, given: int) -> None:
+        if given != len(self.coded):
             raise CacheError(
-                f"layer {self.index}: the cache holds {len(self.coded)} rows, given "
-                f"{states.shape[0]}: reset it, or start a new one"
+                f"layer {self.index}: the cache holds {len(self.coded)} rows, given {given}: "
+                "reset it, or start a new one"
             )
+
+    def _check(self, states: torch.Tensor) -> None:
+        self._check_rows(states.shape[0])
         if self.key_codec.layout.rope == "pre":
             held = 0 if self.rows.positions is None else self.rows.positions.shape[1]
             if self.rows.rotary is None or held < self._length + states.shape[2]:
                 raise CacheError(
                     f"scheme {self._compressor.scheme.name!r} codes keys before RoPE, which a "
                     "cache alone cannot see: run the model inside `with vqkv.attach(model, "
-                    "compressor):`"
+                    "compressor):`, with the compressor that the cache was made with"
                 )
 
     def _pads(self) -> list[int]:
@@ -345,6 +378,7 @@ class VQLayer(CacheLayerMixin):
             room = (0, 0, 0, stop - self._sink_keys.shape[2])
             self._sink_keys = torch.nn.functional.pad(self._sink_keys, room)
             self._sink_values = torch.nn.functional.pad(self._sink_values, room)
+        self._sink_keys, self._sink_values = writable(self._sink_keys), writable(self._sink_values)
         self._sink_keys[rows, :, start:stop] = keys[:, :, : stop - start]
         self._sink_values[rows, :, start:stop] = values[:, :, : stop - start]
 

@@ -36,6 +36,7 @@ class PageStore:
         """Store `n` tokens for each of `rows` at `start`; `encoded` holds them row by row."""
         count = encoded.codes.shape[0] // len(rows)
         self._make_room(start + count)
+        self.codes, self.side = writable(self.codes), writable(self.side)
         codes = encoded.codes.unflatten(0, (len(rows), count)).transpose(1, 2)
         self.codes[rows, :, start : start + count] = codes
         self.side[rows, start : start + count] = encoded.side.unflatten(0, (len(rows), count))
@@ -61,3 +62,13 @@ class PageStore:
         extra = -(-wanted // PAGE_TOKENS) * PAGE_TOKENS - self.capacity
         self.codes = torch.nn.functional.pad(self.codes, (0, 0, 0, extra))
         self.side = torch.nn.functional.pad(self.side, (0, 0, 0, extra))
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it may not be written to.
+
+    Torch forbids that once the inference mode has ended in which a tensor was made, as where a
+    prefix is filled by `generate` in a server's inference mode and continued without.
+    """
+    locked = tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if locked else tensor

@@ -39,15 +39,17 @@ class Rows:
         """Padded slots of each of `batch` rows."""
         return self.pads if len(self.pads) == batch else [0] * batch
 
-    def note(self, start: int, positions: torch.Tensor | None, pads: list[int]) -> None:
+    def note(self, start: int, positions: torch.Tensor | None, pads: list[int] | None) -> None:
         """Take in the positions `[B, t]` of the slots from `start` on, and the padding so far.
 
-        A forward that failed may have left positions behind; they give way.
+        A forward that failed may have left positions behind; they give way. A forward that came
+        without a mask says nothing of padding: what earlier ones said stays.
 
         Raises:
             CacheError: another number of rows than before.
         """
-        self.pads = pads
+        if pads is not None:
+            self.pads = pads
         if positions is None:
             return
         if self.positions is None:
@@ -63,7 +65,7 @@ class Rows:
     def crop(self, length: int) -> None:
         """Forget slots from `length` on."""
         if self.positions is not None:
-            self.positions = self.positions[:, :length]
+            self.positions = self.positions[:, :length].clone()  # frees the rest's memory
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
@@ -75,6 +77,7 @@ class Rows:
     def reset(self) -> None:
         """Forget all rows."""
         self.pads, self.positions = [], None
+        self.decoded.clear()
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="VQCache")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Upstream's layers whose whole state is keys, values, and a count of the tokens seen.
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -58,31 +59,52 @@ def save(cache: VQCache, path: str | Path) -> None:
         "layers": layers,
         "pads": cache.rows.pads,
     }
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    text = json.dumps(header)
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}")
+    scratch.touch(exist_ok=False)
     try:
-        save_file(tensors, scratch, metadata={"vqkv": json.dumps(header)})
+        mode = scratch.stat().st_mode
+        save_file(tensors, scratch, metadata={"vqkv": text, "sha256": _digest(text, tensors)})
+        # Safetensors makes it readable to its owner alone; it should be like any new file here.
+        scratch.chmod(mode)
         os.replace(scratch, path)
     except BaseException:
-        os.unlink(scratch)
+        scratch.unlink()
         raise
 
 
-def load(cache: C, path: str | Path) -> C:
-    """Fill an empty `cache` from `path`. Raises ArtefactError where the file does not fit it."""
+def load(cache: C, path: str | Path, device: torch.device | str) -> C:
+    """Fill an empty `cache` from `path`, on `device`.
+
+    Raises:
+        ArtefactError: the file is missing, damaged, or does not fit the cache.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("vqkv", "{}"))
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        text = metadata.get("vqkv", "{}")
+        header = json.loads(text)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ArtefactError(f"{path}: no saved cache, or a damaged one: {error}") from error
-    if (header.get("format"), header.get("format_version")) != ("vqkv-cache", FORMAT_VERSION):
+    kind = (
+        (header.get("format"), header.get("format_version")) if isinstance(header, dict) else None
+    )
+    if kind != ("vqkv-cache", FORMAT_VERSION):
         raise ArtefactError(f"{path}: not a saved cache of format version {FORMAT_VERSION}")
+    # After this, names, shapes and types are as they were saved: nothing below has to look.
+    digest, expected = _digest(text, tensors), metadata.get("sha256", "none")
+    if digest != expected:
+        raise ArtefactError(
+            f"{path}: damaged or edited: the SHA-256 of what it holds is {digest[:16]}…, it "
+            f"says {expected[:16]}…: save the prefix again"
+        )
     if header["codebooks"] != cache.compressor.identity():
         raise ArtefactError(
             f"{path} was coded with other codebooks: {header['codebooks'][:16]}…, "
             f"this compressor's are {cache.compressor.identity()[:16]}…"
         )
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     caches: list[Any] = cache.layers
     for index, (layer, stored) in enumerate(zip(caches, header["layers"], strict=True)):
         prefix = f"{index}."
@@ -97,3 +119,12 @@ def load(cache: C, path: str | Path) -> C:
     cache.rows.pads = header["pads"]
     cache.rows.positions = tensors.get("positions")
     return cache
+
+
+def _digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the header and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

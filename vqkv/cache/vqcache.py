@@ -18,6 +18,9 @@ from vqkv.compressor import KVCompressor
 class VQCache(Cache):
     """A compressed cache for one batch; pass it as `past_key_values`.
 
+    By itself it sees no attention mask: left-padded batches have to run inside `attach`, or their
+    padding is coded, and kept as sinks, like any text.
+
     Args:
         compressor: fitted, or data-free.
         config: the model's transformers config.
@@ -41,6 +44,15 @@ class VQCache(Cache):
     def coded_layers(self) -> dict[int, VQLayer]:
         """The compressed layers, by index."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, VQLayer)}
+
+    def check_padding(self, pads: list[int]) -> None:
+        """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.
+
+        Raises:
+            CacheError: another number of rows, or other padding than tokens were coded with.
+        """
+        for layer in self.coded_layers.values():
+            layer.check_padding(pads)
 
     # Rows change for all layers at once, so what they share changes here.
 
@@ -110,11 +122,22 @@ class VQCache(Cache):
         save(self, path)
 
     @classmethod
-    def load(cls, path: Any, compressor: KVCompressor, config: Any) -> Self:
-        """A cache that `save` wrote. Raises ArtefactError where it does not fit the compressor."""
+    def load(
+        cls,
+        path: Any,
+        compressor: KVCompressor,
+        config: Any,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A cache that `save` wrote, on the device that the model is on.
+
+        Raises:
+            ArtefactError: the file is damaged, or does not fit the compressor.
+        """
         from vqkv.cache.storage import load
 
-        return load(cls(compressor, config), path)
+        return load(cls(compressor, config), path, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of all tokens that shares the codebooks."""
