@@ -17,7 +17,7 @@ from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.geometry import Geometry
-from vqkv.layouts import PAGE_TOKENS, Stream
+from vqkv.layouts import Stream, coded_tokens
 from vqkv.scheme import STREAMS, Scheme, StreamConfig
 from vqkv.states import States
 from vqkv.transforms import Metric
@@ -359,7 +359,7 @@ class KVCompressor:
         Exact values count 16 bits, whatever type the model caches them in.
         """
         residency = self.scheme.residency
-        coded = max(0, (tokens - residency.window) // PAGE_TOKENS) * PAGE_TOKENS
+        coded = coded_tokens(tokens, residency.window)
         exact = tokens - coded + min(residency.sinks, coded)
         values = 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
         bits = 8 * (self.bytes_per_token * coded + self.nbytes()) + 16 * exact * values

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from vqkv.compressor import KVCompressor
 from vqkv.errors import VQKVError
 from vqkv.geometry import Geometry
-from vqkv.layouts import PAGE_TOKENS
+from vqkv.layouts import PAGE_TOKENS, coded_tokens
 from vqkv.scheme import Scheme
 
 #: A 16-bit model: weights and exact states.
@@ -88,7 +88,7 @@ def plan(
     longest = tail + (each - exact) // per_token if each > exact else each // (_BYTES * values)
 
     def taken(tokens: int) -> int:
-        coded = max(0, tokens - residency.window) // PAGE_TOKENS * PAGE_TOKENS
+        coded = coded_tokens(tokens, residency.window)
         kept = tokens - coded + min(residency.sinks, coded)
         return side + batch * (coded * per_token + kept * _BYTES * values)
 
