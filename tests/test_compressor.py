@@ -302,13 +302,14 @@ def test_effective_bits_count_exact_tokens_and_side_bytes(geometry: Geometry) ->
     compressor = fitted(geometry, residency={"sinks": 4, "window": 10})
     values = 2 * 2 * 2 * 16  # streams, layers, heads, channels: of a token
     side = 8 * compressor.nbytes()
-    assert compressor.effective_bits_per_value(20) == 16 + side / (20 * values)
+    position = 32 / values  # of a token; the keys are pre-RoPE
+    assert compressor.effective_bits_per_value(20) == 16 + position + side / (20 * values)
     # Of 100 tokens one page of 64 is coded; 4 of them are kept exact as well.
     coded = 64 * compressor.bytes_per_token * 8
     expected = (coded + (36 + 4) * 16 * values + side) / (100 * values)
-    assert compressor.effective_bits_per_value(100) == pytest.approx(expected)
+    assert compressor.effective_bits_per_value(100) == pytest.approx(expected + position)
     long = compressor.effective_bits_per_value(10**8)
-    assert long == pytest.approx(compressor.bits_per_value, rel=1e-4)
+    assert long == pytest.approx(compressor.bits_per_value + position, rel=1e-4)
 
 
 def test_report_and_repr(geometry: Geometry) -> None:

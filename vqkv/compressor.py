@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vqkv.cache import VQCache
 
 
+#: Bytes of a value that is kept exactly.
+EXACT_BYTES = 2
+
 #: Layer, and which of its streams.
 StreamKey = tuple[int, Stream]
 
@@ -353,17 +356,34 @@ class KVCompressor:
         """Side bytes in all."""
         return self.side_bytes()["total"]
 
-    def effective_bits_per_value(self, tokens: int) -> float:
-        """Bits per value with exact sinks, window tail and side bytes, at a length in tokens.
+    @property
+    def values_per_token(self) -> int:
+        """Scalars that a token has in all compressed streams."""
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
 
-        Exact values count 16 bits, whatever type the model caches them in.
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of a token's position, which a cache keeps where history has to be rotated."""
+        return torch.int32.itemsize if self.scheme.pre_rope else 0
+
+    def row_bytes(self, tokens: int) -> int:
+        """Cache bytes of one row of `tokens` tokens: codes, exact sinks and tail, positions.
+
+        Exact values count 16 bits, whatever type the model caches them in. Room that a cache
+        keeps for tokens to come is left out.
         """
         residency = self.scheme.residency
         coded = coded_tokens(tokens, residency.window)
         exact = tokens - coded + min(residency.sinks, coded)
-        values = 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
-        bits = 8 * (self.bytes_per_token * coded + self.nbytes()) + 16 * exact * values
-        return bits / (tokens * values)
+        return (
+            self.bytes_per_token * coded
+            + EXACT_BYTES * self.values_per_token * exact
+            + self.position_bytes * tokens
+        )
+
+    def effective_bits_per_value(self, tokens: int) -> float:
+        """Bits per value of one row's cache and the side bytes, at a length in tokens."""
+        return 8 * (self.row_bytes(tokens) + self.nbytes()) / (tokens * self.values_per_token)
 
     def report(self) -> dict[str, Any]:
         """What it stores, stream by stream, and how well its codebooks came out."""

@@ -149,9 +149,26 @@ class TestBytes:
         assert result.cache_bytes_exact == 2 * values * 512
         assert result.bits_per_value == coarse.bits_per_value
         assert result.side_bytes["total"] == coarse.nbytes()
-        assert result.effective_bits_per_value == pytest.approx(
-            16 * (result.cache_bytes + coarse.nbytes()) / result.cache_bytes_exact
-        )
+        assert result.cache_bytes_window == 0
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_effective_bits_do_not_depend_on_the_models_type(
+        self, coarse: KVCompressor, mode: Mode, tmp_path: Path
+    ) -> None:
+        compressor = coarse.with_residency(window=64)
+        effective = []
+        for dtype in (torch.bfloat16, torch.float32):
+            model = tiny_model("llama", dtype=dtype, max_position_embeddings=1024)
+            result = run(
+                model, compressor, tmp_path / "text", tokens=512, context=512, mode=mode, chunk=512
+            )
+            assert result.window == (64 if mode == "chunked" else 0)
+            assert result.cache_bytes_window == 64
+            effective.append(result.effective_bits_per_value)
+            if dtype == torch.bfloat16:  # exact values take 16 bits, so the tensors agree
+                tensors = result.cache_bytes + coarse.nbytes()
+                assert effective[0] == 16 * tensors / result.cache_bytes_exact
+        assert effective[0] == effective[1]
 
     @pytest.mark.parametrize("rope", ["pre", "post"])
     def test_the_growth_of_all_live_storage_agrees_with_them(self, model: Any, rope: str) -> None:

@@ -35,7 +35,11 @@ class Evaluation:
         kl: KL(exact ‖ compressed), nats per token.
         interval: 95 % of the log perplexity ratio.
         repeated_passage: mean loss on the second copy, by passage length.
-        cache_bytes: of a real cache holding `cache_bytes_length` tokens.
+        window: exact tokens at the end, as scored: none in before-use mode.
+        effective_bits_per_value: exact values at 16 bits, at `cache_bytes_length` tokens with a
+            window of `cache_bytes_window`.
+        cache_bytes: of a real cache holding `cache_bytes_length` tokens, of which the latest
+            `cache_bytes_window` or more are exact, in the model's type.
         cache_bytes_exact: 16 bits per value at that length.
         canary_perplexity: None where the canary was not asked for.
     """
@@ -63,6 +67,7 @@ class Evaluation:
     cache_bytes: int
     cache_bytes_exact: int
     cache_bytes_length: int
+    cache_bytes_window: int
     side_bytes: dict[str, int]
     canary_perplexity: float | None
     canary_ok: bool | None
@@ -139,8 +144,7 @@ def evaluate(
     )
     fill = chunk if mode == "chunked" else FILL_CHUNK
     cache = filled_cache(model, compressor, windows[0], fill)
-    cache_bytes, cache_bytes_exact = cache.nbytes()["total"], cache.nbytes_exact()
-    side_bytes = compressor.side_bytes()
+    length = cache.get_seq_length()
     return Evaluation(
         scheme=compressor.scheme.name,
         text=text.name,
@@ -161,12 +165,12 @@ def evaluate(
         repeated_passage=repeated.compressed,
         repeated_passage_exact=repeated.exact,
         bits_per_value=compressor.bits_per_value,
-        # Exact states count as the model holds them, so 32 bits in a float32 model.
-        effective_bits_per_value=16 * (cache_bytes + side_bytes["total"]) / cache_bytes_exact,
-        cache_bytes=cache_bytes,
-        cache_bytes_exact=cache_bytes_exact,
-        cache_bytes_length=cache.get_seq_length(),
-        side_bytes=side_bytes,
+        effective_bits_per_value=compressor.effective_bits_per_value(length),
+        cache_bytes=cache.nbytes()["total"],
+        cache_bytes_exact=cache.nbytes_exact(),
+        cache_bytes_length=length,
+        cache_bytes_window=compressor.scheme.residency.window,
+        side_bytes=compressor.side_bytes(),
         canary_perplexity=None if checked is None else checked.perplexity,
         canary_ok=None if checked is None else checked.ok,
         notes=tuple(repeated.notes),
