@@ -85,6 +85,27 @@ def test_calibrate_refuses_an_existing_folder_unless_forced(place: Path, tmp_pat
     assert run(*args, "--force").exit_code == 0
 
 
+def test_calibrate_into_the_folder_one_is_in(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        result = run("calibrate", place / "model", *calibration(place), "--out", ".", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert run("inspect", tmp_path / "here", "--json").exit_code == 0
+
+
+def test_a_seed_beyond_what_generators_take(place: Path, tmp_path: Path) -> None:
+    result = run(
+        *("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x"),
+        *("--seed", 2**70),
+    )
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
 @pytest.mark.parametrize("mode", ["before-use", "chunked"])
 def test_evaluate_json(place: Path, mode: str) -> None:
     data = parsed(
@@ -184,12 +205,35 @@ def test_plan_refuses_memory_that_the_weights_fill(place: Path) -> None:
     assert "weights take" in result.stderr
 
 
+def test_a_model_config_with_a_field_of_a_wrong_type(place: Path, tmp_path: Path) -> None:
+    config = json.loads((place / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    result = run("plan", tmp_path, "--scheme", "cq-4c8b", "--memory", "1GB", "--json")
+    assert result.exit_code == 2, result.exception
+    assert "hidden_size" in result.stderr and str(tmp_path) in result.stderr
+
+
+def test_plan_refuses_a_scheme_that_stores_nothing(place: Path, tmp_path: Path) -> None:
+    nothing = "{grouping: {dim: 4}, quantizer: {type: product, code_bits: 0}}"
+    (tmp_path / "nothing.yaml").write_text(
+        f"name: nothing\nextends: cq-4c8b\nkeys: {nothing}\nvalues: {nothing}\n"
+    )
+    result = run("plan", place / "model", "--scheme", tmp_path / "nothing.yaml", "--memory", "1GB")
+    assert result.exit_code == 2
+    assert "stores 0 bits of a coded token" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("800m", 800 * 10**6), ("512", 512)],
 )
 def test_memory_sizes(text: str, count: int) -> None:
     assert parse_memory(text) == count
+
+
+def test_memory_beyond_all_machines() -> None:
+    with pytest.raises(VQKVError, match=r"at most 1,000,000TB, given '99999"):
+        parse_memory(400 * "9" + "GB")
 
 
 @pytest.mark.parametrize("text", ["", "GB", "12 parsecs", "-4GB", "4iB"])

@@ -109,7 +109,7 @@ class StreamFiles(MutableMapping[str, FittedStream]):
         with safe_open(path, "pt") as file:
             stages = json.loads(file.metadata()["health"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-        health = [Health(**{**h, "inertia": tuple(h["inertia"])}) for h in stages]
+        health = [Health.from_dict(stage) for stage in stages]
         return FittedStream(tensors, health)
 
     def __setitem__(self, name: str, fitted: FittedStream) -> None:

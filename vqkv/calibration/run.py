@@ -126,7 +126,8 @@ def calibrate(
         **sources,
     }
     capture_seconds = learn_seconds = 0.0
-    partial = out.with_name(f"{out.name}.partial")
+    place = out.resolve()  # "." has no name
+    partial = place.with_name(f"{place.name}.partial")
     with working(partial):
         if not scheme.data_free:
             spool = resume(partial, manifest, scheme.residency.sinks)

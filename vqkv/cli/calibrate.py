@@ -18,7 +18,9 @@ def calibrate(
     text: Annotated[list[Path], typer.Option(help="Text file; repeat for several.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in all, split over the texts.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
-    seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="All randomness follows from it.")
+    ] = 0,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artefact.")] = False,
     json: JsonFlag = False,
