@@ -306,10 +306,7 @@ def fingerprint(scheme: Mapping[str, Any]) -> str:
 
 def _check_learner(quantizer: Config, dim: int) -> None:
     """Refuse learners whose codewords are not of the quantizer's shape. Raises ValueError."""
-    learner = getattr(quantizer, "learner", None)
-    if learner is None:
-        return
-    for nested in _nested(learner):
+    for nested in learners_of(quantizer):
         stages = getattr(nested, "stages", 1)
         if stages != 1:
             raise ValueError(
@@ -320,13 +317,12 @@ def _check_learner(quantizer: Config, dim: int) -> None:
             raise ValueError(f"the uniform learner is scalar: set grouping.dim to 1, given {dim}")
 
 
-def _nested(learner: Config) -> Iterator[Config]:
-    """A learner's config and those of the learners that it repeats or sets side by side."""
-    yield learner
-    inner = [getattr(learner, "learner", None), *getattr(learner, "learners", ())]
-    for config in inner:
-        if config is not None:
-            yield from _nested(config)
+def learners_of(config: Config) -> Iterator[Config]:
+    """The configs of a quantizer's learner and of those that it repeats or sets side by side."""
+    for learner in (getattr(config, "learner", None), *getattr(config, "learners", ())):
+        if learner is not None:
+            yield learner
+            yield from learners_of(learner)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from vqkv.calibration.partial import StreamFiles, resume, working
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
 from vqkv.calibration.windows import calibration_windows, read_text
+from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError
 from vqkv.folders import check_free
 from vqkv.geometry import Geometry
-from vqkv.scheme import Scheme
+from vqkv.scheme import Scheme, learners_of
 from vqkv.version import __version__
 
 #: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
@@ -102,6 +103,7 @@ def calibrate(
         ModelError: the model cannot be captured, or has no room for `context` tokens.
         SchemeError: the scheme does not fit the model.
         StateError: NaN or infinity in the states, or too few tokens; names the stream.
+        KernelError: a learner cannot run here, as without a library that it needs.
     """
     out = Path(out)
     check_free(out, FILES, overwrite=overwrite)
@@ -114,6 +116,7 @@ def calibrate(
     compressor = KVCompressor(
         scheme, geometry, Provenance(base_model, {} if scheme.data_free else {**run, **sources})
     )
+    _check_learners(compressor)
     windows = calibration_windows(tokenizer, read, tokens, context)
     manifest = {
         "library_version": __version__,
@@ -167,6 +170,15 @@ def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> No
             f"{geometry.model_type}: windows of {context} tokens are longer than the model's "
             f"{longest} positions: choose a context up to {longest}"
         )
+
+
+def _check_learners(compressor: KVCompressor) -> None:
+    """Find out now what would otherwise end the work after the model has run."""
+    device = torch.device("cpu")  # where spooled states are
+    for _, codec in compressor.codecs():
+        for segment in codec.config.all_segments:
+            for learner in learners_of(segment.quantizer):
+                LEARNERS.build(learner).check_runs(device)
 
 
 def _model_sample(model: PreTrainedModel) -> str:

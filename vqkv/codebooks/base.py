@@ -91,6 +91,10 @@ class CodebookLearner(Component, ABC):
         """Codewords `[M, 1, K, d]` that need no data, or None where data is needed."""
         return None
 
+    def check_runs(self, device: torch.device) -> None:
+        """Raises KernelError where it could not learn from samples on `device`, and says why."""
+        return None  # torch runs everywhere
+
     def check_fitted(self) -> None:
         """Raises NotFittedError before `fit`."""
         if not hasattr(self, "codewords_"):
