@@ -72,6 +72,15 @@ def same_output(one: KVCompressor, two: KVCompressor) -> bool:
 # -- fitting -----------------------------------------------------------------------------------
 
 
+def test_codebooks_that_no_calibration_fills_are_refused_before_it() -> None:
+    # Four groups of a head share a codebook, so 64 samples bring 256 vectors.
+    quantizer = {"type": "product", "code_bits": 9, "learner": LEARNER}
+    stream = {"sharing": "head", "quantizer": quantizer}
+    with pytest.raises(SchemeError, match="test: keys of layer 0: a codebook of 9 bits has 512"):
+        KVCompressor(scheme(stream=stream, calibration={"samples": 64}), make_geometry())
+    KVCompressor(scheme(stream=stream, calibration={"samples": 128}), make_geometry())
+
+
 def test_every_stream_learns_from_its_own_states(geometry: Geometry) -> None:
     compressor = fitted(geometry)
     source = RandomStates(geometry)

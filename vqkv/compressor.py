@@ -18,7 +18,7 @@ from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.geometry import Geometry
 from vqkv.layouts import Stream, coded_tokens
-from vqkv.scheme import STREAMS, Scheme, StreamConfig
+from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
 
@@ -114,6 +114,8 @@ class KVCompressor:
             for layer in geometry.compressed
             for stream in STREAMS
         }
+        for codec in self._codecs.values():
+            _check_samples(codec, scheme)
         self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
@@ -540,6 +542,15 @@ class Reconstructions:
             decoded = States(states.tokens, lambda: states.beside(sources, through))
             self._kept[key] = self._source.kept(layer, stream, decoded)
         return self._kept[key]
+
+
+def _check_samples(codec: Codec, scheme: Scheme) -> None:
+    """Refuse codebooks that the scheme's calibration cannot fill. Raises SchemeError."""
+    if codec.config.data_free:
+        return
+    for segment, config in zip(codec.layout.segments, codec.config.all_segments, strict=True):
+        vectors = scheme.calibration.samples * segment.subvectors // segment.books
+        check_samples(config.quantizer, vectors, f"{scheme.name}: {codec.where}")
 
 
 def _tokens(states: torch.Tensor) -> torch.Tensor:
