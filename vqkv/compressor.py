@@ -64,6 +64,11 @@ class Provenance:
     base_model: str | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
+    def saw(self, sha256: str) -> bool:
+        """Whether a text with this SHA-256 is one of those calibrated on."""
+        hashes = self.calibration.get("text_sha256")
+        return isinstance(hashes, list | tuple) and sha256 in hashes
+
 
 @dataclass(frozen=True)
 class FittedStream:

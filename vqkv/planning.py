@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from vqkv.attention import most_positions
 from vqkv.compressor import EXACT_BYTES, KVCompressor
 from vqkv.errors import SchemeError, VQKVError
 from vqkv.geometry import Geometry
@@ -119,7 +120,7 @@ def plan(
         batch=batch,
         longest_context=bisect_right(lengths, room, key=most_until),
         longest_context_exact=room // batch // exact,
-        model_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        model_context=most_positions(config),
         context=context,
         context_bytes=None if context is None else taken(context),
         context_bytes_exact=None if context is None else context * batch * exact,

@@ -134,6 +134,16 @@ def test_evaluate_json(place: Path, mode: str) -> None:
     assert data["bits_per_value"] == 1.0
 
 
+def test_evaluating_on_the_text_of_the_calibration_is_told(place: Path) -> None:
+    result = run(
+        *("evaluate", place / "model", "--compressor", place / "art", "--text", place / "a.txt"),
+        *("--tokens", 64, "--context", 64, "--passages", 0, "--no-canary", "--json"),
+    )
+    (note,) = parsed(result)["notes"]
+    assert f"note: {note}" in result.stderr
+    assert "calibrated on this very text, a.txt" in note
+
+
 def test_evaluate_fails_with_code_3_when_the_canary_sees_no_codes_read(place: Path) -> None:
     # With a window longer than the text no token is ever coded, so destroying codes does nothing.
     result = run(

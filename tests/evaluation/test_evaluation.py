@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from tests.cache.compressors import compressor_for, random_ids
 from tests.tiny_checkpoint import tiny_text, tiny_tokenizer
 from tests.tiny_models import tiny_model
 from vqkv.cache import BeforeUseCache, attach
-from vqkv.compressor import KVCompressor
-from vqkv.errors import TextError
+from vqkv.compressor import KVCompressor, Provenance
+from vqkv.errors import ModelError, TextError
 from vqkv.evaluation import Evaluation, Mode, evaluate
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.canary import destroyed, run_canary
 from vqkv.evaluation.memory import live_storage_bytes
-from vqkv.evaluation.passages import repeated_passages
+from vqkv.evaluation.passages import _spread, repeated_passages
 
 MODES: tuple[Mode, ...] = ("before-use", "chunked")
 
@@ -138,6 +141,46 @@ class TestPassages:
             "passages of 600: two copies exceed 1024 positions",
         ]
 
+    def test_each_passage_is_another(self, model: Any, coarse: KVCompressor) -> None:
+        arms = Arms(model, coarse, "before-use", 32)
+        told: list[tuple[int, int]] = []
+        found = repeated_passages(
+            arms, random_ids(1, 42)[0], (40, 42), 8, lambda done, total: told.append((done, total))
+        )
+        assert found.notes == [
+            "passages of 40: 3 of 8, the text has only 42 tokens",
+            "passages of 42: 1 of 8, the text has only 42 tokens",
+        ]
+        assert told == [(done, 4) for done in range(1, 5)]
+        tokens = random_ids(1, 42)[0]
+        losses = [
+            float(arms.scores(torch.cat([p, p]), first=40).exact.mean())
+            for p in (tokens[start : start + 40] for start in (0, 1, 2))
+        ]
+        assert found.exact[40] == pytest.approx(sum(losses) / 3)
+
+    @given(last=st.integers(0, 10**7), count=st.integers(1, 64))
+    def test_starts_are_spread_from_end_to_end(self, last: int, count: int) -> None:
+        starts = _spread(last, count)
+        assert len(set(starts)) == len(starts) == min(count, last + 1)
+        assert starts[0] == 0 and starts[-1] == (last if count > 1 else 0)
+
+
+class TestNotes:
+    def test_a_text_that_calibration_saw(
+        self, model: Any, coarse: KVCompressor, tmp_path: Path
+    ) -> None:
+        assert run(model, coarse, tmp_path / "text").notes == ()
+        digest = hashlib.sha256((tmp_path / "text").read_bytes()).hexdigest()
+        seen = coarse.with_residency()
+        seen.provenance = Provenance(None, {"text_sha256": ["another", digest]})
+        (note,) = run(model, seen, tmp_path / "text").notes
+        assert "was calibrated on this very text, text" in note
+
+    @pytest.mark.parametrize("odd", [None, 7, {}])
+    def test_hashes_that_are_none(self, odd: Any) -> None:
+        assert not Provenance(None, {"text_sha256": odd}).saw("digest")
+
 
 class TestBytes:
     def test_they_are_those_of_a_real_cache(
@@ -207,6 +250,11 @@ def test_what_cannot_be_scored(
 ) -> None:
     with pytest.raises(TextError, match=message):
         run(model, coarse, tmp_path / "text", **changes)
+
+
+def test_windows_longer_than_the_model(model: Any, coarse: KVCompressor, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"llama: windows of 2000 tokens .* the model's 1024 pos"):
+        run(model, coarse, tmp_path / "text", context=2000)
 
 
 def test_an_empty_text(model: Any, coarse: KVCompressor, tmp_path: Path) -> None:

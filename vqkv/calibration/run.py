@@ -16,15 +16,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.artefact import FILES, base_model_name
-from vqkv.attention import text_config
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
-from vqkv.calibration.windows import calibration_windows, read_text
+from vqkv.calibration.windows import calibration_windows, check_context, read_text
 from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor, Provenance
-from vqkv.errors import ModelError
 from vqkv.folders import check_free
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, learners_of
@@ -108,7 +106,7 @@ def calibrate(
     out = Path(out)
     check_free(out, FILES, overwrite=overwrite)
     geometry = Geometry.from_model(model)
-    _check_model(model, geometry, context)
+    check_context(model.config, context)
     read = [read_text(path) for path in texts]
     base_model = base_model_name(model.config)
     run = {"tokens": tokens, "context": context, "seed": seed}
@@ -161,15 +159,6 @@ def peak_rss_bytes() -> int:
     """The most resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> None:
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise ModelError(
-            f"{geometry.model_type}: windows of {context} tokens are longer than the model's "
-            f"{longest} positions: choose a context up to {longest}"
-        )
 
 
 def _check_learners(compressor: KVCompressor) -> None:

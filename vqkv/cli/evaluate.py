@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,8 @@ def evaluate(
             passages=passages,
             progress=report,
         ).to_dict()
+    for note in result["notes"]:
+        sys.stderr.write(f"note: {note}\n")
     if json:
         print_json(result)
     else:

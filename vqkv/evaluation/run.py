@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqkv.calibration.windows import Text, read_text, text_windows
+from vqkv.calibration.windows import Text, check_context, read_text, text_windows
 from vqkv.compressor import KVCompressor
 from vqkv.errors import TextError
 from vqkv.evaluation.arms import Arms, Mode, filled_cache
@@ -42,6 +42,7 @@ class Evaluation:
             `cache_bytes_window` or more are exact, in the model's type.
         cache_bytes_exact: 16 bits per value at that length.
         canary_perplexity: None where the canary was not asked for.
+        notes: what a reader of the figures has to know beside them.
     """
 
     scheme: str
@@ -101,7 +102,7 @@ def evaluate(
         model: the exact arm runs it with an ordinary cache.
         tokenizer: the model's.
         compressor: fitted, or data-free; its residency holds (before-use ignores the window).
-        text: one that no calibration saw.
+        text: one that no calibration saw; a note says so where the compressor's own did.
         tokens: in all, `skip` tokens of the text left out at its start.
         mode: see `docs/measuring.md`.
         context: tokens of a window.
@@ -114,13 +115,21 @@ def evaluate(
 
     Raises:
         TextError: the text cannot be read, or is too short.
-        ArtefactError, ModelError: compressor and model do not fit.
+        ArtefactError, ModelError: compressor and model do not fit, or the model has no room for
+            `context` tokens.
     """
     begun = time.perf_counter()
     if tokens < 2 or context < 2:
         raise TextError(f"scoring takes windows of 2 tokens or more, given {tokens} and {context}")
     tell = progress or (lambda phase, done, total: None)
+    check_context(model.config, context)
     text = text if isinstance(text, Text) else read_text(text)
+    notes = []
+    if compressor.provenance.saw(text.sha256):
+        notes.append(
+            f"{compressor.scheme.name} was calibrated on this very text, {text.name}: the figures "
+            "flatter it; evaluate on another text"
+        )
     windows = text_windows(tokenizer, text, tokens, context, skip)
     arms = Arms(model, compressor, mode, chunk)
 
@@ -173,6 +182,6 @@ def evaluate(
         side_bytes=compressor.side_bytes(),
         canary_perplexity=None if checked is None else checked.perplexity,
         canary_ok=None if checked is None else checked.ok,
-        notes=tuple(repeated.notes),
+        notes=(*notes, *repeated.notes),
         seconds=time.perf_counter() - begun,
     )
