@@ -20,7 +20,7 @@ from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
-from vqkv.calibration.windows import calibration_windows, check_context, read_text
+from vqkv.calibration.windows import Text, calibration_windows, check_context, read_text
 from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.folders import check_free
@@ -67,7 +67,7 @@ def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     scheme: Scheme,
-    texts: Sequence[str | Path],
+    texts: Sequence[str | Path | Text],
     *,
     tokens: int,
     out: str | Path,
@@ -86,7 +86,7 @@ def calibrate(
         model: that the artefact is for.
         tokenizer: the model's.
         scheme: what to fit.
-        texts: paths of text files; each gives an equal share of the tokens.
+        texts: texts, or paths of text files; each gives an equal share of the tokens.
         tokens: that the model runs on. Those that residency keeps exact at the start of each
             window are not learned from.
         out: folder of the artefact.
@@ -107,7 +107,7 @@ def calibrate(
     check_free(out, FILES, overwrite=overwrite)
     geometry = Geometry.from_model(model)
     check_context(model.config, context)
-    read = [read_text(path) for path in texts]
+    read = [text if isinstance(text, Text) else read_text(text) for text in texts]
     base_model = base_model_name(model.config)
     run = {"tokens": tokens, "context": context, "seed": seed}
     sources = {"texts": [t.name for t in read], "text_sha256": [t.sha256 for t in read]}

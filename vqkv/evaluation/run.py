@@ -111,7 +111,7 @@ def evaluate(
         canary: also check that destroyed codes are noticed.
         passages: repeated passages of each length; 0 for none.
         passage_lengths: in tokens.
-        progress: told of each window and passage.
+        progress: told of each window and passage, of the canary and of the filling of a cache.
 
     Raises:
         TextError: the text cannot be read, or is too short.
@@ -139,7 +139,11 @@ def evaluate(
             parts.append(arms.scores(window))
         tell("score", done, len(windows))
     scores = Scores.joined(parts)
-    checked = run_canary(arms, windows[0]) if canary else None
+    checked = None
+    if canary:
+        tell("canary", 0, 1)
+        checked = run_canary(arms, windows[0])
+        tell("canary", 1, 1)
     repeated = (
         repeated_passages(
             arms,
@@ -152,7 +156,9 @@ def evaluate(
         else RepeatedPassages()
     )
     fill = chunk if mode == "chunked" else FILL_CHUNK
+    tell("cache", 0, 1)
     cache = filled_cache(model, compressor, windows[0], fill)
+    tell("cache", 1, 1)
     length = cache.get_seq_length()
     return Evaluation(
         scheme=compressor.scheme.name,
