@@ -139,6 +139,17 @@ def no_health(folder: Path) -> None:
     path.write_text(json.dumps(stored))
 
 
+def unhealthy(field: str, value: Any) -> Damage:
+    """One field of one codebook's health changed."""
+
+    def damage(folder: Path) -> None:
+        health = json.loads((folder / "config.json").read_text())["health"]
+        health["0.keys"][0][field] = value
+        edit(folder, health=health)
+
+    return damage
+
+
 def rescheme(folder: Path) -> None:
     stored = json.loads((folder / "config.json").read_text())["scheme"]
     stored["residency"]["sinks"] += 1
@@ -180,7 +191,15 @@ CODEBOOKS = "codebooks.safetensors: damaged, cut short, or from another artefact
         ),
         pytest.param(no_health, "damaged: ['health'] are missing", id="a field gone"),
         pytest.param(rescheme, "`scheme` is not what `fingerprint` says", id="edited scheme"),
-        pytest.param(change(scheme=[]), "`scheme` is not what `fingerprint` says", id="no scheme"),
+        pytest.param(change(scheme=[]), "config.json: damaged: `scheme` is []", id="no scheme"),
+        pytest.param(
+            change(codebooks_sha256=None), "damaged: `codebooks_sha256` is None", id="no checksum"
+        ),
+        pytest.param(change(base_model=7), "damaged: `base_model` is 7", id="odd model"),
+        pytest.param(change(calibration=[]), "damaged: `calibration` is []", id="odd calibration"),
+        pytest.param(unhealthy("entropy", "high"), "holds 'high', which is no number", id="words"),
+        pytest.param(unhealthy("inertia", [None]), "holds None, which is no number", id="nulls"),
+        pytest.param(unhealthy("inertia", 3), "config.json: damaged: ", id="no list"),
         pytest.param(change(geometry={}), "config.json: damaged: ", id="no geometry"),
         pytest.param(change(geometry={"more": 1}), "config.json: damaged: ", id="odd geometry"),
         pytest.param(change(health={"0.keys": [{}]}), "config.json: damaged: ", id="odd health"),

@@ -72,6 +72,15 @@ def same_output(one: KVCompressor, two: KVCompressor) -> bool:
 # -- fitting -----------------------------------------------------------------------------------
 
 
+def test_codebooks_that_no_calibration_fills_are_refused_before_it() -> None:
+    # Four groups of a head share a codebook, so 64 samples bring 256 vectors.
+    quantizer = {"type": "product", "code_bits": 9, "learner": LEARNER}
+    stream = {"sharing": "head", "quantizer": quantizer}
+    with pytest.raises(SchemeError, match="test: keys of layer 0: a codebook of 9 bits has 512"):
+        KVCompressor(scheme(stream=stream, calibration={"samples": 64}), make_geometry())
+    KVCompressor(scheme(stream=stream, calibration={"samples": 128}), make_geometry())
+
+
 def test_every_stream_learns_from_its_own_states(geometry: Geometry) -> None:
     compressor = fitted(geometry)
     source = RandomStates(geometry)
@@ -302,13 +311,14 @@ def test_effective_bits_count_exact_tokens_and_side_bytes(geometry: Geometry) ->
     compressor = fitted(geometry, residency={"sinks": 4, "window": 10})
     values = 2 * 2 * 2 * 16  # streams, layers, heads, channels: of a token
     side = 8 * compressor.nbytes()
-    assert compressor.effective_bits_per_value(20) == 16 + side / (20 * values)
+    position = 32 / values  # of a token; the keys are pre-RoPE
+    assert compressor.effective_bits_per_value(20) == 16 + position + side / (20 * values)
     # Of 100 tokens one page of 64 is coded; 4 of them are kept exact as well.
     coded = 64 * compressor.bytes_per_token * 8
     expected = (coded + (36 + 4) * 16 * values + side) / (100 * values)
-    assert compressor.effective_bits_per_value(100) == pytest.approx(expected)
+    assert compressor.effective_bits_per_value(100) == pytest.approx(expected + position)
     long = compressor.effective_bits_per_value(10**8)
-    assert long == pytest.approx(compressor.bits_per_value, rel=1e-4)
+    assert long == pytest.approx(compressor.bits_per_value + position, rel=1e-4)
 
 
 def test_report_and_repr(geometry: Geometry) -> None:

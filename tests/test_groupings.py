@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqkv.errors import NotFittedError, SchemeError
-from vqkv.groupings import GROUPINGS, ChannelStats, Grouping, Pairs
-from vqkv.rotation import Pairing, rope_pairs
+from vqkv.groupings import GROUPINGS, ChannelStats, Grouping
+from vqkv.rotation import Pairing, Pairs, rope_pairs
 
 WITH_DIM = sorted({*GROUPINGS.names()} - {"whole"})
 

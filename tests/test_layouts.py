@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import make_geometry
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
-from vqkv.layouts import Layout, Segment, SideField
+from vqkv.layouts import PAGE_TOKENS, Layout, Segment, SideField, coded_tokens
 from vqkv.quantizers.commutative import Commutative
 from vqkv.scheme import StreamConfig
 from vqkv.scheme_files import load_scheme, preset_names
@@ -141,3 +141,11 @@ def test_layout_of_a_bare_codebook(codewords: int, bits: int) -> None:
     (segment,) = layout.segments
     assert (segment.subvectors, segment.stages, segment.dim, segment.code_bits) == (3, 2, 4, bits)
     assert hash(layout) == hash(Layout.of_codebook(3, 2, codewords, 4))
+
+
+@given(tokens=st.integers(0, 10**6), window=st.integers(0, 10**6))
+def test_pages_are_born_full_and_the_tail_holds_the_window(tokens: int, window: int) -> None:
+    coded = coded_tokens(tokens, window)
+    assert coded >= 0 and coded % PAGE_TOKENS == 0
+    tail = tokens - coded
+    assert min(tokens, window) <= tail < window + PAGE_TOKENS

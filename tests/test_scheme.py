@@ -52,6 +52,7 @@ def refused(**changes: Any) -> str:
 
 
 PRODUCT = {"type": "product", "code_bits": 2}
+FEWER_BITS = {"layers": [0], "values": {"quantizer": {"code_bits": 3}}}
 
 
 # -- what is refused, and in which words -------------------------------------------------------
@@ -158,6 +159,27 @@ PRODUCT = {"type": "product", "code_bits": 2}
             "team.yaml: values: strided groups have one dim, 4; segments give [2, 4]",
         ),
         (
+            {"layers": [{"layers": [0, -1]}]},
+            "team.yaml: layers.0: changes nothing for layers [0, -1]: say under `keys` or `values` "
+            "what differs",
+        ),
+        (
+            {"layers": [FEWER_BITS, {"layers": [1], "keys": {"rope": "pre"}}]},
+            "team.yaml: layers.1: changes nothing for layers [1]",
+        ),
+        (
+            {"values__quantizer__code_bits": 16},
+            "team.yaml: values: a codebook of 16 bits has 65536 codewords and needs as many "
+            "samples, but `calibration.samples` gives it 32768: raise it, lower code_bits, or",
+        ),
+        (
+            {
+                "calibration": {"samples": 300},
+                "layers": [{"layers": [0], "keys": {"quantizer": {"code_bits": 9}}}],
+            },
+            "team.yaml: layers.0.keys: a codebook of 9 bits has 512 codewords",
+        ),
+        (
             {"layers": [{"layers": [0, 1]}, {"layers": [1]}]},
             "team.yaml: layers: each layer is overridden once; given twice: [1]",
         ),
@@ -203,18 +225,30 @@ def test_one_stage_is_no_residual() -> None:
     scheme(values__quantizer__learner={"type": "residual", "stages": 1})
 
 
+def test_codebooks_that_more_subvectors_fill() -> None:
+    # What shares a codebook fills it together; a grid that needs no data is full at once.
+    scheme(values__quantizer__code_bits=16, values__sharing="layer")
+    uniform = {"type": "uniform", "low": 0.0, "high": 1.0}
+    scheme(
+        values__quantizer={"type": "product", "code_bits": 16, "learner": uniform},
+        values__grouping__dim=1,
+    )
+
+
 # -- geometry ----------------------------------------------------------------------------------
 
 
 def test_check_refuses_layers_that_the_model_lacks(geometry: Geometry) -> None:
-    scheme(layers=[{"layers": [0, -1]}]).check(geometry)
+    fewer = {"values": {"quantizer": {"code_bits": 3}}}
+    scheme(layers=[{"layers": [0, -1], **fewer}]).check(geometry)
     with pytest.raises(SchemeError, match=r"test: layers: \[7, -3\] are not in a model of 2 la"):
-        scheme(layers=[{"layers": [0, 7, -3]}]).check(geometry)
+        scheme(layers=[{"layers": [0, 7, -3], **fewer}]).check(geometry)
 
 
 def test_check_sees_through_negative_layers(geometry: Geometry) -> None:
     with pytest.raises(SchemeError, match=r"overridden once; \[1, -1\] name \[1\] twice"):
-        scheme(layers=[{"layers": [1]}, {"layers": [-1]}]).check(geometry)
+        again = {"layers": [-1], "values": {"quantizer": {"code_bits": 4}}}
+        scheme(layers=[{**FEWER_BITS, "layers": [1]}, again]).check(geometry)
 
 
 # -- overrides and merging ---------------------------------------------------------------------

@@ -191,6 +191,8 @@ def test_errors_name_the_file_and_the_place(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name: [", "team.yaml: not YAML: "),
+        ("name: x\nkeys: {rope: pre}\nkeys: {rope: post}\n", "'keys' is given twice"),
+        ("name: x\nvalues:\n  grouping: {dim: 4, dim: 8}\n", "'dim' is given twice"),
         ("- a\n- b\n", "team.yaml: a scheme is a mapping, given list"),
         ("", "team.yaml: a scheme is a mapping, given NoneType"),
         ("extends: [a]\n", "team.yaml: extends: a preset's name or a path, given ['a']"),
@@ -212,6 +214,14 @@ def test_errors_name_the_file_and_the_place(tmp_path: Path) -> None:
 )
 def test_files_that_are_no_schemes(tmp_path: Path, text: str, message: str) -> None:
     assert message in refused(write(tmp_path, "team.yaml", text))
+
+
+def test_merge_keys_may_repeat_names(tmp_path: Path) -> None:
+    anchored = WHOLE.replace("values:", "values: &base") + (
+        "layers: [{layers: [0], values: {<<: *base, quantizer: {type: identity}}}]\n"
+    )
+    values = load_scheme(write(tmp_path, "a.yaml", anchored)).layers[0].values
+    assert values is not None and values.quantizer is not None and values.quantizer.bits() == 16
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

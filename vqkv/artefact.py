@@ -20,6 +20,7 @@ from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ArtefactError, NotFittedError, StateError
 from vqkv.folders import check_free, replacing
 from vqkv.geometry import Geometry
+from vqkv.registry import short
 from vqkv.scheme import fingerprint
 from vqkv.scheme_files import scheme_from_dict
 from vqkv.version import __version__
@@ -29,6 +30,17 @@ CONFIG = "config.json"
 CODEBOOKS = "codebooks.safetensors"
 #: All that is in an artefact's folder.
 FILES = frozenset({CONFIG, CODEBOOKS})
+
+#: Fields of `config.json` that loading needs, and what each one is.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "scheme": dict,
+    "fingerprint": str,
+    "geometry": dict,
+    "base_model": (str, type(None)),
+    "calibration": dict,
+    "codebooks_sha256": str,
+    "health": dict,
+}
 
 
 def save(compressor: KVCompressor, folder: Path, *, overwrite: bool) -> Path:
@@ -101,20 +113,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: format version {stored.get('format_version')}, "
             f"vqkv {__version__} reads version {FORMAT_VERSION}"
         )
-    expected = {
-        "scheme",
-        "geometry",
-        "base_model",
-        "calibration",
-        "codebooks_sha256",
-        "health",
-        "fingerprint",
-    }
-    missing = sorted(expected - set(stored))
+    missing = sorted(set(_FIELDS) - set(stored))
     if missing:
         raise ArtefactError(f"{path}: damaged: {missing} are missing")
-    scheme = stored["scheme"]
-    if not isinstance(scheme, dict) or fingerprint(scheme) != stored["fingerprint"]:
+    for name, kind in _FIELDS.items():
+        if not isinstance(stored[name], kind):
+            raise ArtefactError(f"{path}: damaged: `{name}` is {short(stored[name])}")
+    if fingerprint(stored["scheme"]) != stored["fingerprint"]:
         raise ArtefactError(f"{path}: damaged or edited: `scheme` is not what `fingerprint` says")
     return stored
 
@@ -177,8 +182,7 @@ def _health(compressor: KVCompressor) -> dict[str, Any]:
 
 def _health_from_dict(stored: dict[str, Any]) -> dict[str, list[Health]]:
     return {
-        stream: [Health(**{**stage, "inertia": tuple(stage["inertia"])}) for stage in stages]
-        for stream, stages in stored.items()
+        stream: [Health.from_dict(stage) for stage in stages] for stream, stages in stored.items()
     }
 
 

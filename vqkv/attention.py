@@ -28,6 +28,14 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The positions that the text decoder was made for; None where its config sets no limit."""
+    found: int | None = getattr(
+        config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    return found
+
+
 def model_type(model: PreTrainedModel) -> str:
     """The family name of the text decoder, such as `llama` or `gemma3_text`."""
     return str(text_config(model).model_type)

@@ -12,11 +12,12 @@ from einops import rearrange
 
 from vqkv.codebooks.base import Health, check_finite
 from vqkv.errors import NotFittedError, SchemeError, StateError
-from vqkv.groupings import ChannelStats, Pairs
+from vqkv.groupings import ChannelStats
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout, Segment, SideField
 from vqkv.predictors import PREDICTORS, Predictor
 from vqkv.quantizers import QUANTIZERS, Quantizer
+from vqkv.rotation import Pairs
 from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig
 from vqkv.states import States
 from vqkv.transforms import TRANSFORMS, Metric, Transform

@@ -17,14 +17,17 @@ from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.geometry import Geometry
-from vqkv.layouts import PAGE_TOKENS, Stream
-from vqkv.scheme import STREAMS, Scheme, StreamConfig
+from vqkv.layouts import Stream, coded_tokens
+from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
 
 if TYPE_CHECKING:
     from vqkv.cache import VQCache
 
+
+#: Bytes of a value that is kept exactly.
+EXACT_BYTES = 2
 
 #: Layer, and which of its streams.
 StreamKey = tuple[int, Stream]
@@ -60,6 +63,11 @@ class Provenance:
 
     base_model: str | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+
+    def saw(self, sha256: str) -> bool:
+        """Whether a text with this SHA-256 is one of those calibrated on."""
+        hashes = self.calibration.get("text_sha256")
+        return isinstance(hashes, list | tuple) and sha256 in hashes
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ class KVCompressor:
             for layer in geometry.compressed
             for stream in STREAMS
         }
+        for codec in self._codecs.values():
+            _check_samples(codec, scheme)
         self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
@@ -353,17 +363,34 @@ class KVCompressor:
         """Side bytes in all."""
         return self.side_bytes()["total"]
 
-    def effective_bits_per_value(self, tokens: int) -> float:
-        """Bits per value with exact sinks, window tail and side bytes, at a length in tokens.
+    @property
+    def values_per_token(self) -> int:
+        """Scalars that a token has in all compressed streams."""
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
 
-        Exact values count 16 bits, whatever type the model caches them in.
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of a token's position, which a cache keeps where history has to be rotated."""
+        return torch.int32.itemsize if self.scheme.pre_rope else 0
+
+    def row_bytes(self, tokens: int) -> int:
+        """Cache bytes of one row of `tokens` tokens: codes, exact sinks and tail, positions.
+
+        Exact values count 16 bits, whatever type the model caches them in. Room that a cache
+        keeps for tokens to come is left out.
         """
         residency = self.scheme.residency
-        coded = max(0, (tokens - residency.window) // PAGE_TOKENS) * PAGE_TOKENS
+        coded = coded_tokens(tokens, residency.window)
         exact = tokens - coded + min(residency.sinks, coded)
-        values = 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
-        bits = 8 * (self.bytes_per_token * coded + self.nbytes()) + 16 * exact * values
-        return bits / (tokens * values)
+        return (
+            self.bytes_per_token * coded
+            + EXACT_BYTES * self.values_per_token * exact
+            + self.position_bytes * tokens
+        )
+
+    def effective_bits_per_value(self, tokens: int) -> float:
+        """Bits per value of one row's cache and the side bytes, at a length in tokens."""
+        return 8 * (self.row_bytes(tokens) + self.nbytes()) / (tokens * self.values_per_token)
 
     def report(self) -> dict[str, Any]:
         """What it stores, stream by stream, and how well its codebooks came out."""
@@ -520,6 +547,15 @@ class Reconstructions:
             decoded = States(states.tokens, lambda: states.beside(sources, through))
             self._kept[key] = self._source.kept(layer, stream, decoded)
         return self._kept[key]
+
+
+def _check_samples(codec: Codec, scheme: Scheme) -> None:
+    """Refuse codebooks that the scheme's calibration cannot fill. Raises SchemeError."""
+    if codec.config.data_free:
+        return
+    for segment, config in zip(codec.layout.segments, codec.config.all_segments, strict=True):
+        vectors = scheme.calibration.samples * segment.subvectors // segment.books
+        check_samples(config.quantizer, vectors, f"{scheme.name}: {codec.where}")
 
 
 def _tokens(states: torch.Tensor) -> torch.Tensor:

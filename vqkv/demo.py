@@ -69,12 +69,21 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> DemoResult
         ArtefactError: `out` holds anything else than an older report.
     """
     check_free(out, REPORT_FILES, overwrite=True)
+    progress("load the model", 0, 1)
     model, tokenizer = load_model(DEMO)
+    progress("load the model", 1, 1)
     texts = [bundled_text(name) for name in CALIBRATION_MIX]
     prompt = bundled_text(EVALUATION_TEXTS[0]).read_text(encoding="utf-8")
     prompt = prompt[20_000 : 20_000 + PROMPT_CHARACTERS].rsplit(" ", 1)[0]
     evaluations: list[Evaluation] = []
-    continuations = {"exact": continue_prompt(model, tokenizer, prompt, NEW_TOKENS)}
+
+    def continued(name: str, compressor: KVCompressor | None = None) -> Continuation:
+        progress(f"{name}: generate", 0, 1)
+        made = continue_prompt(model, tokenizer, prompt, NEW_TOKENS, compressor=compressor)
+        progress(f"{name}: generate", 1, 1)
+        return made
+
+    continuations = {"exact": continued("exact")}
     for name in SCHEMES:
 
         def tell(phase: str, done: int, total: int, name: str = name) -> None:
@@ -105,9 +114,7 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> DemoResult
                     ),
                 )
             )
-        continuations[name] = continue_prompt(
-            model, tokenizer, prompt, NEW_TOKENS, compressor=compressor
-        )
+        continuations[name] = continued(name, compressor)
     result = DemoResult(tuple(evaluations), continuations)
     write_report(
         out,

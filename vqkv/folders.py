@@ -40,6 +40,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     When it fails, for a full disk or an interrupt, nothing of it stays and an older `folder` is
     as it was.
     """
+    folder = folder.resolve()  # "." has neither a name nor a parent of its own
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")

@@ -16,9 +16,7 @@ from pydantic import Field
 
 from vqkv.errors import NotFittedError, SchemeError
 from vqkv.registry import Choice, Config, Registry
-
-#: RoPE pairs of one head: channels that rotate together.
-Pairs = tuple[tuple[int, int], ...]
+from vqkv.rotation import Pairs
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ Rope = Literal["pre", "post"]
 Sharing = Literal["group", "head", "layer", "model"]
 
 
+def coded_tokens(tokens: int, window: int) -> int:
+    """How many of a row's `tokens` tokens lie in pages: whole pages that the window left behind."""
+    return max(0, tokens - window) // PAGE_TOKENS * PAGE_TOKENS
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of channels coded alike.

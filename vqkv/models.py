@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import (
@@ -268,7 +268,10 @@ def _loading(source: ModelSource, location: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot load into a `ModelError`."""
     try:
         yield
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, LookupError, ImportError, RuntimeError),
+        *(SafetensorError, StrictDataclassError),  # the latter: a config's field of a wrong type
+    ) as error:
         hint = ""
         if source.kind == "hub":
             hint = f"; no local path has that name either ({ACCEPTED_FORMS})"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from vqkv.compressor import KVCompressor
-from vqkv.errors import VQKVError
+from vqkv.attention import most_positions
+from vqkv.compressor import EXACT_BYTES, KVCompressor
+from vqkv.errors import SchemeError, VQKVError
 from vqkv.geometry import Geometry
-from vqkv.layouts import PAGE_TOKENS
+from vqkv.layouts import PAGE_TOKENS, coded_tokens
 from vqkv.scheme import Scheme
 
-#: A 16-bit model: weights and exact states.
-_BYTES = 2
+#: Bytes of a weight of a 16-bit model.
+_WEIGHT_BYTES = 2
+
+#: Pages grow by this part at a time, so as much of them may lie idle.
+_IDLE_PART = 16
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,19 @@ class Plan:
     Attributes:
         bits_per_value: stored bits over cached scalars.
         bytes_per_token: coded; `bytes_per_token_exact` at 16 bits.
+        position_bytes: of each token beside them, coded or not; 0 for post-RoPE schemes.
         exact_bytes: sinks and the longest exact tail of one sequence.
         side_bytes: codebooks and the like, once per model.
         weights_bytes: the model's, at 16 bits.
         longest_context: tokens of each sequence that fit; `longest_context_exact` without vqkv.
-        context_bytes: cache bytes at the context asked for, side bytes included.
+        context_bytes: cache bytes at the context asked for, side bytes included, and the most
+            room for later tokens that pages may keep there.
     """
 
     bits_per_value: float
     bytes_per_token: int
     bytes_per_token_exact: int
+    position_bytes: int
     exact_bytes: int
     side_bytes: int
     weights_bytes: int
@@ -67,11 +75,17 @@ def plan(
 
     Raises:
         VQKVError: the weights and codebooks alone do not fit.
-        SchemeError: the scheme cannot code this model.
+        SchemeError: the scheme cannot code this model, or stores nothing that would fill memory.
     """
     geometry = Geometry.from_config(config)
     compressor = KVCompressor(scheme, geometry)
-    weights = _BYTES * _parameters(config)
+    per_token = compressor.bytes_per_token
+    if not per_token:
+        raise SchemeError(
+            f"scheme {scheme.name!r} stores 0 bits of a coded token, so no memory bounds its "
+            "context: plan with a scheme that has code_bits of at least 1 somewhere"
+        )
+    weights = _WEIGHT_BYTES * _parameters(config)
     side = compressor.planned_side_bytes()
     room = memory - weights
     if room <= side:
@@ -79,36 +93,45 @@ def plan(
             f"the weights take {weights:,} bytes and the codebooks {side:,}, "
             f"more than the {memory:,} given"
         )
-    values = 2 * len(geometry.compressed) * geometry.kv_heads * geometry.head_dim
     residency = scheme.residency
     tail = residency.window + PAGE_TOKENS - 1
-    exact = _BYTES * values * (residency.sinks + tail)
-    per_token = compressor.bytes_per_token
-    each = (room - side) // batch
-    longest = tail + (each - exact) // per_token if each > exact else each // (_BYTES * values)
+    exact = EXACT_BYTES * compressor.values_per_token
 
     def taken(tokens: int) -> int:
-        coded = max(0, tokens - residency.window) // PAGE_TOKENS * PAGE_TOKENS
-        kept = tokens - coded + min(residency.sinks, coded)
-        return side + batch * (coded * per_token + kept * _BYTES * values)
+        idle = _idle_tokens(coded_tokens(tokens, residency.window))
+        return side + batch * (compressor.row_bytes(tokens) + per_token * idle)
 
+    def most_until(tokens: int) -> int:
+        # The tail is exact, so a length just before its page is coded may take more than one after.
+        before = coded_tokens(tokens, residency.window) + residency.window - 1
+        return max(taken(tokens), taken(max(0, min(before, tokens))))
+
+    # No longer: there the codes alone fill the room.
+    lengths = range(1, tail + room // (batch * per_token) + 2)
     return Plan(
         bits_per_value=compressor.bits_per_value,
         bytes_per_token=per_token,
-        bytes_per_token_exact=_BYTES * values,
-        exact_bytes=exact,
+        bytes_per_token_exact=exact,
+        position_bytes=compressor.position_bytes,
+        exact_bytes=exact * (residency.sinks + tail),
         side_bytes=side,
         weights_bytes=weights,
         memory_bytes=memory,
         batch=batch,
-        longest_context=longest,
-        longest_context_exact=room // batch // (_BYTES * values),
-        model_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        longest_context=bisect_right(lengths, room, key=most_until),
+        longest_context_exact=room // batch // exact,
+        model_context=most_positions(config),
         context=context,
         context_bytes=None if context is None else taken(context),
-        context_bytes_exact=None if context is None else context * batch * _BYTES * values,
+        context_bytes_exact=None if context is None else context * batch * exact,
         context_fits=None if context is None else taken(context) <= room,
     )
+
+
+def _idle_tokens(coded: int) -> int:
+    """The most tokens that pages with `coded` tokens in them may have room for beside these."""
+    pages = coded // PAGE_TOKENS
+    return max(0, pages - 2) // _IDLE_PART * PAGE_TOKENS
 
 
 def _parameters(config: PreTrainedConfig) -> int:

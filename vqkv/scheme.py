@@ -247,6 +247,25 @@ class Scheme(Config):
         return self
 
     @model_validator(mode="after")
+    def _overrides_differ(self) -> Self:
+        for index, override in enumerate(self.layers):
+            if override.keys in (None, self.keys) and override.values in (None, self.values):
+                raise ValueError(
+                    f"layers.{index}: changes nothing for layers {list(override.layers)}: say "
+                    "under `keys` or `values` what differs, or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fill_codebooks(self) -> Self:
+        """Subvectors that share no codebook bring one sample each per token."""
+        for path, config in self._named_streams():
+            if config.sharing == "group" and not config.data_free:
+                for segment in config.all_segments:
+                    check_samples(segment.quantizer, self.calibration.samples, path)
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_fit(self) -> Self:
         predicted = any(config.predictor for config in self._streams())
         if predicted and any(config.sharing == "model" for config in self._streams()):
@@ -316,8 +335,17 @@ class Scheme(Config):
         return fingerprint(self.to_dict())
 
     def _streams(self) -> list[StreamConfig]:
-        overrides = [c for o in self.layers for c in (o.keys, o.values) if c is not None]
-        return [self.keys, self.values, *overrides]
+        return [config for _, config in self._named_streams()]
+
+    def _named_streams(self) -> Iterator[tuple[str, StreamConfig]]:
+        """Every stream config with its path in the file."""
+        yield "keys", self.keys
+        yield "values", self.values
+        for index, override in enumerate(self.layers):
+            for stream in STREAMS:
+                config = getattr(override, stream)
+                if config is not None:
+                    yield f"layers.{index}.{stream}", config
 
 
 def fingerprint(scheme: Mapping[str, Any]) -> str:
@@ -329,10 +357,7 @@ def fingerprint(scheme: Mapping[str, Any]) -> str:
 
 def _check_learner(quantizer: QuantizerConfig, dim: int) -> None:
     """Refuse learners whose codewords are not of the quantizer's shape. Raises ValueError."""
-    learner = getattr(quantizer, "learner", None)
-    if learner is None:
-        return
-    for nested in _nested(learner):
+    for nested in learners_of(quantizer):
         stages = getattr(nested, "stages", 1)
         if stages != 1:
             raise ValueError(
@@ -348,13 +373,28 @@ def _check_learner(quantizer: QuantizerConfig, dim: int) -> None:
                 raise ValueError(f"quantizer.learner: {error}") from error
 
 
-def _nested(learner: Config) -> Iterator[Config]:
-    """A learner's config and those of the learners that it repeats or sets side by side."""
-    yield learner
-    inner = [getattr(learner, "learner", None), *getattr(learner, "learners", ())]
-    for config in inner:
-        if config is not None:
-            yield from _nested(config)
+def check_samples(quantizer: QuantizerConfig, samples: int, where: str) -> None:
+    """Refuse a codebook of more codewords than the `samples` vectors that it would learn from.
+
+    Raises:
+        SchemeError: `calibration.samples` is too few for it; begins with `where`.
+    """
+    codewords = 1 << quantizer.bits()
+    learns = next(learners_of(quantizer), None) is not None
+    if learns and samples < codewords:
+        raise SchemeError(
+            f"{where}: a codebook of {quantizer.bits()} bits has {codewords} codewords and needs "
+            f"as many samples, but `calibration.samples` gives it {samples}: raise it, lower "
+            "code_bits, or share codebooks"
+        )
+
+
+def learners_of(config: Config) -> Iterator[Config]:
+    """The configs of a quantizer's learner and of those that it repeats or sets side by side."""
+    for learner in (getattr(config, "learner", None), *getattr(config, "learners", ())):
+        if learner is not None:
+            yield learner
+            yield from learners_of(learner)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,13 +60,33 @@ def scheme_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice in a block; YAML itself keeps the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A block, as it is written: merge keys are resolved later, and may repeat names."""
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.composer.ComposerError(
+                        "in a block",
+                        node.start_mark,
+                        f"{key.value!r} is given twice",
+                        key.start_mark,
+                    )
+                names.add(key.value)
+        return node
+
+
 def _resolved(name: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
     """The plain values of a scheme, with what it extends merged in."""
     where, text, folder = _read(name, folder, above)
     if where in above:
         raise SchemeError(f"{where}: extends itself, by way of {' -> '.join((*above, where))}")
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise SchemeError(f"{where}: not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -25,6 +25,7 @@ from vqkv.layouts import PAGE_TOKENS
 from vqkv.predictors import Predictor
 from vqkv.quantizers import Quantizer
 from vqkv.registry import Config, config_class
+from vqkv.rotation import rope_pairs
 from vqkv.states import States
 from vqkv.transforms import Transform
 
@@ -132,7 +133,7 @@ def check_grouping(
     _check_config(cls, settings)
     grouping = cls(**settings).resolved(heads, head_dim)
     energy = torch.rand(heads, head_dim, generator=torch.Generator().manual_seed(0))
-    for pairs in ((), _half_split(head_dim), _interleaved(head_dim)):
+    for pairs in ((), rope_pairs("half", head_dim), rope_pairs("interleaved", head_dim)):
         order = grouping.permutation(head_dim, heads, ChannelStats(energy, pairs))
         units = heads if grouping.head_local else 1
         assert order.shape == (units, heads * head_dim // units), (
@@ -279,14 +280,6 @@ def _check_config(cls: Any, settings: dict[str, Any]) -> None:
 
 def _samples(dim: int) -> torch.Tensor:
     return torch.randn(SAMPLES, SUBSPACES, dim, generator=torch.Generator().manual_seed(0))
-
-
-def _half_split(head_dim: int) -> tuple[tuple[int, int], ...]:
-    return tuple((i, i + head_dim // 2) for i in range(head_dim // 2))
-
-
-def _interleaved(head_dim: int) -> tuple[tuple[int, int], ...]:
-    return tuple((i, i + 1) for i in range(0, head_dim, 2))
 
 
 def _raises(kind: type[Exception], call: Any, what: str) -> None:

@@ -4,24 +4,28 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.calibration.stubs import StubTokenizer, scheme, write_text
 from tests.tiny_models import tiny_model
 from vqkv import artefact
 from vqkv.calibration import CalibrationReport, Spool, StateCapture, calibrate
+from vqkv.codebooks import assignment
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
-from vqkv.errors import ArtefactError, ModelError, StateError, TextError
+from vqkv.errors import ArtefactError, KernelError, ModelError, StateError, TextError
 from vqkv.scheme import Scheme
 from vqkv.scheme_files import load_scheme, scheme_from_dict
 from vqkv.states import States
@@ -326,6 +330,28 @@ def test_fewer_tokens_than_codewords(run: Callable[..., Any], tmp_path: Path) ->
     assert left(tmp_path) == set()
 
 
+def learner_scheme(**learner: Any) -> Scheme:
+    data = scheme().to_dict()
+    data["values"]["quantizer"]["learner"] = {"type": "kmeans", **learner}
+    return scheme_from_dict(data)
+
+
+def without_faiss(name: str) -> Any:
+    raise ImportError(f"no {name}")
+
+
+def test_a_learner_that_cannot_run_is_refused_before_the_model_runs(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StateCapture, "run", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(assignment, "importlib", SimpleNamespace(import_module=without_faiss))
+    nested = {"type": "residual", "stages": 1, "learner": {"type": "kmeans", "backend": "faiss"}}
+    for given in (learner_scheme(backend="faiss"), learner_scheme(**nested)):
+        with pytest.raises(KernelError, match=r"'faiss' needs faiss, .* pip install 'vqkv\[cpu\]'"):
+            run(scheme=given)
+    assert left(tmp_path) == set()
+
+
 # --- interruptions -----------------------------------------------------------------------------
 
 
@@ -410,6 +436,66 @@ def test_an_interrupt_leaves_the_old_artefact(
         with pytest.raises(Interrupted):
             run(seed=1, overwrite=True)
     assert_same(tensors(KVCompressor.from_pretrained(tmp_path / "out")), before)
+
+
+@pytest.mark.parametrize("error", [KernelError("no faiss"), ArtefactError("in the way")])
+def test_what_can_be_mended_leaves_the_work(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "fit_quantizers", fail)
+        with pytest.raises(type(error)):
+            run()
+    assert left(tmp_path) == {"out.partial"}
+    monkeypatch.setattr(StateCapture, "run", lambda *_: pytest.fail("the model ran again"))
+    run()
+    assert left(tmp_path) == {"out"}
+
+
+def test_an_artefact_that_appears_meanwhile_costs_no_work(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run(out=tmp_path / "other").folder
+
+    def arrives(phase: str, done: int, total: int) -> None:
+        if (phase, done) == ("learn", 2):
+            shutil.copytree(other, tmp_path / "out")
+
+    with pytest.raises(ArtefactError, match="out exists already"):
+        run(progress=arrives)
+    assert left(tmp_path) == {"other", "out", "out.partial"}
+    fitted = interrupt_learning(monkeypatch, None)
+    run(overwrite=True)
+    assert fitted == []
+
+
+def whole_but_odd(path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, path, {"health": "[{}]"})
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"half"), whole_but_odd])
+def test_a_damaged_fitted_stream_is_fitted_anew(
+    run: Callable[..., Any],
+    uninterrupted: Tensors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], Any],
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_learning(patch, "values of layer 1")
+        with pytest.raises(Interrupted):
+            run()
+    spoil(tmp_path / "out.partial" / "fitted" / "0.values.safetensors")
+    with monkeypatch.context() as patch:
+        fitted = interrupt_learning(patch, None)
+        report = run()
+    assert fitted == ["values of layer 0", "values of layer 1"]
+    assert "0.values.safetensors: damaged, so fitted anew" in caplog.text
+    assert_same(tensors(report.compressor), uninterrupted)
 
 
 def other_scheme() -> Scheme:

@@ -13,8 +13,10 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_text
+from vqkv import demo, models
 from vqkv.cli import app
 from vqkv.cli.plan import parse_memory
+from vqkv.cli.progress import Report
 from vqkv.errors import VQKVError
 
 SCHEME = """
@@ -85,6 +87,79 @@ def test_calibrate_refuses_an_existing_folder_unless_forced(place: Path, tmp_pat
     assert run(*args, "--force").exit_code == 0
 
 
+def test_calibrate_into_the_folder_one_is_in(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        result = run("calibrate", place / "model", *calibration(place), "--out", ".", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert run("inspect", tmp_path / "here", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--out", "art", "art exists already"),
+        ("--scheme", "cq-4c9b", "no preset or file is called 'cq-4c9b'"),
+        ("--text", "none.txt", "none.txt' cannot be read"),
+        ("--context", "257", "windows of 257 tokens are longer than the model's 256 positions"),
+    ],
+)
+def test_arguments_are_looked_at_before_the_model_is_loaded(
+    place: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, message: str
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    given = value if option in ("--scheme", "--context") else place / value
+    out = ("--out", place / "x", option, given)
+    result = run("calibrate", place / "model", *calibration(place), *out)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    if option in ("--text", "--context"):
+        measured = ("evaluate", place / "model", "--scheme", "scalar-2bit", "--tokens", 64)
+        text = ("--text", place / "b.txt", "--context", 64)
+        result = run(*measured, *text, option, given)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_the_type_that_a_model_runs_in(place: Path, tmp_path: Path) -> None:
+    generated, evaluated = {}, {}
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        chosen = ("--scheme", "scalar-4bit", "--dtype", dtype, "--json")
+        prompt = ("--prompt", tiny_text(20), "--max-new-tokens", 2)
+        generated[dtype] = parsed(run("generate", place / "model", *chosen, *prompt))["cache_bytes"]
+        evaluated[dtype] = parsed(
+            run(
+                *("evaluate", place / "model", *chosen, "--text", place / "b.txt"),
+                *("--tokens", 32, "--context", 32, "--passages", 0, "--no-canary"),
+            )
+        )["dtype"]
+    # Nothing of 20 tokens is coded, so the cache is its exact tail.
+    assert generated["auto"] == generated["float32"] == 2 * generated["bfloat16"]
+    assert generated["float16"] == generated["bfloat16"]
+    assert evaluated == {name: name.replace("auto", "float32") for name in evaluated}
+
+    arguments = ("calibrate", place / "model", *calibration(place), "--dtype", "bfloat16")
+    assert run(*arguments, "--out", tmp_path / "x").exit_code == 0
+    books = [folder / "codebooks.safetensors" for folder in (place / "art", tmp_path / "x")]
+    assert books[0].read_bytes() != books[1].read_bytes()  # other states, other codewords
+    refused = run(*arguments[:-1], "int8", "--out", tmp_path / "y")
+    assert refused.exit_code == 2
+    assert "--dtype" in refused.stderr
+
+
+def test_a_seed_beyond_what_generators_take(place: Path, tmp_path: Path) -> None:
+    result = run(
+        *("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x"),
+        *("--seed", 2**70),
+    )
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
 @pytest.mark.parametrize("mode", ["before-use", "chunked"])
 def test_evaluate_json(place: Path, mode: str) -> None:
     data = parsed(
@@ -111,6 +186,16 @@ def test_evaluate_json(place: Path, mode: str) -> None:
     assert data["mode"] == mode
     assert data["kl"] > 0
     assert data["bits_per_value"] == 1.0
+
+
+def test_evaluating_on_the_text_of_the_calibration_is_told(place: Path) -> None:
+    result = run(
+        *("evaluate", place / "model", "--compressor", place / "art", "--text", place / "a.txt"),
+        *("--tokens", 64, "--context", 64, "--passages", 0, "--no-canary", "--json"),
+    )
+    (note,) = parsed(result)["notes"]
+    assert f"note: {note}" in result.stderr
+    assert "calibrated on this very text, a.txt" in note
 
 
 def test_evaluate_fails_with_code_3_when_the_canary_sees_no_codes_read(place: Path) -> None:
@@ -184,12 +269,35 @@ def test_plan_refuses_memory_that_the_weights_fill(place: Path) -> None:
     assert "weights take" in result.stderr
 
 
+def test_a_model_config_with_a_field_of_a_wrong_type(place: Path, tmp_path: Path) -> None:
+    config = json.loads((place / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    result = run("plan", tmp_path, "--scheme", "cq-4c8b", "--memory", "1GB", "--json")
+    assert result.exit_code == 2, result.exception
+    assert "hidden_size" in result.stderr and str(tmp_path) in result.stderr
+
+
+def test_plan_refuses_a_scheme_that_stores_nothing(place: Path, tmp_path: Path) -> None:
+    nothing = "{grouping: {dim: 4}, quantizer: {type: product, code_bits: 0}}"
+    (tmp_path / "nothing.yaml").write_text(
+        f"name: nothing\nextends: cq-4c8b\nkeys: {nothing}\nvalues: {nothing}\n"
+    )
+    result = run("plan", place / "model", "--scheme", tmp_path / "nothing.yaml", "--memory", "1GB")
+    assert result.exit_code == 2
+    assert "stores 0 bits of a coded token" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("800m", 800 * 10**6), ("512", 512)],
 )
 def test_memory_sizes(text: str, count: int) -> None:
     assert parse_memory(text) == count
+
+
+def test_memory_beyond_all_machines() -> None:
+    with pytest.raises(VQKVError, match=r"at most 1,000,000TB, given '99999"):
+        parse_memory(400 * "9" + "GB")
 
 
 @pytest.mark.parametrize("text", ["", "GB", "12 parsecs", "-4GB", "4iB"])
@@ -244,10 +352,61 @@ def test_schemes_schema_is_json() -> None:
 
 
 @pytest.mark.slow
-def test_stdout_of_a_real_process_is_one_json_object(place: Path) -> None:
-    command = [sys.executable, "-m", "vqkv", "inspect", str(place / "art"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["scheme"] == "tiny"
+def test_stdout_of_a_real_process_is_one_json_object(place: Path, tmp_path: Path) -> None:
+    model, artefact = place / "model", ("--compressor", place / "art")
+    commands: dict[str, tuple[Any, ...]] = {
+        "fingerprint": ("inspect", place / "art"),
+        "health": ("calibrate", model, *calibration(place), "--out", tmp_path / "x"),
+        # Passages that do not fit and a canary that fails both have something to say.
+        "notes": (
+            *("evaluate", model, *artefact, "--text", place / "b.txt", "--window", 999),
+            *("--tokens", 64, "--context", 64, "--mode", "chunked", "--passages", 1),
+        ),
+        "new_tokens": ("generate", model, *artefact, "--prompt", "the cat", "--max-new-tokens", 2),
+        "weights_bytes": ("plan", model, "--scheme", "cq-4c8b", "--memory", "1GB"),
+        "schemes": ("schemes", "list"),
+    }
+    for field, arguments in commands.items():
+        command = [sys.executable, "-m", "vqkv", *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == (3 if field == "notes" else 0), done.stderr
+        assert field in json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_demo_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (
+        *(("CALIBRATION_TOKENS", 600), ("EVALUATION_TOKENS", 96)),
+        *(("PROMPT_CHARACTERS", 300), ("NEW_TOKENS", 4)),
+    ):
+        monkeypatch.setattr(demo, name, size)
+    told: list[str] = []
+    real = demo.run_demo
+
+    def run_demo(out: Path, progress: Report) -> demo.DemoResult:
+        def tell(phase: str, done: int, total: int) -> None:
+            told.append(f"{phase} {done}/{total}")
+            progress(phase, done, total)
+
+        return real(out, tell)
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    result = run("demo", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.stderr
+    heads, *rows, _ = (line.split("\t") for line in result.stdout.splitlines())
+    assert heads == list(demo.DemoResult.columns)
+    names = ["exact", "cq-4c8b", "cq-4c8b", "cq-8c8b", "cq-8c8b"]
+    assert [row[0] for row in rows] == names
+    assert all(len(row) == len(heads) for row in rows)
+    assert told[:4] == [
+        *("load the model 0/1", "load the model 1/1", "exact: generate 0/1", "exact: generate 1/1")
+    ]
+    for phase in ("canary persuasion", "cache persuasion", "generate"):
+        assert {f"cq-8c8b: {phase} 0/1", f"cq-8c8b: {phase} 1/1"} <= set(told)
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [e["scheme"] for e in data["evaluations"]] == names[1:]
+    assert all(e["canary_ok"] for e in data["evaluations"])
+    assert set(data["continuations"]) == set(names)
 
 
 @pytest.mark.slow

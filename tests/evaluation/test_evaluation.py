@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from tests.cache.compressors import compressor_for, random_ids
 from tests.tiny_checkpoint import tiny_text, tiny_tokenizer
 from tests.tiny_models import tiny_model
 from vqkv.cache import BeforeUseCache, attach
-from vqkv.compressor import KVCompressor
-from vqkv.errors import TextError
+from vqkv.compressor import KVCompressor, Provenance
+from vqkv.errors import ModelError, TextError
 from vqkv.evaluation import Evaluation, Mode, evaluate
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.canary import destroyed, run_canary
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.memory import live_storage_bytes
-from vqkv.evaluation.passages import repeated_passages
+from vqkv.evaluation.passages import _spread, repeated_passages
 
 MODES: tuple[Mode, ...] = ("before-use", "chunked")
 
@@ -152,6 +155,46 @@ class TestPassages:
             "passages of 600: two copies exceed 1024 positions",
         ]
 
+    def test_each_passage_is_another(self, model: Any, coarse: KVCompressor) -> None:
+        arms = Arms(model, coarse, "before-use", 32)
+        told: list[tuple[int, int]] = []
+        found = repeated_passages(
+            arms, random_ids(1, 42)[0], (40, 42), 8, lambda done, total: told.append((done, total))
+        )
+        assert found.notes == [
+            "passages of 40: 3 of 8, the text has only 42 tokens",
+            "passages of 42: 1 of 8, the text has only 42 tokens",
+        ]
+        assert told == [(done, 4) for done in range(1, 5)]
+        tokens = random_ids(1, 42)[0]
+        losses = [
+            float(arms.scores(torch.cat([p, p]), first=40).exact.mean())
+            for p in (tokens[start : start + 40] for start in (0, 1, 2))
+        ]
+        assert found.exact[40] == pytest.approx(sum(losses) / 3)
+
+    @given(last=st.integers(0, 10**7), count=st.integers(1, 64))
+    def test_starts_are_spread_from_end_to_end(self, last: int, count: int) -> None:
+        starts = _spread(last, count)
+        assert len(set(starts)) == len(starts) == min(count, last + 1)
+        assert starts[0] == 0 and starts[-1] == (last if count > 1 else 0)
+
+
+class TestNotes:
+    def test_a_text_that_calibration_saw(
+        self, model: Any, coarse: KVCompressor, tmp_path: Path
+    ) -> None:
+        assert run(model, coarse, tmp_path / "text").notes == ()
+        digest = hashlib.sha256((tmp_path / "text").read_bytes()).hexdigest()
+        seen = coarse.with_residency()
+        seen.provenance = Provenance(None, {"text_sha256": ["another", digest]})
+        (note,) = run(model, seen, tmp_path / "text").notes
+        assert "was calibrated on this very text, text" in note
+
+    @pytest.mark.parametrize("odd", [None, 7, {}])
+    def test_hashes_that_are_none(self, odd: Any) -> None:
+        assert not Provenance(None, {"text_sha256": odd}).saw("digest")
+
 
 class TestBytes:
     def test_they_are_those_of_a_real_cache(
@@ -163,9 +206,26 @@ class TestBytes:
         assert result.cache_bytes_exact == 2 * values * 512
         assert result.bits_per_value == coarse.bits_per_value
         assert result.side_bytes["total"] == coarse.nbytes()
-        assert result.effective_bits_per_value == pytest.approx(
-            16 * (result.cache_bytes + coarse.nbytes()) / result.cache_bytes_exact
-        )
+        assert result.cache_bytes_window == 0
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_effective_bits_do_not_depend_on_the_models_type(
+        self, coarse: KVCompressor, mode: Mode, tmp_path: Path
+    ) -> None:
+        compressor = coarse.with_residency(window=64)
+        effective = []
+        for dtype in (torch.bfloat16, torch.float32):
+            model = tiny_model("llama", dtype=dtype, max_position_embeddings=1024)
+            result = run(
+                model, compressor, tmp_path / "text", tokens=512, context=512, mode=mode, chunk=512
+            )
+            assert result.window == (64 if mode == "chunked" else 0)
+            assert result.cache_bytes_window == 64
+            effective.append(result.effective_bits_per_value)
+            if dtype == torch.bfloat16:  # exact values take 16 bits, so the tensors agree
+                tensors = result.cache_bytes + coarse.nbytes()
+                assert effective[0] == 16 * tensors / result.cache_bytes_exact
+        assert effective[0] == effective[1]
 
     @pytest.mark.parametrize("rope", ["pre", "post"])
     def test_the_growth_of_all_live_storage_agrees_with_them(self, model: Any, rope: str) -> None:
@@ -204,6 +264,11 @@ def test_what_cannot_be_scored(
 ) -> None:
     with pytest.raises(TextError, match=message):
         run(model, coarse, tmp_path / "text", **changes)
+
+
+def test_windows_longer_than_the_model(model: Any, coarse: KVCompressor, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"llama: windows of 2000 tokens .* the model's 1024 pos"):
+        run(model, coarse, tmp_path / "text", context=2000)
 
 
 def test_an_empty_text(model: Any, coarse: KVCompressor, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -56,6 +59,31 @@ def test_rows_are_split_over_threads_without_loss(level: native.Level) -> None:
         codes = native.nearest(x, codewords)
         torch.set_num_threads(1)
         assert torch.equal(native.nearest(x, codewords), codes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def nearest_in_child(x: torch.Tensor, codewords: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(native.nearest(x, codewords), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    x, codewords = random(1500, 3, 4), random(3, 64, 4, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        expected = native.nearest(x, codewords)
+        with warnings.catch_warnings():  # Python warns of forking with threads, which is the point
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = multiprocessing.get_context("fork").Process(
+                target=nearest_in_child, args=(x, codewords, expected)
+            )
+            child.start()
+        child.join(timeout=60)
+        child.kill()
+        child.join()
+        assert child.exitcode == 0
     finally:
         torch.set_num_threads(threads)
 

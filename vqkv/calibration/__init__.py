@@ -3,7 +3,13 @@
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.run import CalibrationReport, Progress, calibrate, peak_rss_bytes
 from vqkv.calibration.spool import Spool
-from vqkv.calibration.windows import Text, calibration_windows, read_text, text_windows
+from vqkv.calibration.windows import (
+    Text,
+    calibration_windows,
+    check_context,
+    read_text,
+    text_windows,
+)
 
 __all__ = [
     "CalibrationReport",
@@ -14,6 +20,7 @@ __all__ = [
     "Text",
     "calibrate",
     "calibration_windows",
+    "check_context",
     "peak_rss_bytes",
     "read_text",
     "text_windows",

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vqkv.calibration.spool import Spool
 from vqkv.codebooks.base import Health
 from vqkv.compressor import FittedStream
-from vqkv.errors import ArtefactError, VQKVError
+from vqkv.errors import ArtefactError, ModelError, SchemeError, StateError
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ _FITTED = "fitted"
 def working(partial: Path) -> Iterator[None]:
     """Hold the folder of work in progress, alone; it stays where the block is interrupted.
 
-    What the block refuses it would refuse again, so then nothing is kept.
+    States, schemes and models that the block refuses it would refuse again, so then nothing is
+    kept. Anything else, such as a folder in the way or a library that is missing, can be mended.
 
     Raises:
         ArtefactError: the folder holds other things, another process is at work in it, or the
@@ -44,7 +45,7 @@ def working(partial: Path) -> Iterator[None]:
         with FileLock(partial / _LOCK, timeout=0):
             try:
                 yield
-            except VQKVError:
+            except (StateError, SchemeError, ModelError):
                 shutil.rmtree(partial)
                 raise
     except Timeout as error:
@@ -102,15 +103,16 @@ class StreamFiles(MutableMapping[str, FittedStream]):
         self.folder.mkdir(exist_ok=True)
 
     def __getitem__(self, name: str) -> FittedStream:
-        """Raises KeyError where it has not been fitted."""
+        """Raises KeyError where it has not been fitted, or its file is damaged and now deleted."""
         path = self._path(name)
         if not path.exists():
             raise KeyError(name)
-        with safe_open(path, "pt") as file:
-            stages = json.loads(file.metadata()["health"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-        health = [Health(**{**h, "inertia": tuple(h["inertia"])}) for h in stages]
-        return FittedStream(tensors, health)
+        try:
+            return _read_stream(path)
+        except (SafetensorError, LookupError, ValueError, TypeError) as error:
+            log.warning("%s: damaged, so fitted anew: %s", path, error)
+            path.unlink()
+            raise KeyError(name) from error
 
     def __setitem__(self, name: str, fitted: FittedStream) -> None:
         path = self._path(name)
@@ -130,3 +132,10 @@ class StreamFiles(MutableMapping[str, FittedStream]):
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _read_stream(path: Path) -> FittedStream:
+    with safe_open(path, "pt") as file:
+        stages = json.loads(file.metadata()["health"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+    return FittedStream(tensors, [Health.from_dict(stage) for stage in stages])

@@ -16,17 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.artefact import FILES, base_model_name
-from vqkv.attention import text_config
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
-from vqkv.calibration.windows import calibration_windows, read_text
+from vqkv.calibration.windows import Text, calibration_windows, check_context, read_text
+from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor, Provenance
-from vqkv.errors import ModelError
 from vqkv.folders import check_free
 from vqkv.geometry import Geometry
-from vqkv.scheme import Scheme
+from vqkv.scheme import Scheme, learners_of
 from vqkv.version import __version__
 
 #: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
@@ -68,7 +67,7 @@ def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     scheme: Scheme,
-    texts: Sequence[str | Path],
+    texts: Sequence[str | Path | Text],
     *,
     tokens: int,
     out: str | Path,
@@ -87,7 +86,7 @@ def calibrate(
         model: that the artefact is for.
         tokenizer: the model's.
         scheme: what to fit.
-        texts: paths of text files; each gives an equal share of the tokens.
+        texts: texts, or paths of text files; each gives an equal share of the tokens.
         tokens: that the model runs on. Those that residency keeps exact at the start of each
             window are not learned from.
         out: folder of the artefact.
@@ -102,18 +101,20 @@ def calibrate(
         ModelError: the model cannot be captured, or has no room for `context` tokens.
         SchemeError: the scheme does not fit the model.
         StateError: NaN or infinity in the states, or too few tokens; names the stream.
+        KernelError: a learner cannot run here, as without a library that it needs.
     """
     out = Path(out)
     check_free(out, FILES, overwrite=overwrite)
     geometry = Geometry.from_model(model)
-    _check_model(model, geometry, context)
-    read = [read_text(path) for path in texts]
+    check_context(model.config, context)
+    read = [text if isinstance(text, Text) else read_text(text) for text in texts]
     base_model = base_model_name(model.config)
     run = {"tokens": tokens, "context": context, "seed": seed}
     sources = {"texts": [t.name for t in read], "text_sha256": [t.sha256 for t in read]}
     compressor = KVCompressor(
         scheme, geometry, Provenance(base_model, {} if scheme.data_free else {**run, **sources})
     )
+    _check_learners(compressor)
     windows = calibration_windows(tokenizer, read, tokens, context)
     manifest = {
         "library_version": __version__,
@@ -126,7 +127,8 @@ def calibrate(
         **sources,
     }
     capture_seconds = learn_seconds = 0.0
-    partial = out.with_name(f"{out.name}.partial")
+    place = out.resolve()  # "." has no name
+    partial = place.with_name(f"{place.name}.partial")
     with working(partial):
         if not scheme.data_free:
             spool = resume(partial, manifest, scheme.residency.sinks)
@@ -159,13 +161,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _check_model(model: PreTrainedModel, geometry: Geometry, context: int) -> None:
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise ModelError(
-            f"{geometry.model_type}: windows of {context} tokens are longer than the model's "
-            f"{longest} positions: choose a context up to {longest}"
-        )
+def _check_learners(compressor: KVCompressor) -> None:
+    """Find out now what would otherwise end the work after the model has run."""
+    device = torch.device("cpu")  # where spooled states are
+    for _, codec in compressor.codecs():
+        for segment in codec.config.all_segments:
+            for learner in learners_of(segment.quantizer):
+                LEARNERS.build(learner).check_runs(device)
 
 
 def model_sample(model: PreTrainedModel) -> str:

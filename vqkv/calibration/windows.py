@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from vqkv.errors import TextError
+from vqkv.attention import most_positions
+from vqkv.errors import ModelError, TextError
 
 #: Tokens that a cut through the text may change, with a wide margin.
 _CUT_TOKENS = 64
@@ -52,6 +53,20 @@ def read_text(path: str | Path) -> Text:
     if not content.strip():
         raise TextError(f"text {str(path)!r} is empty")
     return Text(path.name, content, hashlib.sha256(data).hexdigest())
+
+
+def check_context(config: PreTrainedConfig, context: int) -> None:
+    """Refuse windows longer than a model.
+
+    Raises:
+        ModelError: the model has no room for `context` tokens.
+    """
+    longest = most_positions(config)
+    if longest is not None and context > longest:
+        raise ModelError(
+            f"{config.model_type}: windows of {context} tokens are longer than the model's "
+            f"{longest} positions: choose a context up to {longest}"
+        )
 
 
 def text_windows(

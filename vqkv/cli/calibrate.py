@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vqkv.cli.choice import Model
+from vqkv.cli.choice import DType, DTypeOption, Model, open_model
 from vqkv.cli.output import JsonFlag, bytes_for_people, print_facts, print_json
-from vqkv.cli.progress import progress_bars, spinner
+from vqkv.cli.progress import progress_bars
 
 
 def calibrate(
@@ -18,25 +18,34 @@ def calibrate(
     text: Annotated[list[Path], typer.Option(help="Text file; repeat for several.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in all, split over the texts.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
-    seed: Annotated[int, typer.Option(help="All randomness follows from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="All randomness follows from it.")
+    ] = 0,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artefact.")] = False,
+    dtype: DTypeOption = DType.auto,
     json: JsonFlag = False,
 ) -> None:
     """Learn codebooks and write an artefact. Resumes from OUT.partial where it was interrupted."""
+    from vqkv.artefact import FILES
     from vqkv.calibration import calibrate as run
-    from vqkv.models import load_model
+    from vqkv.calibration import check_context, read_text
+    from vqkv.folders import check_free
+    from vqkv.models import load_config
     from vqkv.scheme_files import load_scheme
 
+    # Whatever a look at the arguments can tell is told before the model is loaded.
+    check_free(out, FILES, overwrite=force)
     loaded = load_scheme(scheme)
-    with spinner(f"loading {model}"):
-        network, tokenizer = load_model(model)
+    texts = [read_text(path) for path in text]
+    check_context(load_config(model), context)
+    network, tokenizer = open_model(model, dtype)
     with progress_bars() as report:
         result = run(
             network,
             tokenizer,
             loaded,
-            text,
+            texts,
             tokens=tokens,
             out=out,
             seed=seed,

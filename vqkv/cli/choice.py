@@ -1,19 +1,36 @@
-"""Which compressor a command works with: a calibrated artefact, or a data-free scheme by name."""
+"""What a command works with: a model, and an artefact or a data-free scheme by name."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vqkv.cli.progress import spinner
 from vqkv.errors import SchemeError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from vqkv.compressor import KVCompressor
+
+
+class DType(StrEnum):
+    """The type that a model runs in, and so the type of what its cache keeps exactly."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 Model = Annotated[
     str, typer.Argument(help="A hub id, a local folder, a .gguf file, or `demo`.", metavar="MODEL")
+]
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", help="Type to run the model in; auto: as it is stored.")
 ]
 CompressorOption = Annotated[
     Path | None, typer.Option("--compressor", help="Artefact that `vqkv calibrate` wrote.")
@@ -21,6 +38,16 @@ CompressorOption = Annotated[
 SchemeOption = Annotated[
     str | None, typer.Option("--scheme", help="Preset or YAML file that needs no calibration.")
 ]
+
+
+def open_model(name: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model asked for, and its tokenizer. Raises ModelError."""
+    import torch
+
+    from vqkv.models import load_model
+
+    with spinner(f"loading {name}"):
+        return load_model(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
 
 
 def choose_compressor(

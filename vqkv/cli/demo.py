@@ -23,5 +23,6 @@ def demo(
     if json:
         print_json(result.to_dict())
         return
-    print_table(result.columns, result.table(), title="The demo model with compressed caches")
+    title = "The demo model with compressed caches"
+    print_table(result.columns, result.table(), title, piped_heads=True)
     print_facts({"report": out})

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vqkv.cli.choice import CompressorOption, Model, SchemeOption, choose_compressor
+from vqkv.cli.choice import (
+    CompressorOption,
+    DType,
+    DTypeOption,
+    Model,
+    SchemeOption,
+    choose_compressor,
+    open_model,
+)
 from vqkv.cli.output import JsonFlag, bytes_for_people, fail, print_facts, print_json
-from vqkv.cli.progress import progress_bars, spinner
+from vqkv.cli.progress import progress_bars
 
 
 class Mode(StrEnum):
@@ -38,21 +47,26 @@ def evaluate(
     passages: Annotated[
         int, typer.Option(min=0, help="Repeated passages per length; 0 for none.")
     ] = 8,
+    dtype: DTypeOption = DType.auto,
     json: JsonFlag = False,
 ) -> None:
     """Compare a compressed cache with the exact one on a text. Exit code 3: the canary failed."""
+    from vqkv.calibration import check_context, read_text
     from vqkv.evaluation import evaluate as run
-    from vqkv.models import load_config, load_model
+    from vqkv.models import load_config
 
-    chosen = choose_compressor(compressor, scheme, load_config(model), sinks, window)
-    with spinner(f"loading {model}"):
-        network, tokenizer = load_model(model)
+    # Whatever a look at the arguments can tell is told before the model is loaded.
+    config = load_config(model)
+    chosen = choose_compressor(compressor, scheme, config, sinks, window)
+    check_context(config, context)
+    content = read_text(text)
+    network, tokenizer = open_model(model, dtype)
     with progress_bars() as report:
         result = run(
             network,
             tokenizer,
             chosen,
-            text,
+            content,
             tokens=tokens,
             mode=mode.value,
             context=context,
@@ -62,6 +76,8 @@ def evaluate(
             passages=passages,
             progress=report,
         ).to_dict()
+    for note in result["notes"]:
+        sys.stderr.write(f"note: {note}\n")
     if json:
         print_json(result)
     else:

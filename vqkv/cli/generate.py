@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from vqkv.cli.choice import CompressorOption, Model, SchemeOption, choose_compressor
+from vqkv.cli.choice import (
+    CompressorOption,
+    DType,
+    DTypeOption,
+    Model,
+    SchemeOption,
+    choose_compressor,
+    open_model,
+)
 from vqkv.cli.output import JsonFlag, bytes_for_people, print_json
 from vqkv.cli.progress import spinner
 
@@ -29,15 +37,15 @@ def generate(
     read: Annotated[
         Read, typer.Option(help="Decode history for attention, or attend on the codes.")
     ] = Read.decode,
+    dtype: DTypeOption = DType.auto,
     json: JsonFlag = False,
 ) -> None:
     """Continue a prompt greedily and say how many bytes the cache took."""
     from vqkv.generation import continue_prompt
-    from vqkv.models import load_config, load_model
+    from vqkv.models import load_config
 
     chosen = choose_compressor(compressor, scheme, load_config(model))
-    with spinner(f"loading {model}"):
-        network, tokenizer = load_model(model)
+    network, tokenizer = open_model(model, dtype)
     with spinner("generating"):
         result = continue_prompt(
             network, tokenizer, prompt, max_new_tokens, compressor=chosen, read=read.value

@@ -24,10 +24,20 @@ def print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on a terminal; elsewhere a line per row, tab-separated, nothing cut short."""
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    *,
+    piped_heads: bool = False,
+) -> None:
+    """A table on a terminal; elsewhere a line per row, tab-separated, nothing cut short.
+
+    With `piped_heads` the columns' heads are the first line elsewhere too: for tables of figures,
+    which say nothing without them.
+    """
     if not sys.stdout.isatty():
-        for row in rows:
+        for row in [columns, *rows] if piped_heads else rows:
             sys.stdout.write("\t".join(row) + "\n")
         return
     from rich.console import Console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated
 
 import typer
@@ -10,8 +11,12 @@ import typer
 from vqkv.cli.choice import Model
 from vqkv.cli.output import JsonFlag, bytes_for_people, print_facts, print_json
 from vqkv.errors import VQKVError
+from vqkv.registry import short
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+#: More than any machine has; what is typed beyond it is a slip.
+_MOST = 10**18
 
 
 def plan(
@@ -49,6 +54,10 @@ def parse_memory(text: str) -> int:
     """Bytes of `24GB`, `22.5 GiB`, `800M`, or a bare count. Raises VQKVError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or (match[3] and not match[2]):
-        raise VQKVError(f"--memory: a size such as 24GB or 22.5GiB, given {text!r}")
+        raise VQKVError(f"--memory: a size such as 24GB or 22.5GiB, given {short(text)}")
     power = " KMGT".index(match[2] or " ")
-    return int(float(match[1]) * (1024**power if match[3] else _UNITS[match[2]]))
+    # Decimals neither round 22.1 nor overflow.
+    size = Decimal(match[1]) * (1024**power if match[3] else _UNITS[match[2]])
+    if size > _MOST:
+        raise VQKVError(f"--memory: at most {_MOST // 10**12:,}TB, given {short(text)}")
+    return int(size)

@@ -30,7 +30,7 @@ def step_for(backend: Backend, device: torch.device) -> Step:
     pass; the one around its iterations is torch's.
 
     Raises:
-        KernelError: the compiled kernel cannot run here; says why.
+        KernelError: the backend cannot run here; says why.
     """
     if backend == "auto":
         able = device.type == "cpu" and native.available()
@@ -44,7 +44,10 @@ def step_for(backend: Backend, device: torch.device) -> Step:
         if not native.available():
             raise KernelError(f"the k-means backend 'native': {native.unavailable_reason()}")
         return native_step
-    return faiss_step if backend == "faiss" else torch_step
+    if backend == "faiss":
+        _faiss()
+        return faiss_step
+    return torch_step
 
 
 def native_step(

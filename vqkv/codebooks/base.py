@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -32,6 +33,19 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Health:
+        """Inverse of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            TypeError, KeyError: a field is missing, unknown, or no number.
+        """
+        health = cls(**{**data, "inertia": tuple(data["inertia"])})
+        for value in (*health.inertia, health.entropy, health.dead_before, health.dead_after):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"codebook health holds {value!r}, which is no number")
+        return health
 
 
 class CodebookLearner(Component, ABC):
@@ -76,6 +90,10 @@ class CodebookLearner(Component, ABC):
     def fixed(self, subspaces: int, dim: int, codewords: int) -> torch.Tensor | None:
         """Codewords `[M, 1, K, d]` that need no data, or None where data is needed."""
         return None
+
+    def check_runs(self, device: torch.device) -> None:
+        """Raises KernelError where it could not learn from samples on `device`, and says why."""
+        return None  # torch runs everywhere
 
     def check_fitted(self) -> None:
         """Raises NotFittedError before `fit`."""

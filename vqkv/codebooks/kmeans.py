@@ -82,6 +82,10 @@ class KMeans(CodebookLearner):
         self.codewords_, self.health_ = self._lloyd(samples, init.to(samples), weights, seed)
         return self
 
+    def check_runs(self, device: torch.device) -> None:
+        """Raises KernelError where the backend cannot run."""
+        step_for(self.config.backend, device)
+
     def partial_fit(
         self,
         samples: torch.Tensor,

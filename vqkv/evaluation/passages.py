@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vqkv.attention import most_positions
 from vqkv.evaluation.arms import Arms
 
 
@@ -29,27 +30,40 @@ def repeated_passages(
     """Mean over `count` passages of each length, spread evenly over `tokens` `[T]`.
 
     A length is left out, and a note says why, where two copies exceed the model's positions or
-    the text is shorter than a passage.
+    the text is shorter than a passage. Where the text has fewer places to start from than
+    `count`, each is taken once, and a note says how many there are.
     """
     found = RepeatedPassages()
-    limit = getattr(arms.model.config.get_text_config(), "max_position_embeddings", None)
-    usable = []
+    limit = most_positions(arms.model.config)
+    starts: dict[int, list[int]] = {}
     for length in lengths if count else ():
         if limit is not None and 2 * length > limit:
             found.notes.append(f"passages of {length}: two copies exceed {limit} positions")
         elif len(tokens) < length:
             found.notes.append(f"passages of {length}: the text has {len(tokens)} tokens left")
         else:
-            usable.append(length)
-    for index, length in enumerate(usable):
-        starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
+            starts[length] = _spread(len(tokens) - length, count)
+            if len(starts[length]) < count:
+                found.notes.append(
+                    f"passages of {length}: {len(starts[length])} of {count}, the text has only "
+                    f"{len(tokens)} tokens"
+                )
+    total, done = sum(map(len, starts.values())), 0
+    for length, places in starts.items():
         exact, compressed = [], []
-        for done, start in enumerate(starts, start=1):
+        for start in places:
             passage = tokens[start : start + length]
             scores = arms.scores(torch.cat([passage, passage]), first=length)
             exact.append(float(scores.exact.mean()))
             compressed.append(float(scores.compressed.mean()))
-            report(index * count + done, len(usable) * count)
-        found.exact[length] = sum(exact) / count
-        found.compressed[length] = sum(compressed) / count
+            done += 1
+            report(done, total)
+        found.exact[length] = sum(exact) / len(exact)
+        found.compressed[length] = sum(compressed) / len(compressed)
     return found
+
+
+def _spread(last: int, count: int) -> list[int]:
+    """At most `count` different starts from 0 to `last`, both among them, evenly apart."""
+    count = min(count, last + 1)
+    return [index * last // max(1, count - 1) for index in range(count)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqkv.calibration.windows import Text, read_text, text_windows
+from vqkv.calibration.windows import Text, check_context, read_text, text_windows
 from vqkv.compressor import KVCompressor
 from vqkv.errors import TextError
 from vqkv.evaluation.arms import Arms, Mode, filled_cache
@@ -36,9 +36,14 @@ class Evaluation:
         kl: KL(exact ‖ compressed), nats per token.
         interval: 95 % of the log perplexity ratio.
         repeated_passage: mean loss on the second copy, by passage length.
-        cache_bytes: of a real cache holding `cache_bytes_length` tokens.
+        window: exact tokens at the end, as scored: none in before-use mode.
+        effective_bits_per_value: exact values at 16 bits, at `cache_bytes_length` tokens with a
+            window of `cache_bytes_window`.
+        cache_bytes: of a real cache holding `cache_bytes_length` tokens, of which the latest
+            `cache_bytes_window` or more are exact, in the model's type.
         cache_bytes_exact: 16 bits per value at that length.
         canary_perplexity: None where the canary was not asked for.
+        notes: what a reader of the figures has to know beside them.
     """
 
     scheme: str
@@ -64,6 +69,7 @@ class Evaluation:
     cache_bytes: int
     cache_bytes_exact: int
     cache_bytes_length: int
+    cache_bytes_window: int
     side_bytes: dict[str, int]
     canary_perplexity: float | None
     canary_ok: bool | None
@@ -98,7 +104,7 @@ def evaluate(
         model: the exact arm runs it with an ordinary cache.
         tokenizer: the model's.
         compressor: fitted, or data-free; its residency holds (before-use ignores the window).
-        text: one that no calibration saw.
+        text: one that no calibration saw; a note says so where the compressor's own did.
         tokens: in all, `skip` tokens of the text left out at its start.
         mode: see `docs/measuring.md`.
         context: tokens of a window.
@@ -108,17 +114,25 @@ def evaluate(
         passages: repeated passages of each length; 0 for none.
         passage_lengths: in tokens.
         exact: keeps the exact arm's logits where several compressors are scored before use.
-        progress: told of each window and passage.
+        progress: told of each window and passage, of the canary and of the filling of a cache.
 
     Raises:
         TextError: the text cannot be read, or is too short.
-        ArtefactError, ModelError: compressor and model do not fit.
+        ArtefactError, ModelError: compressor and model do not fit, or the model has no room for
+            `context` tokens.
     """
     begun = time.perf_counter()
     if tokens < 2 or context < 2:
         raise TextError(f"scoring takes windows of 2 tokens or more, given {tokens} and {context}")
     tell = progress or (lambda phase, done, total: None)
+    check_context(model.config, context)
     text = text if isinstance(text, Text) else read_text(text)
+    notes = []
+    if compressor.provenance.saw(text.sha256):
+        notes.append(
+            f"{compressor.scheme.name} was calibrated on this very text, {text.name}: the figures "
+            "flatter it; evaluate on another text"
+        )
     windows = text_windows(tokenizer, text, tokens, context, skip)
     arms = Arms(model, compressor, mode, chunk, exact)
 
@@ -128,7 +142,11 @@ def evaluate(
             parts.append(arms.scores(window))
         tell("score", done, len(windows))
     scores = Scores.joined(parts)
-    checked = run_canary(arms, windows[0]) if canary else None
+    checked = None
+    if canary:
+        tell("canary", 0, 1)
+        checked = run_canary(arms, windows[0])
+        tell("canary", 1, 1)
     repeated = (
         repeated_passages(
             arms,
@@ -141,9 +159,10 @@ def evaluate(
         else RepeatedPassages()
     )
     fill = chunk if mode == "chunked" else FILL_CHUNK
+    tell("cache", 0, 1)
     cache = filled_cache(model, compressor, windows[0], fill)
-    cache_bytes, cache_bytes_exact = cache.nbytes()["total"], cache.nbytes_exact()
-    side_bytes = compressor.side_bytes()
+    tell("cache", 1, 1)
+    length = cache.get_seq_length()
     return Evaluation(
         scheme=compressor.scheme.name,
         text=text.name,
@@ -164,14 +183,14 @@ def evaluate(
         repeated_passage=repeated.compressed,
         repeated_passage_exact=repeated.exact,
         bits_per_value=compressor.bits_per_value,
-        # Exact states count as the model holds them, so 32 bits in a float32 model.
-        effective_bits_per_value=16 * (cache_bytes + side_bytes["total"]) / cache_bytes_exact,
-        cache_bytes=cache_bytes,
-        cache_bytes_exact=cache_bytes_exact,
-        cache_bytes_length=cache.get_seq_length(),
-        side_bytes=side_bytes,
+        effective_bits_per_value=compressor.effective_bits_per_value(length),
+        cache_bytes=cache.nbytes()["total"],
+        cache_bytes_exact=cache.nbytes_exact(),
+        cache_bytes_length=length,
+        cache_bytes_window=compressor.scheme.residency.window,
+        side_bytes=compressor.side_bytes(),
         canary_perplexity=None if checked is None else checked.perplexity,
         canary_ok=None if checked is None else checked.ok,
-        notes=tuple(repeated.notes),
+        notes=(*notes, *repeated.notes),
         seconds=time.perf_counter() - begun,
     )
