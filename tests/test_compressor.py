@@ -279,12 +279,17 @@ def test_data_free_presets_need_no_fit(name: str) -> None:
     geometry = make_geometry(head_dim=64)
     made = load_scheme(name)
     compressor = KVCompressor(made, geometry)
-    assert compressor.fitted == made.data_free == name.startswith("scalar")
+    free = name.startswith(("scalar", "turboquant", "qjl"))
+    assert compressor.fitted == made.data_free == free
     if made.data_free:
         x = torch.randn(1, 2, 9, 64, generator=torch.Generator().manual_seed(0))
         y = compressor.decode(0, "keys", compressor.encode(0, "keys", x))
-        step = (x.amax(-1) - x.amin(-1)) / 2 ** made.keys.quantizer.bits()  # type: ignore[union-attr]
-        assert ((x - y).abs().amax(-1) <= 0.51 * step).all()
+        if name.startswith("scalar"):
+            bits = made.keys.quantizer.bits()  # type: ignore[union-attr]
+            step = (x.amax(-1) - x.amin(-1)) / 2**bits
+            assert ((x - y).abs().amax(-1) <= 0.51 * step).all()
+        else:
+            assert (x - y).square().mean() < x.square().mean()
         source = RandomStates(geometry)
         before = compressor.identity()
         assert compressor.fit(source).identity() == before and source.read == []

@@ -165,7 +165,7 @@ def test_choice_builds_the_named_config() -> None:
 def test_choice_needs_a_type() -> None:
     assert problems({"grouping": {"dim": 4}}) == (
         "file: grouping: give a block with `type`, one of: across_heads, contiguous, "
-        "energy_balanced, rope_pairs, strided (given {'dim': 4})"
+        "energy_balanced, rope_pairs, strided, whole (given {'dim': 4})"
     )
     assert "one of: across_heads" in problems({"grouping": "strided"})
     assert "no grouping is called '7'" in problems({"grouping": {"type": 7}})
