@@ -363,7 +363,7 @@ def interrupt_capture(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     def append(spool: Spool, layer: int, stream: Any, x: torch.Tensor) -> None:
         if spool.windows == after and layer == 1:
             raise Interrupted
-        if layer == 0 and stream == "keys":
+        if layer == 0 and stream == "pre_keys":
             ran.append(spool.windows)
         original(spool, layer, stream, x)
 
@@ -561,7 +561,7 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:10])
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "states/index.json", "states/0.keys.raw"])
+@pytest.mark.parametrize("file", ["manifest.json", "states/index.json", "states/0.pre_keys.raw"])
 def test_a_damaged_work_in_progress_starts_anew(
     run: Callable[..., Any],
     uninterrupted: Tensors,

@@ -44,3 +44,15 @@ def test_runs_that_do_not_fit() -> None:
         ProductLearner(learners=(KMeansConfig(), KMeansConfig())).fit(x, 4)
     with pytest.raises(StateError, match=r"equally many stages, given \[1, 2\]"):
         ProductLearner(learners=(KMeansConfig(), ResidualLearnerConfig(stages=2))).fit(x[:, :2], 4)
+
+
+def test_runs_stream_as_their_learners_do() -> None:
+    x = mixture(600, 4, 3)
+    streamed = ProductLearner(learners=[{"type": "kmeans"}, {"type": "ema"}])
+    for batch in x.split(200):
+        streamed.partial_fit(batch, 8)
+    alone = KMeans()
+    for batch in x.split(200):
+        alone.partial_fit(batch[:, :2], 8)
+    assert torch.equal(streamed.codewords_[:2], alone.codewords_)
+    assert streamed.codewords_.shape == (4, 1, 8, 3)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from vqkv.codebooks.kmeans import KMeansConfig
 from vqkv.codebooks.residual import ResidualLearner
 from vqkv.errors import StateError
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import encode
 
 from .data import mixture
 
@@ -53,3 +55,22 @@ def test_a_stage_learns_what_is_left() -> None:
 def test_too_few_samples() -> None:
     with pytest.raises(StateError, match="16 codewords need at least as many samples, given 8"):
         ResidualLearner(stages=2).fit(mixture(8, 2, 4), 16)
+
+
+@pytest.mark.parametrize("inner", ["kmeans", "ema"])
+def test_a_stream_goes_on_learning(inner: str) -> None:
+    x = mixture(4000, 2, 4)
+    learner = ResidualLearner(stages=3, learner={"type": inner})
+    errors = []
+    for batch in [*x.split(1000)] * 4:
+        learner.partial_fit(batch, 8)
+        books = learner.codewords_
+        errors.append(float((x - decode(encode(x, books), books)).square().mean()))
+    assert books.shape == (2, 3, 8, 4)
+    assert [len(health.inertia) >= 16 for health in learner.health_] == [True] * 3
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_learner_that_does_not_stream_says_so() -> None:
+    with pytest.raises(StateError, match="SimVQ needs all samples at once"):
+        ResidualLearner(stages=2, learner={"type": "simvq"}).partial_fit(mixture(50, 1, 4), 4)

@@ -70,3 +70,11 @@ def test_levels_are_scalar() -> None:
         Uniform().fit(torch.zeros(9, 1, 4), 4)
     with pytest.raises(StateError, match="groups of dim 1, given dim 2"):
         Uniform(low=0, high=1).fixed(1, 2, 4)
+
+
+def test_a_stream_has_the_range_of_all_batches() -> None:
+    x = torch.randn(300, 2, 1, generator=torch.Generator().manual_seed(0))
+    streamed = Uniform()
+    for batch in x.split(50):
+        streamed.partial_fit(batch, 8)
+    torch.testing.assert_close(streamed.codewords_, Uniform().fit(x, 8).codewords_)

@@ -204,7 +204,7 @@ def _capture(
         if kind in ("queries", "pre_queries"):
             spool.add_queries(layer, states)
         else:
-            spool.append(layer, "values" if kind == "values" else "keys", states)
+            spool.append(layer, kind, states)
 
     with StateCapture(model, wanted_kinds(compressor), take) as capture:
         for window in windows[spool.windows :]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from vqkv.attention import attention_modules, output_projection
 from vqkv.cache.rope import RotaryAdapter
+from vqkv.calibration.capture import Kind
 from vqkv.calibration.spool import Spool
 from vqkv.compressor import KVCompressor, StateSource
 from vqkv.layouts import Stream
@@ -39,10 +40,14 @@ class CapturedStates(StateSource):
         pre_rope = query_layers(compressor, rope="pre")
         self._adapter = RotaryAdapter(model, pre_rope) if pre_rope else None
         self._pre_rope = frozenset(pre_rope)
+        self._kinds: dict[tuple[int, Stream], Kind] = {
+            (layer, stream): "pre_keys" if codec.layout.rope == "pre" else stream
+            for (layer, stream), codec in compressor.codecs()
+        }
 
     def states(self, layer: int, stream: Stream) -> States:
         """Tokens as they were captured."""
-        return self._spool.states(layer, stream)
+        return self._spool.states(layer, self._kinds[layer, stream])
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """Kept on disk."""

@@ -1,10 +1,11 @@
 """States on disk, so that memory does not grow with tokens.
 
-One file per stream, `3.keys.raw`: tokens in a row, each `[H, D]`, little-endian, in the type that
-the model computes in. `index.json` says how much of the files is whole; what a killed process
-wrote beyond that is cut off when the spool is opened again. Files are read with plain reads: pages
-of a memory map would count as resident memory. Of queries the sums of their products are kept, in
-`products-7.safetensors` after 7 windows. `3.keys.decoded` are reconstructions, made when needed.
+One file per layer and kind of state, `3.pre_keys.raw`: tokens in a row, each `[H, D]`,
+little-endian, in the type that the model computes in. `index.json` says how much of the files is
+whole; what a killed process wrote beyond that is cut off when the spool is opened again. Files are
+read with plain reads: pages of a memory map would count as resident memory. Of queries the sums of
+their products can be kept, in `products-7.safetensors` after 7 windows. `3.keys.decoded` are
+reconstructions, made when needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vqkv.calibration.capture import Kind
 from vqkv.codebooks.base import check_finite
 from vqkv.errors import ArtefactError, StateError
 from vqkv.layouts import Stream
@@ -73,15 +75,15 @@ class Spool:
             self._read_index()
         self._cut()
 
-    def append(self, layer: int, stream: Stream, x: torch.Tensor) -> None:
-        """Add states `[B, H, T, D]` of the current window.
+    def append(self, layer: int, kind: Kind, x: torch.Tensor) -> None:
+        """Add states `[B, H, T, D]` of the current window, of any kind that a capture hands out.
 
         Raises:
             StateError: NaN or infinity; names layer, stream and window.
         """
         x = x[:, :, self.sinks :].transpose(1, 2).flatten(0, 1)  # [N, H, D]
-        check_finite(x, f"{stream} of layer {layer} in window {self.windows}", "[T, H, D]")
-        name = f"{layer}.{stream}"
+        check_finite(x, f"{kind} of layer {layer} in window {self.windows}", "[T, H, D]")
+        name = f"{layer}.{kind}"
         form = _Form(str(x.dtype).removeprefix("torch."), *x.shape[1:])
         if self._forms.setdefault(name, form) != form:
             raise StateError(f"{name}: the spool holds {self._forms[name]}, given {form}")
@@ -126,11 +128,11 @@ class Spool:
         os.replace(draft, self.folder / _INDEX)
         self._products_path(self.windows - 1).unlink(missing_ok=True)
 
-    def states(self, layer: int, stream: Stream) -> States:
-        """What was captured of one stream, in the order of its windows."""
-        name = f"{layer}.{stream}"
+    def states(self, layer: int, kind: Kind) -> States:
+        """What was captured of one kind, in the order of its windows."""
+        name = f"{layer}.{kind}"
         if name not in self._forms:
-            raise StateError(f"{stream} of layer {layer}: there are no tokens to learn from")
+            raise StateError(f"{kind} of layer {layer}: there are no tokens to learn from")
         return States(self.tokens, lambda: self._chunks(self._path(name), self._forms[name]))
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:

@@ -91,6 +91,24 @@ class CodebookLearner(Component, ABC):
         """Codewords `[M, 1, K, d]` that need no data, or None where data is needed."""
         return None
 
+    def partial_fit(
+        self,
+        samples: torch.Tensor,
+        codewords: int,
+        weights: torch.Tensor | None = None,
+        *,
+        seed: int = 0,
+    ) -> CodebookLearner:
+        """Learn from one more batch of a stream; arguments and errors as `fit`.
+
+        Raises:
+            StateError: this learner needs all its samples at once.
+        """
+        raise StateError(
+            f"{type(self).__name__} needs all samples at once: call fit, or stream to a learner "
+            "such as kmeans or ema"
+        )
+
     def check_runs(self, device: torch.device) -> None:
         """Raises KernelError where it could not learn from samples on `device`, and says why."""
         return None  # torch runs everywhere

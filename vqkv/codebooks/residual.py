@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from vqkv.codebooks.base import LEARNERS, CodebookLearner, Health, LearnerChoice
+from vqkv.codebooks.base import (
+    LEARNERS,
+    CodebookLearner,
+    Health,
+    LearnerChoice,
+    check_samples,
+)
 from vqkv.codebooks.kmeans import KMeansConfig
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
@@ -32,17 +38,49 @@ class ResidualLearner(CodebookLearner):
 
     Config = ResidualLearnerConfig
     config: ResidualLearnerConfig
+    learners_: list[CodebookLearner]
 
     def _learn(
         self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, list[Health]]:
+        learners = [LEARNERS.build(self.config.learner) for _ in range(self.config.stages)]
         residual = samples
-        stages: list[torch.Tensor] = []
-        health: list[Health] = []
-        for stage in range(self.config.stages):
-            learner = LEARNERS.build(self.config.learner)
+        for stage, learner in enumerate(learners):
             learner.fit(residual, codewords, weights, seed=seed + stage)
-            stages.append(learner.codewords_)
-            health += learner.health_
-            residual = residual - decode(encode(residual, stages[-1]), stages[-1])
-        return torch.cat(stages, 1), health
+            residual = _left_over(residual, learner)
+        return _joined(learners)
+
+    def partial_fit(
+        self,
+        samples: torch.Tensor,
+        codewords: int,
+        weights: torch.Tensor | None = None,
+        *,
+        seed: int = 0,
+    ) -> ResidualLearner:
+        """Each stage takes one step on what the stages before it, moved already, leave over.
+
+        Raises:
+            StateError: as `fit`, or the stages' learner does not stream.
+        """
+        samples, weights = check_samples(samples, 1, weights)
+        if not hasattr(self, "learners_"):
+            self.learners_ = [
+                LEARNERS.build(self.config.learner) for _ in range(self.config.stages)
+            ]
+        residual = samples
+        for stage, learner in enumerate(self.learners_):
+            learner.partial_fit(residual, codewords, weights, seed=seed + stage)
+            residual = _left_over(residual, learner)
+        self.codewords_, self.health_ = _joined(self.learners_)
+        return self
+
+
+def _left_over(x: torch.Tensor, learner: CodebookLearner) -> torch.Tensor:
+    return x - decode(encode(x, learner.codewords_), learner.codewords_)
+
+
+def _joined(learners: list[CodebookLearner]) -> tuple[torch.Tensor, list[Health]]:
+    """Codewords and health of all stages."""
+    codewords = torch.cat([learner.codewords_ for learner in learners], 1)
+    return codewords, [stage for learner in learners for stage in learner.health_]

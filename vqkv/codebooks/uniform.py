@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from vqkv.codebooks.base import CodebookLearner, Health, usage_entropy
+from vqkv.codebooks.base import CodebookLearner, Health, check_samples, usage_entropy
 from vqkv.errors import StateError
 from vqkv.registry import Config
 
@@ -44,6 +44,7 @@ class Uniform(CodebookLearner):
 
     Config = UniformConfig
     config: UniformConfig
+    range_: torch.Tensor
 
     def fixed(self, subspaces: int, dim: int, codewords: int) -> torch.Tensor | None:
         """Levels `[M, 1, K, 1]` of the configured range, None where the range is learned."""
@@ -53,6 +54,33 @@ class Uniform(CodebookLearner):
         low = torch.full((subspaces,), self.config.low)
         return _levels(low, torch.full((subspaces,), self.config.high), codewords)
 
+    def partial_fit(
+        self,
+        samples: torch.Tensor,
+        codewords: int,
+        weights: torch.Tensor | None = None,
+        *,
+        seed: int = 0,
+    ) -> Uniform:
+        """The range of all batches so far; health is the latest batch's. Raises as `fit`."""
+        samples, weights = check_samples(samples, 1, weights)
+        _check_scalar(samples.shape[2])
+        low, high = samples.amin((0, 2)), samples.amax((0, 2))
+        if hasattr(self, "range_"):
+            low, high = torch.minimum(low, self.range_[0]), torch.maximum(high, self.range_[1])
+        self.range_ = torch.stack([low, high])
+        levels = self.fixed(samples.shape[1], 1, codewords)
+        if levels is None:
+            levels = self._levels_of(low, high, codewords)
+        self.codewords_ = levels.to(samples.device)
+        self.health_ = [_health(samples[..., 0], self.codewords_.view(-1, codewords), weights)]
+        return self
+
+    def _levels_of(self, low: torch.Tensor, high: torch.Tensor, codewords: int) -> torch.Tensor:
+        """Levels over the part of a range that `shrink` leaves."""
+        middle, reach = (low + high) / 2, self.config.shrink * (high - low) / 2
+        return _levels(middle - reach, middle + reach, codewords)
+
     def _learn(
         self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, list[Health]]:
@@ -60,9 +88,7 @@ class Uniform(CodebookLearner):
         levels = self.fixed(samples.shape[1], 1, codewords)
         levels = None if levels is None else levels.to(samples.device)
         if levels is None:
-            low, high = samples.amin((0, 2)), samples.amax((0, 2))
-            middle, reach = (low + high) / 2, self.config.shrink * (high - low) / 2
-            levels = _levels(middle - reach, middle + reach, codewords)
+            levels = self._levels_of(samples.amin((0, 2)), samples.amax((0, 2)), codewords)
         return levels, [_health(samples[..., 0], levels.view(-1, codewords), weights)]
 
 
