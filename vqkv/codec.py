@@ -142,11 +142,22 @@ class Codec:
             z, _ = self._forward(states.sample(samples, seed))
         return [self._to_books(part, s) for part, s in self._split(z)]
 
-    def fit_quantizers(self, vectors: list[torch.Tensor], seed: int) -> None:
+    def training_weights(self, channels: States, samples: int, seed: int) -> list[torch.Tensor]:
+        """Weights `[N', books]` of the `training_vectors`, from those of channels `[N, H, D]`."""
+        drawn = self._ordered(channels.sample(samples, seed))
+        return [self._to_books(part.sum(-1), s) for part, s in self._split(drawn)]
+
+    def fit_quantizers(
+        self,
+        vectors: list[torch.Tensor],
+        seed: int,
+        weights: list[torch.Tensor] | None = None,
+    ) -> None:
         """Fit each segment's quantizer on the `training_vectors` of this stream, or of several."""
+        given: Sequence[torch.Tensor | None] = weights or [None] * len(vectors)
         with self._named_in_errors():
-            for quantizer, samples in zip(self.quantizers, vectors, strict=True):
-                quantizer.fit(samples, seed=seed)
+            for quantizer, samples, weight in zip(self.quantizers, vectors, given, strict=True):
+                quantizer.fit(samples, weight, seed=seed)
         self.health = [stage for quantizer in self.quantizers for stage in quantizer.health_]
 
     # -- coding ----------------------------------------------------------------------------
@@ -393,14 +404,19 @@ class Codec:
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transformed, ordered channels `[N, U, C/U]`, and the side scalars `[N, F]`."""
-        order = self._order()
         sides = []
         for transform in self.transforms:
             x, side = transform.forward(x)
             if side is not None:
                 sides.append(side)
         side = torch.cat(sides, 1) if sides else x.new_empty(x.shape[0], 0, dtype=torch.float16)
-        return x.flatten(1)[:, order.flatten()].unflatten(1, order.shape), side
+        return self._ordered(x), side
+
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """Channels of `[N, H, D]` in the grouping's order, `[N, U, C/U]`."""
+        order = self._order()
+        ordered: torch.Tensor = x.flatten(1)[:, order.flatten()].unflatten(1, order.shape)
+        return ordered
 
     def _inverse(self, z: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         end = side.shape[1]

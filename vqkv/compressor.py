@@ -48,6 +48,14 @@ class StateSource(ABC):
         """
         raise StateError(f"{type(self).__name__} has no {kind} metric of layer {layer}")
 
+    def weights(self, layer: int, stream: Stream) -> States:
+        """How much each channel of each token of `states` counts, not negative, `[N, H, D]`.
+
+        Raises:
+            StateError: this source knows none.
+        """
+        raise StateError(f"{type(self).__name__} has no weights of {stream} of layer {layer}")
+
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """The same states, computed once and kept until `forget`; here in memory."""
         return States.of(torch.cat(list(states.chunks())))
@@ -207,7 +215,8 @@ class KVCompressor:
     ) -> None:
         """Fit streams that share codebooks, these from an equal share of each one's tokens."""
         share = -(-self.scheme.calibration.samples // len(family))
-        vectors = []
+        weighted = self.scheme.calibration.weights != "none"
+        vectors, weights = [], []
         for key in family:
             codec = self._codecs[key]
             reconstructions.forget_before(key)
@@ -215,8 +224,10 @@ class KVCompressor:
             kind = codec.metric
             codec.fit_space(states, None if kind is None else source.metric(key[0], kind))
             vectors.append(codec.training_vectors(states, share, seed))
+            if weighted:
+                weights.append(codec.training_weights(source.weights(*key), share, seed))
         first, *others = (self._codecs[key] for key in family)
-        first.fit_quantizers([torch.cat(segment) for segment in zip(*vectors, strict=True)], seed)
+        first.fit_quantizers(_by_segment(vectors), seed, _by_segment(weights))
         for codec in others:
             codec.quantizers = first.quantizers
 
@@ -556,6 +567,11 @@ def _check_samples(codec: Codec, scheme: Scheme) -> None:
     for segment, config in zip(codec.layout.segments, codec.config.all_segments, strict=True):
         vectors = scheme.calibration.samples * segment.subvectors // segment.books
         check_samples(config.quantizer, vectors, f"{scheme.name}: {codec.where}")
+
+
+def _by_segment(streams: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Of several streams, what belongs to each segment together."""
+    return [torch.cat(segment) for segment in zip(*streams, strict=True)]
 
 
 def _tokens(states: torch.Tensor) -> torch.Tensor:

@@ -177,9 +177,14 @@ class Residency(Config):
 
 
 class CalibrationConfig(Config):
-    """What learners see: at most `samples` tokens, drawn at random. Statistics use all tokens."""
+    """What learners see: at most `samples` tokens, drawn at random. Statistics use all tokens.
+
+    With `fisher` weights a subvector counts as much as the squared gradient of the model's loss by
+    it (CQ, arXiv 2405.03917, section 3.3), from a backward pass over the calibration text.
+    """
 
     samples: int = Field(default=32768, ge=1)
+    weights: Literal["none", "fisher"] = "none"
 
 
 class LayerOverride(Config):
@@ -273,6 +278,19 @@ class Scheme(Config):
                 "sharing 'model' fits all layers together, predictors fit them one after another: "
                 "share codebooks by 'group', 'head' or 'layer'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_channels_as_they_are(self) -> Self:
+        if self.calibration.weights == "none":
+            return self
+        for config in self._streams():
+            for transform in config.transforms:
+                if not TRANSFORMS.get(transform.type).keeps_channels:
+                    raise ValueError(
+                        "calibration.weights: 'fisher' weighs channels as the model has them, and "
+                        f"{transform.type!r} mixes them: leave out one of the two"
+                    )
         return self
 
     @property

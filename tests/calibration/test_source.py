@@ -160,10 +160,10 @@ def run_spectral(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
     original = Codec.fit_quantizers
 
     def run(out: Path, interrupt: bool = False) -> KVCompressor:
-        def killed(codec: Codec, vectors: Any, seed: int) -> None:
+        def killed(codec: Codec, *arguments: Any) -> None:
             if codec.where == "values of layer 1":
                 raise KeyboardInterrupt
-            original(codec, vectors, seed)
+            original(codec, *arguments)
 
         arguments: tuple[Any, ...] = (tiny_model("llama"), StubTokenizer(), made, [text])
         if interrupt:

@@ -18,7 +18,12 @@ from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.errors import ModelError
 
 #: States as attention sees them, after RoPE where there is one; `pre_` ones before it.
-Kind = Literal["keys", "pre_keys", "values", "queries", "pre_queries"]
+StateKind = Literal["keys", "pre_keys", "values", "queries", "pre_queries"]
+
+#: Gradients of the loss, summed over the window's tokens, by these states.
+GradientKind = Literal["grad_keys", "grad_pre_keys", "grad_values"]
+
+Kind = StateKind | GradientKind
 
 #: Called with a layer, a kind, and states `[B, H, T, D]` (queries `[B, Q, T, D]`).
 Take = Callable[[int, Kind, torch.Tensor], None]
@@ -51,7 +56,8 @@ class StateCapture:
         self._take = take
         self._name = f"vqkv_capture_{id(self)}"
         self._seen: set[int] = set()
-        rotated = [i for i, kinds in wants.items() if {"pre_keys", "pre_queries"} & set(kinds)]
+        rotated = [i for i, kinds in wants.items() if any("pre_" in kind for kind in kinds)]
+        self._differentiates = any("grad_" in kind for kinds in wants.values() for kind in kinds)
         self._adapter = RotaryAdapter(model, rotated) if rotated else None
         self._rotary = ForwardCapture(model, self._adapter)
         self._modules = attention_modules(model)
@@ -88,16 +94,22 @@ class StateCapture:
         self._rotary.__exit__(kind, error, trace)
         self._undo()
 
-    @torch.no_grad()
     def run(self, window: torch.Tensor) -> None:
         """Run the model on token ids `[T]` or `[B, T]`, from position 0.
+
+        Where gradients are wanted the next-token loss is differentiated too, which takes the memory
+        of one window's activations.
 
         Raises:
             ModelError: a layer computed attention that was not seen here.
         """
-        ids = window if window.ndim == 2 else window[None]
+        ids = (window if window.ndim == 2 else window[None]).to(self._model.device)
         self._seen.clear()
-        self._base(input_ids=ids.to(self._model.device), use_cache=False)
+        if self._differentiates:
+            self._differentiate(ids)
+        else:
+            with torch.no_grad():
+                self._base(input_ids=ids, use_cache=False)
         unseen = sorted(set(self._wants) - self._seen)
         if unseen:
             raise ModelError(
@@ -119,7 +131,10 @@ class StateCapture:
             self._seen.add(layer)
             states = {"keys": key, "values": value, "queries": query}
             for kind in self._wants[layer]:
-                self._take(layer, kind, self._state(layer, kind, states))
+                if kind.startswith("grad_"):
+                    self._await_gradient(layer, kind, states)
+                else:
+                    self._take(layer, kind, self._state(layer, kind, states).detach())
         return self._own_attention(module)(module, query, key, value, *args, **kwargs)
 
     def _state(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -129,6 +144,39 @@ class StateCapture:
         rotated = states[kind.removeprefix("pre_")]
         tables = self._rotary.tables(layer)
         return self._adapter.unrotate(layer, rotated, tables).to(rotated.dtype)
+
+    @torch.enable_grad()
+    def _differentiate(self, ids: torch.Tensor) -> None:
+        """One forward and backward pass that leaves the weights without gradients."""
+        weights = [weight for weight in self._model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        try:
+            embedded = self._model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = self._model(inputs_embeds=embedded, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+            )
+            loss.backward()
+        finally:
+            for weight in weights:
+                weight.requires_grad_()
+
+    def _await_gradient(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> None:
+        """Hand out the gradient by a state when the backward pass comes to it."""
+        before = "pre_" in kind
+        state = states[kind.removeprefix("grad_").removeprefix("pre_")]
+        # The tables are those of the running forward, which is over when the gradient comes.
+        tables = self._rotary.tables(layer) if before else None
+
+        def hand_out(gradient: torch.Tensor) -> None:
+            if tables is not None:
+                # The transpose of a rotation is its inverse; a scale (YaRN) is the same for all.
+                assert self._adapter is not None
+                gradient = self._adapter.unrotate(layer, gradient, tables)
+            self._take(layer, kind, gradient)
+
+        state.register_hook(hand_out)
 
     def _own_attention(self, module: nn.Module) -> Callable[..., Any]:
         # Each modeling file has an eager function of its own, which is not registered.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vqkv.artefact import FILES, base_model_name
 from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
-from vqkv.calibration.source import CapturedStates
+from vqkv.calibration.source import CapturedStates, gradients_of
 from vqkv.calibration.spool import Spool
 from vqkv.calibration.windows import Text, calibration_windows, check_context, read_text
 from vqkv.codebooks import LEARNERS
@@ -152,6 +152,8 @@ def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
             wants.setdefault(layer, []).append("pre_keys" if pre else stream)
             if codec.metric == "query":
                 wants[layer].append("pre_queries" if pre else "queries")
+            if compressor.scheme.calibration.weights == "fisher":
+                wants[layer].append(gradients_of(stream, pre))
     return wants
 
 

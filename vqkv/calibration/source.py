@@ -49,6 +49,11 @@ class CapturedStates(StateSource):
         """Tokens as they were captured."""
         return self._spool.states(layer, self._kinds[layer, stream])
 
+    def weights(self, layer: int, stream: Stream) -> States:
+        """Squared gradients of the loss: the diagonal of the empirical Fisher information."""
+        pre = self._kinds[layer, stream] == "pre_keys"
+        return self._spool.states(layer, gradients_of(stream, pre)).map(torch.square)
+
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """Kept on disk."""
         return self._spool.kept(layer, stream, states)
@@ -79,6 +84,13 @@ class CapturedStates(StateSource):
         if layer not in self._pre_rope or self._adapter is None:
             return moments
         return _averaged(self._adapter, layer, moments, self._context)
+
+
+def gradients_of(stream: Stream, before_rope: bool) -> Kind:
+    """What a capture calls the gradients by the states of a stream."""
+    if stream == "values":
+        return "grad_values"
+    return "grad_pre_keys" if before_rope else "grad_keys"
 
 
 def query_layers(compressor: KVCompressor, rope: str | None = None) -> list[int]:

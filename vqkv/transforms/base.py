@@ -32,12 +32,14 @@ class Transform(Component, ABC):
         folds: it is linear and the same for every token, so attention on codes can move it into
             the query or the output.
         keeps_metric: a metric of what goes in is one of what comes out, up to a factor per token.
+        keeps_channels: each channel that comes out is one that goes in, scaled or shifted.
     """
 
     config: TransformConfig
     needs_data: ClassVar[bool] = False
     folds: ClassVar[bool] = False
     keeps_metric: ClassVar[bool] = False
+    keeps_channels: ClassVar[bool] = False
 
     @property
     def metric(self) -> Metric | None:

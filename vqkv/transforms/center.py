@@ -25,6 +25,7 @@ class Center(ChannelTransform):
 
     Config = CenterConfig
     keeps_metric = True
+    keeps_channels = True
 
     def fit(self, states: States, metric: torch.Tensor | None = None) -> Center:
         """Learn μ."""

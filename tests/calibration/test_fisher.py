@@ -1,0 +1,152 @@
+"""Fisher weights: gradients of the loss by keys and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.calibration.stubs import StubTokenizer, scheme, write_text
+from tests.tiny_models import tiny_model
+from vqkv.attention import attention_modules
+from vqkv.cache.rope import RotaryAdapter
+from vqkv.calibration import StateCapture, calibrate
+from vqkv.compressor import KVCompressor, StateSource
+from vqkv.errors import SchemeError, StateError
+from vqkv.geometry import Geometry
+from vqkv.layouts import Stream
+from vqkv.scheme import Scheme, merge
+from vqkv.scheme_files import load_scheme, scheme_from_dict
+from vqkv.states import States
+
+IDS = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(0))
+KINDS = ("grad_keys", "grad_pre_keys", "grad_values", "values")
+
+
+def captured(model: Any, layer: int = 0) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    wants: dict[int, list[Any]] = {layer: list(KINDS)}
+
+    def take(layer: int, kind: Any, states: torch.Tensor) -> None:
+        found[kind] = states.clone()
+
+    with StateCapture(model, wants, take) as capture:
+        capture.run(IDS)
+    return found
+
+
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+def test_gradients_are_those_of_the_loss(projection: str) -> None:
+    """A small step along the gradient changes the loss as the gradient says."""
+    model: Any = tiny_model("llama", torch.float64)
+    found = captured(model)
+    gradient = found["grad_pre_keys" if projection == "k_proj" else "grad_values"]
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss(step: float) -> float:
+        def moved(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            return out + step * direction.transpose(1, 2).flatten(2)
+
+        hook = getattr(model.model.layers[0].self_attn, projection).register_forward_hook(moved)
+        with torch.no_grad():
+            logits = model(IDS).logits[0, :-1]
+        hook.remove()
+        return float(torch.nn.functional.cross_entropy(logits, IDS[0, 1:], reduction="sum"))
+
+    slope = (loss(0.05) - loss(-0.05)) / 0.1
+    assert slope == pytest.approx(float((gradient.double() * direction).sum()), rel=1e-2)
+
+
+def test_gradients_before_rope_are_turned_back() -> None:
+    model = tiny_model("llama")
+    found = captured(model)
+    adapter = RotaryAdapter(model, [0])
+    tables = adapter.tables(0, torch.arange(24)[None])
+    torch.testing.assert_close(
+        found["grad_pre_keys"], adapter.unrotate(0, found["grad_keys"], tables)
+    )
+
+
+def test_the_model_is_as_before() -> None:
+    model = tiny_model("llama")
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    values = captured(model)["values"]
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not values.requires_grad
+    assert len(attention_modules(model)) == 2
+
+
+class Weighted(StateSource):
+    """Two clusters of tokens, of which the first one counts."""
+
+    def states(self, layer: int, stream: Stream) -> States:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(400, 2, 16, generator=generator)
+        x[200:] += 10
+        return States.of(x)
+
+    def weights(self, layer: int, stream: Stream) -> States:
+        weight = torch.ones(400, 2, 16)
+        weight[200:] = 1e-6
+        return States.of(weight)
+
+
+def test_codewords_go_where_the_weights_are() -> None:
+    geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
+    errors = {}
+    for weights in ("none", "fisher"):
+        made = scheme("post", calibration={"samples": 400, "weights": weights}).to_dict()
+        made["keys"]["transforms"] = []
+        compressor = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted())
+        x = Weighted().states(0, "keys").sample(400, 0)[:200]
+        codec = compressor.codec(0, "keys")
+        errors[weights] = float((codec.decode(codec.encode(x)) - x).square().mean())
+    assert errors["fisher"] < 0.8 * errors["none"]
+
+
+def test_weights_follow_their_channels(tmp_path: Path) -> None:
+    """A subvector's weight is the sum over its own channels, in the grouping's order."""
+    geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
+    made = scheme("post").to_dict()
+    made["keys"] |= {"transforms": [], "grouping": {"type": "strided", "dim": 4}}
+    codec = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted()).codec(0, "keys")
+    weights = torch.rand(5, 2, 16, generator=torch.Generator().manual_seed(0))
+    (found,) = codec.training_weights(States.of(weights), 5, 0)
+    expected = weights.unflatten(2, (4, 4)).sum(2).flatten(1)  # group i mod 4 of each head
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_weighted_calibration(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt", 600)
+    tokenizer: Any = StubTokenizer()
+
+    def run(made: Scheme, name: str) -> KVCompressor:
+        options: dict[str, Any] = {"tokens": 400, "context": 100, "out": tmp_path / name}
+        return calibrate(tiny_model("llama"), tokenizer, made, [text], **options).compressor
+
+    weighted = scheme(calibration={"samples": 400, "weights": "fisher"})
+    first = run(weighted, "a")
+    again = run(weighted, "b")
+    plain = run(scheme(calibration={"samples": 400}), "c")
+    for (_, name, a), (_, _, b) in zip(first.tensors(), again.tensors(), strict=True):
+        assert torch.equal(a, b), name
+    words = [c.codec(1, "values").state()["segments.0.codewords"] for c in (first, plain)]
+    assert not torch.equal(*words)
+
+
+def test_what_cannot_be_weighted() -> None:
+    with pytest.raises(SchemeError, match=r"'fisher' weighs channels .* 'spectral' mixes them"):
+        scheme_from_dict(
+            merge(load_scheme("spectral-2").to_dict(), {"calibration": {"weights": "fisher"}})
+        )
+
+    class Unweighted(Weighted):
+        weights = StateSource.weights
+
+    geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
+    made = scheme("post", calibration={"samples": 400, "weights": "fisher"})
+    with pytest.raises(StateError, match="has no weights of keys of layer 0"):
+        KVCompressor(made, geometry).fit(Unweighted())
