@@ -122,22 +122,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/demo-model.json"))
     arguments = parser.parse_args()
 
-    calibrations, evaluations = [], []
+    result: dict[str, Any] = {"calibrations": [], "evaluations": []}
     with tempfile.TemporaryDirectory() as scratch:
         for tokens in arguments.calibrate:  # the last one is evaluated
             artefact = Path(scratch, str(tokens))
-            calibrations.append(
-                {"tokens": tokens, **calibrated(arguments.scheme, tokens, artefact)}
-            )
+            made = calibrated(arguments.scheme, tokens, artefact)
+            result["calibrations"].append({"tokens": tokens, **made})
+            write(arguments.out, result)
+        result["memory"] = memory(artefact)
+        write(arguments.out, result)
         for text in EVALUATION_TEXTS:
             before = ("--passages", arguments.passages)
             chunked = ("--mode", "chunked", "--window", 128, "--passages", 0)
             for options in (before, chunked):
-                evaluations.append(evaluated(artefact, text, arguments.tokens, *options))
-        found = memory(artefact)
-    result = {"calibrations": calibrations, "evaluations": evaluations, "memory": found}
+                result["evaluations"].append(evaluated(artefact, text, arguments.tokens, *options))
+                write(arguments.out, result)
     show(Console(), result)
-    write(arguments.out, result)
 
 
 if __name__ == "__main__":

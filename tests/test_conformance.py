@@ -76,6 +76,8 @@ TRANSFORM_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("token_scale", {"stat": "minmax", "group": 4}),
     ("hadamard", {}),
     ("hadamard", {"scope": "layer", "block": 8}),
+    ("page_scale", {"tokens": 16}),
+    ("outliers", {"share": 0.1}),
     ("spectral", {}),
     ("spectral", {"scope": "layer", "metric": "output"}),
 ]

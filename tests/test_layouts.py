@@ -47,16 +47,16 @@ def give_codewords(codec: Codec) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_formula_and_tensors_agree_for_presets(name: str, head_dim: int) -> None:
     geometry = make_geometry(head_dim=head_dim, kv_heads=3, query_heads=3)
-    x = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, 3, head_dim, generator=torch.Generator().manual_seed(0))
     for _, codec in KVCompressor(load_scheme(name), geometry).codecs():
         sources = [x for _ in codec.layout.sources]
         if not codec.config.data_free:
             give_codewords(codec)
         encoded = codec.encode(x, sources)
-        assert encoded.nbytes == 5 * codec.layout.bytes_per_token
-        assert encoded.side.shape == (5, codec.layout.side_count)
+        assert encoded.nbytes == 64 * codec.layout.bytes_per_token
+        assert encoded.side.shape == (64, codec.layout.side_count)
         values = 3 * head_dim
-        assert codec.layout.bits_per_value == pytest.approx(8 * encoded.nbytes / 5 / values)
+        assert codec.layout.bits_per_value == pytest.approx(8 * encoded.nbytes / 64 / values)
 
 
 @st.composite

@@ -300,6 +300,7 @@ class Codec:
             head_local=config.grouping.head_local
             and all(part.head_local for part in self._learning()),
             sharing=config.sharing,
+            token_group=max([1, *(transform.token_group for transform in self.transforms)]),
             sources=tuple(
                 (source.stream, source.back)
                 for source in (config.predictor.sources if config.predictor else ())

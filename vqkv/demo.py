@@ -19,13 +19,13 @@ from vqkv.models import DEMO, load_model
 from vqkv.scheme_files import load_scheme
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text
 
-SCHEMES = ("cq-4c8b", "cq-8c8b")
+SCHEMES = ("spectral-2", "spectral-1")
 CALIBRATION_TOKENS = 16384
 EVALUATION_TOKENS = 4096
 #: Where evaluation starts in its texts, past their front matter.
 SKIP = 4096
-PROMPT_CHARACTERS = 2000
-NEW_TOKENS = 48
+PROMPT_CHARACTERS = 6000
+NEW_TOKENS = 32
 
 INTRODUCTION = (
     f"SmolLM2-135M, calibrated on {CALIBRATION_TOKENS:,} tokens, evaluated on "

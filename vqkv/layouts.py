@@ -79,6 +79,7 @@ class Layout:
         head_local: codes and transforms never mix heads.
         sharing: which subvectors read the same codebook.
         sources: (stream, compressed layers back) of what the tokens are predicted from.
+        token_group: tokens in a row that are only coded and decoded together, a part of a page.
     """
 
     heads: int
@@ -90,6 +91,7 @@ class Layout:
     head_local: bool = True
     sharing: Sharing = "group"
     sources: tuple[tuple[Stream, int], ...] = ()
+    token_group: int = 1
 
     @classmethod
     def of_codebook(cls, books: int, stages: int, codewords: int, dim: int) -> Layout:

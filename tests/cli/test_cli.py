@@ -395,7 +395,7 @@ def test_the_demo_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.stderr
     heads, *rows, _ = (line.split("\t") for line in result.stdout.splitlines())
     assert heads == list(demo.DemoResult.columns)
-    names = ["exact", "cq-4c8b", "cq-4c8b", "cq-8c8b", "cq-8c8b"]
+    names = ["exact", *(name for name in demo.SCHEMES for _ in range(2))]
     assert [row[0] for row in rows] == names
     assert all(len(row) == len(heads) for row in rows)
     assert told[:4] == [

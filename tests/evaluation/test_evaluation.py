@@ -122,6 +122,14 @@ class TestCanary:
         assert not checked.ok
         assert checked.perplexity == pytest.approx(checked.perplexity_exact, rel=1e-4)
 
+    def test_in_chunked_mode_no_window_softens_it(self, model: Any, coarse: KVCompressor) -> None:
+        """What the exact window and the chunk keep readable would hide the destruction."""
+        window = random_ids(1, 400)[0]
+        kept = coarse.with_residency(sinks=4, window=128)
+        checked = run_canary(Arms(model, kept, "chunked", 256), window)
+        bare = Arms(model, destroyed(coarse.with_residency(sinks=0, window=0)), "chunked", 64)
+        assert checked.perplexity == bare.scores(window).perplexity
+
     def test_the_compressor_itself_stays_whole(self, model: Any, coarse: KVCompressor) -> None:
         x = torch.randn(1, 2, 20, 16)
         before = coarse.decode(0, "keys", coarse.encode(0, "keys", x))

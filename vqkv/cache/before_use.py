@@ -108,8 +108,12 @@ class BeforeUseLayer(CacheLayerMixin):
             for key in self.compressor.sources(self.index, stream)
         ]
         codec = self.compressor.codec(self.index, stream, states.device)
-        given = rearrange(states, "b h t d -> (b t) h d")
+        # The last run of tokens is filled up, as later tokens of a longer text would.
+        missing = -tokens % codec.layout.token_group
+        filled = torch.cat([states, states[:, :, -1:].expand(-1, -1, missing, -1)], 2)
+        given = rearrange(filled, "b h t d -> (b t) h d")
         decoded = codec.decode(codec.encode(given, sources), sources)
+        decoded = rearrange(decoded, "(b t) h d -> b t h d", b=batch)[:, :tokens].flatten(0, 1)
         if self.compressor.last_use(self.index, stream) is not None:
             self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded)
         return rearrange(decoded, "(b t) h d -> b h t d", b=batch)

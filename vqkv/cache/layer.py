@@ -141,7 +141,8 @@ class VQLayer(CacheLayerMixin):
         Exact inside the tail. Deeper, the last page is cut and the codes before the cut stay.
 
         Raises:
-            CacheError: a positive count, or more than there is.
+            CacheError: a positive count, more than there is, or a cut inside of tokens that share
+                a scale.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self._length:
             raise CacheError(
@@ -149,18 +150,30 @@ class VQLayer(CacheLayerMixin):
             )
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self._length += tokens_to_remove
-        pads = self._pads()
-        self.coded = [
-            min(coded, max(0, self._length - pad))
-            for coded, pad in zip(self.coded, pads, strict=True)
+        length = self._length + tokens_to_remove
+        coded = [
+            min(coded, max(0, length - pad))
+            for coded, pad in zip(self.coded, self._pads(), strict=True)
         ]
+        self._check_cut(coded)
+        self._length, self.coded = length, coded
         first = self._tail_start
         self._tail_start = min(first, self._length)
         kept = max(0, self._length - first)
         # Cloned, so that the memory of what was cut off is freed.
         self._tail_keys = self._tail_keys[:, :, :kept].clone()
         self._tail_values = self._tail_values[:, :, :kept].clone()
+
+    def _check_cut(self, coded: list[int]) -> None:
+        """Raises CacheError where what is left of the codes would end inside a run of tokens."""
+        run = max(self.key_codec.layout.token_group, self.value_codec.layout.token_group)
+        for now, then in zip(self.coded, coded, strict=True):
+            if then < now and then % run:
+                raise CacheError(
+                    f"scheme {self._compressor.scheme.name!r} scales runs of {run} tokens "
+                    f"together: its {now} coded tokens can be cut to a multiple of {run}, "
+                    f"given a cut to {then}"
+                )
 
     def reset(self) -> None:
         """Forget all tokens, and free their memory."""
@@ -414,8 +427,15 @@ class VQLayer(CacheLayerMixin):
 
     def _decode(self, stream: Stream, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Tokens `[rows · n, H, D]` in fp32, as they are coded."""
-        sources = self._sources(stream, rows, start, stop)
-        return self._codec(stream).decode(self._store(stream).read(rows, start, stop), sources)
+        group = self._codec(stream).layout.token_group
+        first, last = start // group * group, -(-stop // group) * group
+        sources = self._sources(stream, rows, first, last)
+        stored = self._store(stream).read(rows, first, last)
+        tokens = self._codec(stream).decode(stored, sources)
+        if (first, last) == (start, stop):
+            return tokens
+        whole = rearrange(tokens, "(r n) h d -> r n h d", r=len(rows))
+        return whole[:, start - first : stop - first].flatten(0, 1)
 
     def _decoded(self, stream: Stream, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The same, from what is shared where it has been decoded already."""

@@ -10,6 +10,7 @@ import torch
 from vqkv.codec import Codec, Encoded
 from vqkv.compressor import KVCompressor
 from vqkv.evaluation.arms import Arms
+from vqkv.layouts import PAGE_TOKENS, coded_tokens
 
 #: Tokens that the canary runs on; destruction shows at once.
 TOKENS = 1024
@@ -51,7 +52,16 @@ def destroyed(compressor: KVCompressor) -> KVCompressor:
 
 
 def run_canary(arms: Arms, window: torch.Tensor) -> Canary:
-    """Score the start of a window through the same code path with destroyed codes."""
-    broken = Arms(arms.model, destroyed(arms.compressor), arms.mode, arms.chunk)
-    scores = broken.scores(window[:TOKENS])
+    """Score the start of a window through the same code path with destroyed codes.
+
+    In chunked mode sinks, the exact window and the rest of the chunk would carry a model over the
+    destruction. Where codes come into play at all they do so at once here: no sinks, no window, a
+    page at a time.
+    """
+    compressor, chunk = destroyed(arms.compressor), arms.chunk
+    codes = coded_tokens(len(window), compressor.scheme.residency.window)
+    if arms.mode == "chunked" and codes:
+        compressor = compressor.with_residency(sinks=0, window=0)
+        chunk = min(chunk, PAGE_TOKENS)
+    scores = Arms(arms.model, compressor, arms.mode, chunk).scores(window[:TOKENS])
     return Canary(scores.perplexity, scores.perplexity_exact, float(scores.agree.mean()))

@@ -51,6 +51,11 @@ class Transform(Component, ABC):
         """Heads are not mixed."""
         return True
 
+    @property
+    def token_group(self) -> int:
+        """Tokens in a row that only go through it together, a part of a page; else 1."""
+        return 1
+
     def check(self, heads: int, head_dim: int) -> None:
         """Raises SchemeError where the settings do not fit H and D."""
 
@@ -141,6 +146,8 @@ TRANSFORMS: Registry[type[Transform]] = Registry(
         "token_scale": "vqkv.transforms.token_scale:TokenScale",
         "hadamard": "vqkv.transforms.hadamard:Hadamard",
         "spectral": "vqkv.transforms.spectral:Spectral",
+        "page_scale": "vqkv.transforms.page_scale:PageScale",
+        "outliers": "vqkv.transforms.outliers:Outliers",
     },
 )
 

@@ -64,7 +64,7 @@ class TokenScale(Transform):
         """
         rows = self._rows(x)
         if self.config.stat == "minmax":
-            low, width = _range(rows)
+            low, width = range_of(rows)
             z = (rows - low.float().unsqueeze(2)) / width.float().unsqueeze(2)
             return z.view_as(x), torch.cat([low, width], 1)
         size = {
@@ -94,7 +94,7 @@ class TokenScale(Transform):
         return x if self.config.group is None else x.reshape(len(x), -1, self.config.group)
 
 
-def _range(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def range_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Low end and width `[N, R]` in fp16, rounded outwards so that the range covers all values."""
     least, most = rows.aminmax(dim=-1)
     low = -_rounded_up(-least)
