@@ -113,12 +113,14 @@ def test_pre_rope_codes_are_those_of_the_unrotated_keys(model: Any) -> None:
         assert (stored == encoded.codes).float().mean() > 0.999  # rounding may flip a near-tie
 
 
+@pytest.mark.parametrize("pads", [[0, 37, 5], [37, 5, 20]], ids=["some padded", "all padded"])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("family", ["llama", "llama-mqa"])
-def test_a_padded_row_is_coded_as_the_same_row_alone(family: str, rope: str) -> None:
+def test_a_padded_row_is_coded_as_the_same_row_alone(
+    family: str, rope: str, pads: list[int]
+) -> None:
     model: Any = tiny_model(family, max_position_embeddings=1024)
     compressor = compressor_for(model, rope, window=WINDOW, sinks=SINKS)
-    pads = [0, 37, 5]
     rows = [random_ids(1, 180 - pad, seed=pad) for pad in pads]
     ids = torch.cat(
         [torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads, strict=True)]

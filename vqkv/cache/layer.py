@@ -358,9 +358,9 @@ class VQLayer(CacheLayerMixin):
             target = max(0, until - pad) // PAGE_TOKENS * PAGE_TOKENS
             if target > coded:
                 self._code_rows(rows, pad, coded, target)
-        start = min(
-            (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True)), default=0
-        )
+        ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
+        # Padding that is yet to come cannot be cut off.
+        start = min([available, *ends])
         if start > self._tail_start:
             # Cloned, so that the memory of what was cut off is freed.
             self._tail_keys = self._tail_keys[:, :, start - self._tail_start :].clone()
