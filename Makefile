@@ -60,9 +60,7 @@ demo: env
 	$(OFFLINE) $(BIN)/vqkv demo
 
 # Every scheme of ours and of the literature on one axis; an hour or more on 2 cores, resumable.
-SHOOTOUT := cq-2c8b cq-4c8b cq-8c10b cq-8c8b rvq-2.875 vqkv-2.75 aquakv-2 turboquant-3.5 \
-	turboquant-2.5 nova-2 spectral-2 spectral-1 spectral-predict-2 spectral-predict-1 \
-	scalar-4bit scalar-2bit million-4 vecinfer-2 tasq-1.25 gsrq-1 qjl-3 calibquant-1 truncate-4
+SHOOTOUT := $(basename $(notdir $(sort $(wildcard vqkv/presets/*.yaml))))
 SHOOTOUT_TOKENS ?= 16384
 
 shootout: env
@@ -72,6 +70,7 @@ shootout: env
 
 docs: env
 	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/results_pages.py
 
 format: env
 	$(BIN)/ruff check --fix

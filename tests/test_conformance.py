@@ -53,7 +53,6 @@ LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("gain_shape", {"shape": "vector"}),
     ("simvq", {}),
     ("em", {}),
-    ("simvq", {"codebook": "frozen"}),
     ("gaussian", {"dim": 2}),
 ]
 GROUPING_SETTINGS: list[tuple[str, dict[str, Any]]] = [

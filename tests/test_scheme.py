@@ -535,3 +535,13 @@ def test_a_layer_with_too_few_before_it_is_refused_with_a_model() -> None:
     scheme = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
     with pytest.raises(SchemeError, match="values of layer 1: predictor: needs keys 2 compressed"):
         scheme.check(make_geometry(layers=3, compressed=(0, 1, 2)))
+
+
+def test_keys_are_not_predicted_across_rotation() -> None:
+    changes = {
+        "keys": predicted(),
+        "layers": [{"layers": [0], "keys": {"rope": "post", "predictor": None}}],
+    }
+    scheme = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
+    with pytest.raises(SchemeError, match="keys of layer 1: predictor: they are coded pre-RoPE"):
+        scheme.check(make_geometry(layers=2, compressed=(0, 1)))

@@ -353,8 +353,21 @@ class Scheme(Config):
 
     def _check_sources(self, place: int, layer: int, stream: Stream, geometry: Geometry) -> None:
         """The sources of the compressed layer at `place` exist."""
-        predictor = self.stream(layer, stream, geometry.layers).predictor
-        for source in predictor.sources if predictor else ():
+        config = self.stream(layer, stream, geometry.layers)
+        for source in config.predictor.sources if config.predictor else ():
+            origin = geometry.compressed[place - source.back]
+            before = self.stream(origin, source.stream, geometry.layers)
+            if (
+                source.back <= place
+                and isinstance(config, KeysConfig)
+                and isinstance(before, KeysConfig)
+                and config.rope != before.rope
+            ):
+                raise SchemeError(
+                    f"{self.name}: {stream} of layer {layer}: predictor: they are coded "
+                    f"{config.rope}-RoPE, the keys of layer {origin} {before.rope}-RoPE, and "
+                    "rotation differs from token to token: code both on the same side"
+                )
             if source.back > place:
                 raise SchemeError(
                     f"{self.name}: {stream} of layer {layer}: predictor: needs {source.stream} "

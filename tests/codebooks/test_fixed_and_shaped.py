@@ -12,6 +12,7 @@ from vqkv.codebooks.gain_shape import GainShape
 from vqkv.codebooks.gaussian import Gaussian, gaussian_grid, lloyd_max
 from vqkv.codebooks.kmeans import KMeans
 from vqkv.codebooks.simvq import SimVQ
+from vqkv.codebooks.starts import random_samples
 from vqkv.codebooks.uniform import Uniform
 from vqkv.errors import SchemeError, StateError
 from vqkv.scheme_files import scheme_from_dict
@@ -96,12 +97,19 @@ def test_shapes_of_vectors_are_means() -> None:
     torch.testing.assert_close(learner.codewords_[0, 0], means, atol=0.05, rtol=0.05)
 
 
-def test_a_learned_codebook_beats_a_frozen_one_and_a_map_beats_none() -> None:
+def test_a_map_is_better_than_none_and_free_codewords_better_still() -> None:
     mixing = torch.diag(torch.tensor([4.0, 1.0, 0.3, 0.1]))
     x = gaussian(3000, 1, 4) @ mixing
-    frozen = SimVQ(codebook="frozen", iterations=15).fit(x, 32)
-    learned = SimVQ(codebook="learned", iterations=15).fit(x, 32)
-    assert inertia(learned) < inertia(frozen) < frozen.health_[0].inertia[0]
+    mapped = SimVQ(iterations=15).fit(x, 32)
+    assert inertia(KMeans().fit(x, 32)) < inertia(mapped) < mapped.health_[0].inertia[0]
+
+
+def test_simvq_s_codewords_are_a_linear_map_of_samples() -> None:
+    x = gaussian(500, 1, 4)
+    base = random_samples(x, 32, None, torch.Generator().manual_seed(0))[0]
+    words = SimVQ().fit(x, 32, seed=0).codewords_[0, 0]
+    mapped = base @ torch.linalg.lstsq(base, words).solution
+    torch.testing.assert_close(mapped, words, atol=1e-4, rtol=1e-4)
 
 
 def test_a_shrunk_range_has_finer_levels() -> None:

@@ -43,7 +43,7 @@ def compare(
 
     Exit code 3: the canary of some row failed.
     """
-    from vqkv.evaluation.compare import Settings
+    from vqkv.evaluation.compare import Settings, provenance
     from vqkv.evaluation.compare import compare as run
     from vqkv.evaluation.comparison import check_out, write_comparison
     from vqkv.models import load_model
@@ -67,6 +67,7 @@ def compare(
         rows = list(run(network, tokenizer, schemes, text, settings, report))
     data: dict[str, Any] = {
         "model": model,
+        "provenance": provenance(),
         "settings": {
             **vars(settings),
             "calibration_texts": [path.name for path in settings.calibration_texts],

@@ -36,7 +36,7 @@ class GainShape(CodebookLearner):
     """Codewords `g s`, `‖s‖ = 1`: assignment by `argmax 2 g ⟨x, s⟩ − g²`, which is the nearest.
 
     Update: `s = Σ w x / ‖x‖`, normalised, and `g = Σ w ⟨x, s⟩ / Σ w` over a codeword's samples. The
-    start is k-means on the unit sphere, with each codeword as long as its samples' mean.
+    start is k-means on the unit sphere, codewords as long as the subspace's samples on average.
     """
 
     Config = GainShapeConfig

@@ -15,16 +15,11 @@ from vqkv.registry import Config
 
 
 class SimVQConfig(Config):
-    """Settings of `SimVQ`.
-
-    `codebook: frozen` learns the map alone, as SimVQ does. `learned` then lets every codeword move
-    as in k-means too, which gradient descent on both would.
-    """
+    """Settings of `SimVQ`; `ridge` keeps the map's system regular, in mean squares of the base."""
 
     type: Literal["simvq"] = "simvq"
     iterations: int = Field(default=10, ge=1)
     ridge: float = Field(default=1e-6, ge=0)
-    codebook: Literal["frozen", "learned"] = "learned"
 
 
 class SimVQ(CodebookLearner):
@@ -32,9 +27,10 @@ class SimVQ(CodebookLearner):
 
     With states that no encoder moves, the codebook and commitment terms of the published loss only
     scale the reconstruction error, so least squares takes gradient descent's place: assign, then
-    `W = (Σ n_k q_kᵀ q_k)⁻¹ Σ q_kᵀ s_k`, s_k being the sum of a codeword's samples. q are samples
-    from the start, so that no codeword is far from all data. W is folded in: what is kept are the
-    mapped codewords.
+    `W = (Σ n_k q_kᵀ q_k)⁻¹ Σ q_kᵀ s_k`, s_k being the sum of a codeword's samples. The base q stays
+    as it was drawn, from the samples, so that no codeword is far from all data. (Were it to follow
+    the samples' means, the best map of means would be the identity, and this k-means.) W is folded
+    in: what is kept are the mapped codewords.
     """
 
     Config = SimVQConfig
@@ -55,8 +51,6 @@ class SimVQ(CodebookLearner):
             dead += int(found.dead.sum())
             if inertia[-1] < least:
                 best, least = current, inertia[-1]
-            if self.config.codebook == "learned":
-                base = found.means(current)
             current = self._mapped(base, found)
         final = step(samples, best, weights).all_reduced()
         health = Health(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,21 @@ def _rows(
             _keep(kept, asdict(row))
             # As it will come back from the file.
             yield Row(**json.loads(kept.read_text(encoding="utf-8")))
+
+
+def provenance() -> dict[str, str]:
+    """What coding times depend on: machine and versions."""
+    found = {name: version(name) for name in ("torch", "transformers")}
+    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu_name()}"
+    return {"vqkv": __version__, "python": platform.python_version(), **found, "machine": machine}
+
+
+def _cpu_name() -> str:
+    """As the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 @torch.inference_mode()
