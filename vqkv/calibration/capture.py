@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vqkv.attention import attention_modules, model_type
+from vqkv.attention import attention_modules, model_type, own_attention
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.errors import ModelError
 
@@ -135,7 +133,7 @@ class StateCapture:
                     self._await_gradient(layer, kind, states)
                 else:
                     self._take(layer, kind, self._state(layer, kind, states).detach())
-        return self._own_attention(module)(module, query, key, value, *args, **kwargs)
+        return own_attention(module, self._original)(module, query, key, value, *args, **kwargs)
 
     def _state(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not kind.startswith("pre_"):
@@ -177,12 +175,6 @@ class StateCapture:
             self._take(layer, kind, gradient)
 
         state.register_hook(hand_out)
-
-    def _own_attention(self, module: nn.Module) -> Callable[..., Any]:
-        # Each modeling file has an eager function of its own, which is not registered.
-        eager: Any = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
-        own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self._original, eager)
-        return own
 
     def _undo(self) -> None:
         self._base.set_attn_implementation(self._original)

@@ -10,9 +10,10 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import CodebookLearner, Health, usage_entropy
+from vqkv.codebooks.base import CodebookLearner, Health
 from vqkv.codebooks.kmeans import KMeans
+from vqkv.codebooks.rounds import Update, best_of_rounds
+from vqkv.codebooks.statistics import Statistics
 from vqkv.registry import Config
 
 #: Responsibilities held at a time; bounds the transient `[M, n, K]` to 64 MiB.
@@ -51,32 +52,18 @@ class EM(CodebookLearner):
     def _learn(
         self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, list[Health]]:
-        step = step_for("auto", samples.device)
-        current = KMeans(iterations=1).fit(samples, codewords, weights, seed=seed).codewords_[:, 0]
-        inertia: list[float] = []
-        dead = 0
-        best, least = current, float("inf")
-        for temperature in [*temperatures(self.config), 0.0]:
-            found = step(samples, current, weights)
-            inertia.append(found.mean_inertia)
-            dead += int(found.dead.sum())
-            if inertia[-1] < least:
-                best, least = current, inertia[-1]
-            if temperature:
-                scale = temperature * inertia[0]
-                current = _soft_means(samples, current, weights, scale)
-            else:
-                current = found.means(current)
-        last = step(samples, current, weights)
-        if last.mean_inertia < least:
-            best = current
-        final = step(samples, best, weights)
-        health = Health(
-            inertia=(*inertia, final.mean_inertia),
-            entropy=usage_entropy(final.counts),
-            dead_before=dead,
-            dead_after=int(final.dead.sum()),
-        )
+        start = KMeans(iterations=1).fit(samples, codewords, weights, seed=seed).codewords_[:, 0]
+
+        def soft(temperature: float) -> Update:
+            return lambda current, _, inertia: _soft_means(
+                samples, current, weights, temperature * inertia[0]
+            )
+
+        def hard(current: torch.Tensor, found: Statistics, _: list[float]) -> torch.Tensor:
+            return found.means(current)
+
+        updates = [*map(soft, temperatures(self.config)), hard]
+        best, health = best_of_rounds(samples, weights, start, updates)
         return best.unsqueeze(1), [health]
 
 

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import CodebookLearner, Health, usage_entropy
+from vqkv.codebooks.base import CodebookLearner, Health
 from vqkv.codebooks.kmeans import KMeans
 from vqkv.codebooks.revival import split_fullest
+from vqkv.codebooks.rounds import best_of_rounds
 from vqkv.codebooks.statistics import Statistics
 from vqkv.registry import Config
 
@@ -45,29 +45,16 @@ class GainShape(CodebookLearner):
     def _learn(
         self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, list[Health]]:
-        step = step_for("auto", samples.device)
         generator = torch.Generator().manual_seed(seed)
         units = torch.nn.functional.normalize(samples, dim=2)
         start = KMeans(iterations=1).fit(units, codewords, weights, seed=seed).codewords_[:, 0]
-        current = torch.nn.functional.normalize(start, dim=2)
-        current = current * samples.norm(dim=2).mean(0)[:, None, None]
-        inertia: list[float] = []
-        dead = 0
-        best, least = current, float("inf")
-        for _ in range(self.config.iterations + 1):
-            found = step(samples, current, weights).all_reduced()
-            inertia.append(found.mean_inertia)
-            dead += int(found.dead.sum())
-            if inertia[-1] < least:
-                best, least = current, inertia[-1]
-            current = self._moved(samples, units, current, found, weights, generator)
-        final = step(samples, best, weights).all_reduced()
-        health = Health(
-            inertia=(*inertia, final.mean_inertia),
-            entropy=usage_entropy(final.counts),
-            dead_before=dead,
-            dead_after=int(final.dead.sum()),
-        )
+        start = torch.nn.functional.normalize(start, dim=2)
+        start = start * samples.norm(dim=2).mean(0)[:, None, None]
+
+        def update(current: torch.Tensor, found: Statistics, _: list[float]) -> torch.Tensor:
+            return self._moved(samples, units, current, found, weights, generator)
+
+        best, health = best_of_rounds(samples, weights, start, [update] * self.config.iterations)
         return best.unsqueeze(1), [health]
 
     def _moved(

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import CodebookLearner, Health, usage_entropy
+from vqkv.codebooks.base import CodebookLearner, Health
+from vqkv.codebooks.rounds import best_of_rounds
 from vqkv.codebooks.starts import random_samples
 from vqkv.codebooks.statistics import Statistics
 from vqkv.registry import Config
@@ -39,26 +39,13 @@ class SimVQ(CodebookLearner):
     def _learn(
         self, samples: torch.Tensor, codewords: int, weights: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, list[Health]]:
-        step = step_for("auto", samples.device)
         generator = torch.Generator().manual_seed(seed)
         base = random_samples(samples, codewords, weights, generator)
-        current, best, least = base, base, float("inf")
-        inertia: list[float] = []
-        dead = 0
-        for _ in range(self.config.iterations + 1):
-            found = step(samples, current, weights).all_reduced()
-            inertia.append(found.mean_inertia)
-            dead += int(found.dead.sum())
-            if inertia[-1] < least:
-                best, least = current, inertia[-1]
-            current = self._mapped(base, found)
-        final = step(samples, best, weights).all_reduced()
-        health = Health(
-            inertia=(*inertia, final.mean_inertia),
-            entropy=usage_entropy(final.counts),
-            dead_before=dead,
-            dead_after=int(final.dead.sum()),
-        )
+
+        def update(current: torch.Tensor, found: Statistics, _: list[float]) -> torch.Tensor:
+            return self._mapped(base, found)
+
+        best, health = best_of_rounds(samples, weights, base, [update] * self.config.iterations)
         return best.unsqueeze(1), [health]
 
     def _mapped(self, base: torch.Tensor, found: Statistics) -> torch.Tensor:
