@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_geometry
+from vqkv.compressor import KVCompressor
 from vqkv.errors import SchemeError
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, fingerprint, merge
@@ -545,3 +546,19 @@ def test_keys_are_not_predicted_across_rotation() -> None:
     scheme = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
     with pytest.raises(SchemeError, match="keys of layer 1: predictor: they are coded pre-RoPE"):
         scheme.check(make_geometry(layers=2, compressed=(0, 1)))
+
+
+def test_sources_beyond_the_first_layer_are_refused() -> None:
+    far = {"type": "linear", "sources": [{"stream": "keys", "back": 4}]}
+    without = [{"layers": [0], "values": {"predictor": None}}]
+    changes = {"values": {"predictor": far}, "layers": without}
+    scheme = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
+    with pytest.raises(SchemeError, match="needs keys 4 compressed layers back, but only 1 come"):
+        scheme.check(make_geometry(layers=2, compressed=(0, 1)))
+
+
+def test_too_few_samples_for_units() -> None:
+    changes = {"calibration": {"samples": 10}, "values": {"quantizer": {"code_bits": 2}}}
+    scheme = scheme_from_dict(merge(load_scheme("commvq-2").to_dict(), changes))
+    with pytest.raises(SchemeError, match="rope_commutative learns from 64 vectors or more"):
+        KVCompressor(scheme, make_geometry())

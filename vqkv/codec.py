@@ -145,7 +145,8 @@ class Codec:
     def training_weights(self, channels: States, samples: int, seed: int) -> list[torch.Tensor]:
         """Weights `[N', books]` of the `training_vectors`, from those of channels `[N, H, D]`."""
         drawn = self._ordered(channels.sample(samples, seed))
-        return [self._to_books(part.sum(-1), s) for part, s in self._split(drawn)]
+        sums = [(part.sum(-1, keepdim=True), segment) for part, segment in self._split(drawn)]
+        return [self._to_books(weight, segment).squeeze(-1) for weight, segment in sums]
 
     def fit_quantizers(
         self,

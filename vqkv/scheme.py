@@ -307,7 +307,7 @@ class Scheme(Config):
                 if not TRANSFORMS.get(transform.type).keeps_channels:
                     raise ValueError(
                         "calibration.weights: 'fisher' weighs channels as the model has them, and "
-                        f"{transform.type!r} mixes them: leave out one of the two"
+                        f"{transform.type!r} scales or mixes them: leave out one of the two"
                     )
         return self
 
@@ -355,11 +355,16 @@ class Scheme(Config):
         """The sources of the compressed layer at `place` exist."""
         config = self.stream(layer, stream, geometry.layers)
         for source in config.predictor.sources if config.predictor else ():
+            if source.back > place:
+                raise SchemeError(
+                    f"{self.name}: {stream} of layer {layer}: predictor: needs {source.stream} "
+                    f"{source.back} compressed layers back, but only {place} come before; override "
+                    "this layer with `predictor: null` or nearer sources"
+                )
             origin = geometry.compressed[place - source.back]
             before = self.stream(origin, source.stream, geometry.layers)
             if (
-                source.back <= place
-                and isinstance(config, KeysConfig)
+                isinstance(config, KeysConfig)
                 and isinstance(before, KeysConfig)
                 and config.rope != before.rope
             ):
@@ -367,12 +372,6 @@ class Scheme(Config):
                     f"{self.name}: {stream} of layer {layer}: predictor: they are coded "
                     f"{config.rope}-RoPE, the keys of layer {origin} {before.rope}-RoPE, and "
                     "rotation differs from token to token: code both on the same side"
-                )
-            if source.back > place:
-                raise SchemeError(
-                    f"{self.name}: {stream} of layer {layer}: predictor: needs {source.stream} "
-                    f"{source.back} compressed layers back, but only {place} come before; override "
-                    f"this layer with `predictor: null` or nearer sources"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -430,6 +429,11 @@ def check_samples(quantizer: QuantizerConfig, samples: int, where: str) -> None:
     """
     codewords = 1 << quantizer.bits()
     learns = next(learners_of(quantizer), None) is not None
+    if samples < quantizer.least_samples():
+        raise SchemeError(
+            f"{where}: {quantizer.type} learns from {quantizer.least_samples()} vectors or more, "  # type: ignore[attr-defined]
+            f"but `calibration.samples` gives it {samples}: raise it"
+        )
     if learns and samples < codewords:
         raise SchemeError(
             f"{where}: a codebook of {quantizer.bits()} bits has {codewords} codewords and needs "

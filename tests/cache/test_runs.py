@@ -128,3 +128,31 @@ def test_before_use_fills_the_last_run_up(
 def test_schemes_that_cannot_work(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SchemeError, match=message):
         scheme_from_dict(merge(load_scheme("kivi-4").to_dict(), changes))
+
+
+def test_a_refused_cut_leaves_every_layer_as_it_was(model: Any, compressor: KVCompressor) -> None:
+    """Also where the layer that refuses is not the first."""
+    scheme = compressor.scheme.to_dict()
+    free = {"transforms": [{"type": "token_scale", "stat": "minmax"}]}
+    changes = {"keys": free, "layers": [{"layers": [1], "keys": scheme["keys"]}]}
+    mixed = KVCompressor(scheme_from_dict(merge(scheme, changes)), compressor.geometry)
+    cache = VQCache(mixed, model.config)
+    for layer in range(2):
+        cache.update(states(), states(), layer)
+    with pytest.raises(CacheError, match="cut to a multiple of 32"):
+        cache.crop(-100)
+    assert [layer.get_seq_length() for layer in cache.coded_layers.values()] == [200, 200]
+
+
+def test_predicted_runs_before_use(model: Any, compressor: KVCompressor) -> None:
+    copied = {"type": "copy", "sources": [{"stream": "keys", "back": 0}]}
+    changes = {
+        "keys": {"transforms": [{"type": "token_scale", "stat": "minmax"}]},
+        "values": {"predictor": copied, "transforms": [{"type": "page_scale", "tokens": 32}]},
+    }
+    scheme = scheme_from_dict(merge(compressor.scheme.to_dict(), changes))
+    cache = BeforeUseCache(KVCompressor(scheme, compressor.geometry), model.config)
+    part = states()[:, :, :40]
+    _, values = cache.update(part, part + 1, 0)
+    assert values.shape == part.shape
+    assert (values - part - 1).abs().max() < 0.2

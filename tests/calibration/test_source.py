@@ -20,7 +20,7 @@ from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.errors import ModelError, StateError
 from vqkv.geometry import Geometry
-from vqkv.scheme_files import scheme_from_dict
+from vqkv.scheme_files import load_scheme, scheme_from_dict
 
 CONTEXT, DIM, QUERIES, HEADS = 64, 16, 4, 2
 SPECTRAL = {"transforms": [{"type": "spectral", "metric": "query"}]}
@@ -174,3 +174,15 @@ def run_spectral(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..
         return calibrate(*arguments, tokens=400, context=100, out=out).compressor
 
     return run
+
+
+def test_a_source_that_learns_nothing_is_captured_all_the_same(tmp_path: Path) -> None:
+    """AQUA-KV's first layer takes fixed grids; the next ones are predicted from it."""
+    text = write_text(tmp_path / "text.txt", 600)
+    tokenizer: Any = StubTokenizer()
+    made = load_scheme("aquakv-2")
+    compressor = calibrate(
+        tiny_model("llama"), tokenizer, made, [text], tokens=400, context=100, out=tmp_path / "out"
+    ).compressor
+    assert compressor.codec(0, "keys").config.data_free
+    assert compressor.codec(1, "keys").state()["predictor.weight"].abs().max() > 0

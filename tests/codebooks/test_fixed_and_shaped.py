@@ -36,6 +36,16 @@ class TestGaussian:
         found = torch.trapezoid((grid - nearest).square() * density, grid)
         assert float(found) == pytest.approx(distortion, rel=1e-3)
 
+    @pytest.mark.parametrize("bits", [8, 10])
+    def test_many_levels_come_near_what_a_fine_grid_can_do(self, bits: int) -> None:
+        """Panter and Dite (1951): distortion of K levels tends to `√3 π / (2 K²)` from below."""
+        points = lloyd_max(2**bits).double()
+        grid = torch.linspace(-9, 9, 2_000_001, dtype=torch.float64)
+        nearest = points[torch.bucketize(grid, (points[1:] + points[:-1]) / 2)]
+        density = torch.exp(-grid.square() / 2) / (2 * torch.pi) ** 0.5
+        found = float(torch.trapezoid((grid - nearest).square() * density, grid))
+        assert 0.97 < found * 4**bits / (3**0.5 * torch.pi / 2) < 1
+
     @pytest.mark.parametrize(("dim", "bits"), [(2, 4), (2, 6), (2, 8), (4, 8), (8, 8)])
     def test_grids_beat_levels_and_not_shannon(self, dim: int, bits: int) -> None:
         grid = gaussian_grid(dim, 2**bits)

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 
 from vqkv.compressor import KVCompressor, StreamKey
+from vqkv.errors import CacheError
 
 
 class Decoded:
@@ -37,7 +38,17 @@ class Decoded:
         self._held[key] = held
 
     def get(self, key: StreamKey, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Tokens `start` to `stop` of these rows, `[R·n, H, D]`."""
+        """Tokens `start` to `stop` of these rows, `[R·n, H, D]`.
+
+        Raises:
+            CacheError: the stream has not run in this forward, or none is running.
+        """
+        if key not in self._held:
+            layer, stream = key
+            raise CacheError(
+                f"{stream} of layer {layer} are not there to predict from: a predicted stream is "
+                "read while the model runs, after the layers before it"
+            )
         held = self._held[key]
         return held[rows.to(held.device), start:stop].flatten(0, 1)
 

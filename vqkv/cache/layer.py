@@ -144,19 +144,10 @@ class VQLayer(CacheLayerMixin):
             CacheError: a positive count, more than there is, or a cut inside of tokens that share
                 a scale.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > self._length:
-            raise CacheError(
-                f"crop takes a count from -{self._length} to 0, given {tokens_to_remove}"
-            )
+        coded = self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        length = self._length + tokens_to_remove
-        coded = [
-            min(coded, max(0, length - pad))
-            for coded, pad in zip(self.coded, self._pads(), strict=True)
-        ]
-        self._check_cut(coded)
-        self._length, self.coded = length, coded
+        self._length, self.coded = self._length + tokens_to_remove, coded
         first = self._tail_start
         self._tail_start = min(first, self._length)
         kept = max(0, self._length - first)
@@ -164,16 +155,28 @@ class VQLayer(CacheLayerMixin):
         self._tail_keys = self._tail_keys[:, :, :kept].clone()
         self._tail_values = self._tail_values[:, :, :kept].clone()
 
-    def _check_cut(self, coded: list[int]) -> None:
-        """Raises CacheError where what is left of the codes would end inside a run of tokens."""
+    def check_crop(self, tokens_to_remove: int) -> list[int]:
+        """Each row's coded tokens after a crop. Raises CacheError where `crop` would."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self._length:
+            raise CacheError(
+                f"crop takes a count from -{self._length} to 0, given {tokens_to_remove}"
+            )
+        length = self._length + tokens_to_remove
+        left = [
+            min(coded, max(0, length - pad))
+            for coded, pad in zip(self.coded, self._pads(), strict=True)
+        ]
+        if left == self.coded:
+            return left
         run = max(self.key_codec.layout.token_group, self.value_codec.layout.token_group)
-        for now, then in zip(self.coded, coded, strict=True):
+        for now, then in zip(self.coded, left, strict=True):
             if then < now and then % run:
                 raise CacheError(
                     f"scheme {self._compressor.scheme.name!r} scales runs of {run} tokens "
                     f"together: its {now} coded tokens can be cut to a multiple of {run}, "
                     f"given a cut to {then}"
                 )
+        return left
 
     def reset(self) -> None:
         """Forget all tokens, and free their memory."""

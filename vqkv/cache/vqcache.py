@@ -72,7 +72,13 @@ class VQCache(Cache):
         self.rows.select(torch.arange(self.rows.known, device=indices.device)[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` slots of every layer."""
+        """Drop the last `-tokens_to_remove` slots of every layer, or of none where one refuses.
+
+        Raises:
+            CacheError: as `VQLayer.crop` says.
+        """
+        for layer in self.coded_layers.values():
+            layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.rows.crop(self.get_seq_length())
 

@@ -144,16 +144,27 @@ def calibrate(
 
 
 def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
-    """What a compressor learns from, by layer: keys and queries before or after RoPE, values."""
+    """What a compressor learns from, by layer: keys and queries before or after RoPE, values.
+
+    A stream that learns nothing itself is wanted where one that does is predicted from it.
+    """
+    codecs = dict(compressor.codecs())
+    wanted = {key for key, codec in codecs.items() if not codec.config.data_free}
+    for key in reversed(codecs):  # sources come before what is predicted from them
+        if key in wanted:
+            wanted.update(compressor.sources(*key))
     wants: dict[int, list[Kind]] = {}
-    for (layer, stream), codec in compressor.codecs():
-        if not codec.config.data_free:
-            pre = stream == "keys" and codec.layout.rope == "pre"
-            wants.setdefault(layer, []).append("pre_keys" if pre else stream)
-            if codec.metric == "query":
-                wants[layer].append("pre_queries" if pre else "queries")
-            if compressor.scheme.calibration.weights == "fisher":
-                wants[layer].append(gradients_of(stream, pre))
+    for (layer, stream), codec in codecs.items():
+        if (layer, stream) not in wanted:
+            continue
+        pre = stream == "keys" and codec.layout.rope == "pre"
+        wants.setdefault(layer, []).append("pre_keys" if pre else stream)
+        if codec.config.data_free:
+            continue
+        if codec.metric == "query":
+            wants[layer].append("pre_queries" if pre else "queries")
+        if compressor.scheme.calibration.weights == "fisher":
+            wants[layer].append(gradients_of(stream, pre))
     return wants
 
 

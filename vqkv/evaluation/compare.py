@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,9 @@ def compare(
     tell = progress or (lambda phase, done, total: None)
     folder = cache_root() / "compare"
     read = [read_text(text) for text in texts]
-    # In a folder of its own for each comparison, as two at once may end at different times.
-    logits = folder / f"exact-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, as files are named by tokens alone: another model must not find them.
+    logits = Path(tempfile.mkdtemp(prefix="exact-", dir=folder))
     try:
         yield from _rows(
             model, tokenizer, schemes, read, settings, ExactLogits(model, logits), tell
@@ -115,7 +118,7 @@ def _rows(
     folder, sample = cache_root() / "compare", model_sample(model)
     for scheme in schemes:
         common = {
-            "library_version": __version__,
+            "code": _code_hash(),
             "fingerprint": scheme.fingerprint(),
             "model": sample,
             "calibration_tokens": settings.calibration_tokens,
@@ -238,6 +241,16 @@ def _calibrated(
 
 def _named(tell: Progress, name: str) -> Progress:
     return lambda phase, done, total: tell(f"{name}: {phase}", done, total)
+
+
+@cache
+def _code_hash() -> str:
+    """Of the package's own sources: what others gave is not what these would."""
+    digest = hashlib.sha256(__version__.encode())
+    root = Path(__file__).parent.parent
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.[ch]")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _hash(values: dict[str, Any]) -> str:

@@ -63,8 +63,11 @@ class Linear(Predictor):
         features = self._features(covariance.shape[1])
         seen = covariance[:, :features, :features]
         spread = seen.diagonal(dim1=1, dim2=2).mean(1)
-        # Sources that never vary predict nothing, but must not make the system singular.
-        penalty = (self.config.ridge * spread).clamp_min(torch.finfo(torch.float32).tiny)
+        # Sources that never vary predict nothing: what is left of them is rounding, in parts of
+        # their size, and must neither be learned from nor make the system singular.
+        size = (total[:, :features, :features] / count).diagonal(dim1=1, dim2=2).mean(1)
+        penalty = (self.config.ridge * spread).maximum(1e-10 * size)
+        penalty = penalty.clamp_min(torch.finfo(torch.float32).tiny)
         eye = torch.eye(features, dtype=seen.dtype, device=seen.device)
         weight = torch.linalg.solve(
             seen + penalty[:, None, None] * eye, covariance[:, :features, features:]

@@ -28,6 +28,10 @@ class QuantizerConfig(Config):
         """No fit is needed."""
         return False
 
+    def least_samples(self) -> int:
+        """Vectors that a codebook cannot be learned from fewer of."""
+        return 1
+
     @property
     def needs_rope_pairs(self) -> bool:
         """Subvectors are RoPE pairs of keys before rotation, side by side."""

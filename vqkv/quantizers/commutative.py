@@ -52,6 +52,10 @@ class CommutativeConfig(QuantizerConfig):
         """Of two indices."""
         return 2 * (self.size.bit_length() - 1)
 
+    def least_samples(self) -> int:
+        """One for each unit."""
+        return self.size
+
     @property
     def needs_rope_pairs(self) -> bool:
         """True."""

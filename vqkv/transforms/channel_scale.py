@@ -29,7 +29,6 @@ class ChannelScale(ChannelTransform):
 
     Config = ChannelScaleConfig
     config: ChannelScaleConfig
-    keeps_channels = True
 
     @property
     def metric(self) -> Metric | None:

@@ -28,7 +28,6 @@ class PageScale(Transform):
 
     Config = PageScaleConfig
     config: PageScaleConfig
-    keeps_channels = True
 
     @property
     def token_group(self) -> int:
