@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,26 @@ from tests.tiny_models import tiny_model
 ROOT = Path(__file__).parent.parent
 
 
-def test_config_reference_is_current() -> None:
-    path = ROOT / "tools" / "config_reference.py"
-    spec = importlib.util.spec_from_file_location("config_reference", path)
+def tool(name: str) -> Any:
+    """A script of `tools/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "configs.md").read_text(encoding="utf-8") == module.reference(), (
+    return module
+
+
+def test_config_reference_is_current() -> None:
+    reference = tool("config_reference").reference()
+    assert (ROOT / "docs" / "configs.md").read_text(encoding="utf-8") == reference, (
         "docs/configs.md is out of date: run `make docs`"
     )
+
+
+def test_measured_figures_are_those_of_the_committed_results() -> None:
+    module = tool("results_pages")
+    for path, text in module.pages(module.results()).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make docs`"
 
 
 def test_the_first_example_runs_as_it_stands(
