@@ -142,9 +142,18 @@ class Codec:
             z, _ = self._forward(states.sample(samples, seed))
         return [self._to_books(part, s) for part, s in self._split(z)]
 
-    def training_weights(self, channels: States, samples: int, seed: int) -> list[torch.Tensor]:
-        """Weights `[N', books]` of the `training_vectors`, from those of channels `[N, H, D]`."""
-        drawn = self._ordered(channels.sample(samples, seed))
+    def training_weights(
+        self, states: States, channels: States, samples: int, seed: int
+    ) -> list[torch.Tensor]:
+        """Weights `[N', books]` of the `training_vectors`, from those of channels `[N, H, D]`.
+
+        An error of a scaled channel costs as much more as its scale is larger, squared.
+        """
+        with self._named_in_errors():
+            z, side = self._forward(states.sample(samples, seed))
+        flat = torch.zeros(len(z), self.heads, self.head_dim, device=z.device)
+        scale = self._inverse(flat + 1, side) - self._inverse(flat, side)
+        drawn = self._ordered(channels.sample(samples, seed) * scale.square())
         sums = [(part.sum(-1, keepdim=True), segment) for part, segment in self._split(drawn)]
         return [self._to_books(weight, segment).squeeze(-1) for weight, segment in sums]
 

@@ -225,7 +225,7 @@ class KVCompressor:
             codec.fit_space(states, None if kind is None else source.metric(key[0], kind))
             vectors.append(codec.training_vectors(states, share, seed))
             if weighted:
-                weights.append(codec.training_weights(source.weights(*key), share, seed))
+                weights.append(codec.training_weights(states, source.weights(*key), share, seed))
         first, *others = (self._codecs[key] for key in family)
         first.fit_quantizers(_by_segment(vectors), seed, _by_segment(weights))
         for codec in others:

@@ -307,7 +307,7 @@ class Scheme(Config):
                 if not TRANSFORMS.get(transform.type).keeps_channels:
                     raise ValueError(
                         "calibration.weights: 'fisher' weighs channels as the model has them, and "
-                        f"{transform.type!r} scales or mixes them: leave out one of the two"
+                        f"{transform.type!r} mixes them: leave out one of the two"
                     )
         return self
 

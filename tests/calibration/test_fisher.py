@@ -115,9 +115,21 @@ def test_weights_follow_their_channels(tmp_path: Path) -> None:
     made["keys"] |= {"transforms": [], "grouping": {"type": "strided", "dim": 4}}
     codec = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted()).codec(0, "keys")
     weights = torch.rand(5, 2, 16, generator=torch.Generator().manual_seed(0))
-    (found,) = codec.training_weights(States.of(weights), 5, 0)
+    states = States.of(torch.randn(5, 2, 16))
+    (found,) = codec.training_weights(states, States.of(weights), 5, 0)
     expected = weights.unflatten(2, (4, 4)).sum(2).flatten(1)  # group i mod 4 of each head
     torch.testing.assert_close(found, expected)
+
+
+def test_weights_grow_with_the_square_of_a_token_s_scale() -> None:
+    geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
+    made = scheme("post").to_dict()
+    made["keys"]["transforms"] = [{"type": "token_scale", "stat": "rms"}]
+    codec = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted()).codec(0, "keys")
+    x = torch.randn(1, 2, 16).repeat(2, 1, 1)
+    x[1] *= 100
+    (found,) = codec.training_weights(States.of(x), States.of(torch.ones_like(x)), 2, 0)
+    torch.testing.assert_close(found[1], 1e4 * found[0], rtol=1e-2, atol=0)
 
 
 def test_a_weighted_calibration(tmp_path: Path) -> None:
@@ -139,10 +151,7 @@ def test_a_weighted_calibration(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_weighted() -> None:
-    scaled = {"transforms": [{"type": "token_scale"}]}
-    with pytest.raises(SchemeError, match="'token_scale' scales or mixes them"):
-        scheme_from_dict(merge(load_scheme("cq-4c8b-fisher").to_dict(), {"values": scaled}))
-    with pytest.raises(SchemeError, match="'spectral' scales or mixes them"):
+    with pytest.raises(SchemeError, match="'spectral' mixes them"):
         scheme_from_dict(
             merge(load_scheme("spectral-2").to_dict(), {"calibration": {"weights": "fisher"}})
         )

@@ -402,7 +402,7 @@ def test_the_demo_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         *("load the model 0/1", "load the model 1/1", "exact: generate 0/1", "exact: generate 1/1")
     ]
     for phase in ("canary persuasion", "cache persuasion", "generate"):
-        assert {f"cq-8c8b: {phase} 0/1", f"cq-8c8b: {phase} 1/1"} <= set(told)
+        assert {f"{demo.SCHEMES[1]}: {phase} {done}/1" for done in (0, 1)} <= set(told)
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [e["scheme"] for e in data["evaluations"]] == names[1:]
     assert all(e["canary_ok"] for e in data["evaluations"])

@@ -32,7 +32,7 @@ class Transform(Component, ABC):
         folds: it is linear and the same for every token, so attention on codes can move it into
             the query or the output.
         keeps_metric: a metric of what goes in is one of what comes out, up to a factor per token.
-        keeps_channels: each channel that comes out is one that goes in, shifted at most.
+        keeps_channels: each channel that comes out is one that goes in, scaled or shifted.
     """
 
     config: TransformConfig

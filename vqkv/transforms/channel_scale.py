@@ -29,6 +29,7 @@ class ChannelScale(ChannelTransform):
 
     Config = ChannelScaleConfig
     config: ChannelScaleConfig
+    keeps_channels = True
 
     @property
     def metric(self) -> Metric | None:

@@ -40,6 +40,7 @@ class TokenScale(Transform):
     Config = TokenScaleConfig
     config: TokenScaleConfig
     keeps_metric = True
+    keeps_channels = True
 
     def check(self, heads: int, head_dim: int) -> None:
         """Refuse groups that do not fill a head."""
