@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from vqkv.registry import Registry, did_you_mean
 
 log = logging.getLogger(__name__)
 
-Op = Literal["encode", "decode", "attend", "pack", "unpack"]
+Op = Literal["encode", "decode", "attend", "attend_codes", "pack", "unpack"]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("vqkv_forced_kernels", default={})  # noqa: B039
 _recorders: ContextVar[tuple[list[str], ...]] = ContextVar("vqkv_recorders", default=())
@@ -29,15 +29,15 @@ _recorders: ContextVar[tuple[list[str], ...]] = ContextVar("vqkv_recorders", def
 class Kernel:
     """One implementation of an operation.
 
-    `refuses(layout, device)` returns None where the kernel can run and else the reason. Among
-    those that can run the highest `speed` is chosen. A kernel that accepts and then fails raises;
-    nothing falls back in silence.
+    `refuses(layout, device)`, given what `select` was given, returns None where the kernel can run
+    and else the reason. Among those that can run the highest `speed` is chosen. A kernel that
+    accepts and then fails raises; nothing falls back in silence.
     """
 
     op: Op
     name: str
     run: Callable[..., Any]
-    refuses: Callable[[Layout, torch.device], str | None]
+    refuses: Callable[[Any, torch.device], str | None]
     speed: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,14 +62,17 @@ KERNELS: Registry[Kernel] = Registry(
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
+        "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
     },
 )
 
 
-def select(op: Op, layout: Layout, device: torch.device | str) -> Selection:
+def select(op: Op, layout: Hashable, device: torch.device | str) -> Selection:
     """The fastest kernel for `op` that takes this layout on this device.
+
+    The layout is one stream's, but for `attend_codes`, which reads two: an `AttendLayout`.
 
     Raises:
         KernelError: none takes it, or the one asked for by `using` refuses; lists the reasons.
@@ -80,7 +83,7 @@ def select(op: Op, layout: Layout, device: torch.device | str) -> Selection:
 
 @cache
 def _select(
-    op: str, layout: Layout, device_type: str, forced: str | None, generation: int
+    op: str, layout: Hashable, device_type: str, forced: str | None, generation: int
 ) -> Selection:
     device = torch.device(device_type)
     refused: dict[str, str] = {}

@@ -1,0 +1,92 @@
+"""Random coded tokens to attend on, of awkward sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns
+from vqkv.layouts import PAGE_TOKENS, Layout, Segment
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one problem; `lengths` are the rows' coded tokens."""
+
+    heads: int = 2
+    group: int = 3
+    head_dim: int = 64
+    dim: int = 4
+    stages: int = 1
+    rows: int = 1
+    lengths: tuple[int, ...] = (70,)
+    sinks: int = 0
+    rope: bool = True
+    key_sums: bool = False
+    paged: bool = False
+    size: int = 256
+
+    @property
+    def layout(self) -> AttendLayout:
+        """Of both streams."""
+        groups = self.head_dim // self.dim
+        segment = Segment(self.heads, groups, self.dim, self.stages, 8, self.heads * groups)
+        keys = Layout(
+            self.heads,
+            self.head_dim,
+            (segment,),
+            rope="pre" if self.rope else "post",
+            pairs_whole=self.rope,
+        )
+        sources = (("keys", 0),) if self.key_sums else ()
+        return AttendLayout(
+            keys,
+            Layout(self.heads, self.head_dim, (segment,), sources=sources),  # type: ignore[arg-type]
+        )
+
+
+def problem(case: Case, seed: int = 0) -> tuple[torch.Tensor, Coded]:
+    """Queries `[B, Q, t, D]` and coded tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, pages = len(case.lengths), -(-max(*case.lengths, 1) // PAGE_TOKENS)
+    query = torch.randn(
+        batch, case.heads * case.group, case.rows, case.head_dim, generator=generator
+    )
+    table = torch.randperm(batch * pages, generator=generator).view(batch, pages).int()
+    keys, values = (_plane(case, batch, pages, table, generator) for _ in range(2))
+    stop = torch.tensor(case.lengths, dtype=torch.int32)
+    coded = Coded(
+        keys,
+        values,
+        start=stop.clamp(max=case.sinks).int(),
+        stop=stop,
+        turns=_turns(case, batch, pages, generator) if case.rope else None,
+        key_sums=case.key_sums,
+        pages=table if case.paged else None,
+    )
+    return query * case.head_dim**-0.5 * 3, coded
+
+
+def _plane(
+    case: Case, batch: int, pages: int, table: torch.Tensor, generator: torch.Generator
+) -> Plane:
+    groups = case.head_dim // case.dim
+    words = torch.randn(case.heads, groups, case.stages, case.size, case.dim, generator=generator)
+    shape = (batch * pages, case.heads, PAGE_TOKENS, groups * case.stages)
+    codes = torch.randint(case.size, shape, generator=generator).to(torch.uint8)
+    if not case.paged:
+        codes = codes.view(batch, pages, *shape[1:]).transpose(1, 2).flatten(2, 3).contiguous()
+    return Plane(codes, words.half())
+
+
+def _turns(case: Case, batch: int, pages: int, generator: torch.Generator) -> Turns:
+    half = case.head_dim // 2
+    frequency = 10000.0 ** -(torch.arange(half) / half)
+    first = torch.randint(50, (batch, 1), generator=generator)
+    starts = first + PAGE_TOKENS * torch.arange(pages)
+    page = torch.polar(torch.ones(batch, pages, half), starts.unsqueeze(-1) * frequency)
+    scale = torch.full((PAGE_TOKENS, half), 1.1)  # as YaRN scales
+    offset = torch.polar(scale, torch.arange(PAGE_TOKENS)[:, None] * frequency)
+    pairs = torch.stack([torch.randperm(half, generator=generator) for _ in range(case.heads)])
+    return Turns(torch.view_as_real(page), torch.view_as_real(offset), pairs.int())
