@@ -39,7 +39,7 @@ def source(
     queries = torch.randn(1, QUERIES, 500, DIM, generator=torch.Generator().manual_seed(0))
     queries = queries * torch.linspace(0.1, 3, DIM)
     spool.append(0, "keys", torch.zeros(1, HEADS, 500, DIM))
-    spool.add_queries(0, queries)
+    spool.add_queries(0, "pre_queries" if rope == "pre" else "queries", queries)
     spool.finish_window()
     return model, CapturedStates(spool, model, compressor, CONTEXT), queries[:, :, 2:]
 
@@ -100,11 +100,12 @@ def test_products_survive_a_kill_and_half_a_window_does_not(tmp_path: Path) -> N
     spool = Spool(tmp_path, 0)
     for _ in range(2):
         spool.append(0, "keys", torch.zeros(1, HEADS, 30, DIM))
-        spool.add_queries(0, x)
+        spool.add_queries(0, "queries", x)
         spool.finish_window()
-    whole = spool.query_moments(0)
-    spool.add_queries(0, 100 * x)
-    assert torch.equal(Spool(tmp_path, 0).query_moments(0), whole)
+    whole = spool.query_moments(0, "queries")
+    spool.add_queries(0, "queries", 100 * x)
+    spool.add_queries(0, "pre_queries", x)
+    assert torch.equal(Spool(tmp_path, 0).query_moments(0, "queries"), whole)
     assert len(list(tmp_path.glob("products-*"))) == 1
     expected = torch.einsum("qtd,qte->qde", x[0].double(), x[0].double()) / 30
     torch.testing.assert_close(whole, expected)
@@ -112,7 +113,7 @@ def test_products_survive_a_kill_and_half_a_window_does_not(tmp_path: Path) -> N
 
 def test_nan_in_queries_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="queries of layer 3 in window 0"):
-        Spool(tmp_path, 0).add_queries(3, torch.full((1, 1, 2, 4), torch.nan))
+        Spool(tmp_path, 0).add_queries(3, "queries", torch.full((1, 1, 2, 4), torch.nan))
 
 
 def test_reconstructions_are_kept_on_disk_until_they_are_forgotten(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_rows_are_what_calibrate_and_evaluate_give(texts: dict[str, Path], tmp_p
     rows = list(compare(model, tokenizer, schemes(), scored, settings(texts)))
     found = [(r.evaluation["scheme"], r.evaluation["text"]) for r in rows]
     assert found == [(s, t) for s in ("learned", "scalar-4bit") for t in ("b.txt", "c.txt")]
-    assert rows[0].seconds_calibration is not None and rows[2].seconds_calibration is None
+    assert rows[0].seconds_learn is not None and rows[2].seconds_learn is None
     compressor = calibrate(
         model, tokenizer, schemes()[0], [texts["a"]], tokens=256, context=64, out=tmp_path / "x"
     ).compressor

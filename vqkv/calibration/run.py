@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.artefact import FILES, base_model_name
-from vqkv.calibration.capture import Kind, StateCapture
 from vqkv.calibration.partial import StreamFiles, resume, working
-from vqkv.calibration.source import CapturedStates, gradients_of
+from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
+from vqkv.calibration.spooling import Progress, capture, wanted_kinds
 from vqkv.calibration.windows import Text, calibration_windows, check_context, read_text
 from vqkv.codebooks import LEARNERS
 from vqkv.compressor import KVCompressor, Provenance
+from vqkv.errors import StateError
 from vqkv.folders import check_free
 from vqkv.geometry import Geometry
 from vqkv.scheme import Scheme, learners_of
 from vqkv.version import __version__
-
-#: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ def calibrate(
     seed: int = 0,
     context: int = 2048,
     overwrite: bool = False,
+    captured: Spool | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Fit a scheme to a model on some texts and save the artefact.
@@ -93,6 +92,8 @@ def calibrate(
         seed: all randomness follows from it.
         context: tokens of a window.
         overwrite: replace an artefact that is at `out`.
+        captured: states of these very windows, of every kind that the scheme learns from, where
+            several schemes learn from the same ones: the model is not run. It stays as it is.
         progress: told how far it is.
 
     Raises:
@@ -100,7 +101,8 @@ def calibrate(
         TextError: a text is missing, unreadable or too short.
         ModelError: the model cannot be captured, or has no room for `context` tokens.
         SchemeError: the scheme does not fit the model.
-        StateError: NaN or infinity in the states, or too few tokens; names the stream.
+        StateError: NaN or infinity in the states, or too few tokens; names the stream. Or
+            `captured` holds other windows or sinks.
         KernelError: a learner cannot run here, as without a library that it needs.
     """
     out = Path(out)
@@ -133,39 +135,17 @@ def calibrate(
         if not scheme.data_free:
             spool = resume(partial, manifest, scheme.residency.sinks)
             start = time.perf_counter()
-            _capture(model, compressor, windows, spool, progress)
-            captured = time.perf_counter()
+            if captured is None:
+                capture(model, wanted_kinds(compressor), windows, spool, progress)
+            else:
+                spool = _checked(captured, windows, scheme.residency.sinks)
+            middle = time.perf_counter()
             source = CapturedStates(spool, model, compressor, context)
             _learn(compressor, source, partial, seed, progress)
-            capture_seconds, learn_seconds = captured - start, time.perf_counter() - captured
+            capture_seconds, learn_seconds = middle - start, time.perf_counter() - middle
         compressor.save_pretrained(out, overwrite=overwrite)
         shutil.rmtree(partial)
     return CalibrationReport(compressor, out, capture_seconds, learn_seconds, peak_rss_bytes())
-
-
-def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
-    """What a compressor learns from, by layer: keys and queries before or after RoPE, values.
-
-    A stream that learns nothing itself is wanted where one that does is predicted from it.
-    """
-    codecs = dict(compressor.codecs())
-    wanted = {key for key, codec in codecs.items() if not codec.config.data_free}
-    for key in reversed(codecs):  # sources come before what is predicted from them
-        if key in wanted:
-            wanted.update(compressor.sources(*key))
-    wants: dict[int, list[Kind]] = {}
-    for (layer, stream), codec in codecs.items():
-        if (layer, stream) not in wanted:
-            continue
-        pre = stream == "keys" and codec.layout.rope == "pre"
-        wants.setdefault(layer, []).append("pre_keys" if pre else stream)
-        if codec.config.data_free:
-            continue
-        if codec.metric == "query":
-            wants[layer].append("pre_queries" if pre else "queries")
-        if compressor.scheme.calibration.weights == "fisher":
-            wants[layer].append(gradients_of(stream, pre))
-    return wants
 
 
 def peak_rss_bytes() -> int:
@@ -199,33 +179,15 @@ def _window_hash(windows: Sequence[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _capture(
-    model: PreTrainedModel,
-    compressor: KVCompressor,
-    windows: Sequence[torch.Tensor],
-    spool: Spool,
-    progress: Progress | None,
-) -> None:
-    total = sum(len(window) for window in windows)
-    done = sum(len(window) for window in windows[: spool.windows])
-    if progress is not None:
-        progress("capture", done, total)
-    if done == total:
-        return
-
-    def take(layer: int, kind: Kind, states: torch.Tensor) -> None:
-        if kind in ("queries", "pre_queries"):
-            spool.add_queries(layer, states)
-        else:
-            spool.append(layer, kind, states)
-
-    with StateCapture(model, wanted_kinds(compressor), take) as capture:
-        for window in windows[spool.windows :]:
-            capture.run(window)
-            spool.finish_window()
-            done += len(window)
-            if progress is not None:
-                progress("capture", done, total)
+def _checked(captured: Spool, windows: Sequence[torch.Tensor], sinks: int) -> Spool:
+    tokens = sum(max(0, len(window) - sinks) for window in windows)
+    expected, found = (len(windows), tokens), (captured.windows, captured.tokens)
+    if expected != found or captured.sinks != sinks:
+        raise StateError(
+            f"{captured.folder}: there are {found[1]} tokens of {found[0]} windows without their "
+            f"first {captured.sinks}; needed are {expected[1]} of {expected[0]} without {sinks}"
+        )
+    return captured
 
 
 def _learn(

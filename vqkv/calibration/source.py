@@ -79,7 +79,8 @@ class CapturedStates(StateSource):
             weight = output_projection(self._modules[layer], channels).detach().double().cpu()
             slices = rearrange(weight, "e (h g d) -> h (e g) d", h=heads, d=dim)
             return slices.transpose(1, 2) @ slices
-        moments = self._spool.query_moments(layer)
+        queries: Kind = "pre_queries" if layer in self._pre_rope else "queries"
+        moments = self._spool.query_moments(layer, queries)
         moments = rearrange(moments, "(h g) i j -> h g i j", h=heads).mean(1)
         if layer not in self._pre_rope or self._adapter is None:
             return moments

@@ -92,24 +92,26 @@ class Spool:
         with self._path(name).open("ab") as file:
             file.write(bits.astype(bits.dtype.newbyteorder("<"), copy=False).data)
 
-    def add_queries(self, layer: int, queries: torch.Tensor) -> None:
+    def add_queries(self, layer: int, kind: Kind, queries: torch.Tensor) -> None:
         """Add what queries `[B, Q, T, D]` of the current window sum up to.
 
         Raises:
             StateError: NaN or infinity; names layer and window.
         """
         queries = queries[:, :, self.sinks :]
-        check_finite(queries, f"queries of layer {layer} in window {self.windows}", "[B, Q, T, D]")
+        check_finite(queries, f"{kind} of layer {layer} in window {self.windows}", "[B, Q, T, D]")
         rows = rearrange(queries.double(), "b q t d -> q (b t) d")
         product = rows.transpose(1, 2) @ rows
-        held = self._products.get(str(layer))
-        self._products[str(layer)] = product.cpu() + (0 if held is None else held)
+        name = f"{layer}.{kind}"
+        held = self._products.get(name)
+        self._products[name] = product.cpu() + (0 if held is None else held)
 
-    def query_moments(self, layer: int) -> torch.Tensor:
+    def query_moments(self, layer: int, kind: Kind) -> torch.Tensor:
         """`Σ_q = E[q qᵀ]` of each query head, `[Q, D, D]` in fp64."""
-        if str(layer) not in self._products:
-            raise StateError(f"queries of layer {layer}: none were captured")
-        return self._products[str(layer)] / self.tokens
+        name = f"{layer}.{kind}"
+        if name not in self._products:
+            raise StateError(f"{kind} of layer {layer}: none were captured")
+        return self._products[name] / self.tokens
 
     def finish_window(self) -> None:
         """The current window is whole: keep it."""

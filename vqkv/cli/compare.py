@@ -13,7 +13,7 @@ from vqkv.cli.progress import progress_bars, spinner
 
 COLUMNS = (
     *("scheme", "text", "bits", "KL", "ratio", "95 %", "top-1", "repeated", "side"),
-    *("calibrate s", "encode µs", "decode µs"),
+    *("learn s", "encode µs", "decode µs"),
 )
 
 
@@ -91,7 +91,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     e = row["evaluation"]
     low, high = e["interval"]
     repeated = ", ".join(f"{n}: {loss:.2f}" for n, loss in e["repeated_passage"].items())
-    seconds = row["seconds_calibration"]
+    seconds = row["seconds_learn"]
     return (
         e["scheme"],
         e["text"],

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqkv.artefact import base_model_name
-from vqkv.calibration import Text, calibrate, read_text
+from vqkv.calibration import (
+    Spool,
+    Text,
+    calibrate,
+    calibration_windows,
+    capture,
+    read_text,
+    wanted_by_all,
+)
 from vqkv.calibration.run import model_sample
 from vqkv.compressor import KVCompressor, StreamKey
 from vqkv.evaluation.exact import ExactLogits
-from vqkv.evaluation.run import Evaluation, evaluate
+from vqkv.evaluation.run import evaluate
 from vqkv.geometry import Geometry
 from vqkv.models import cache_root
 from vqkv.scheme import Scheme
@@ -47,12 +54,12 @@ class Row:
 
     Attributes:
         evaluation: as `vqkv evaluate` gives it.
-        seconds_calibration: capture and learning; None where nothing is learned.
+        seconds_learn: after the states were captured; None where nothing is learned.
         encode_us: microseconds to code one token in all layers; `decode_us` to reconstruct it.
     """
 
     evaluation: dict[str, Any]
-    seconds_calibration: float | None
+    seconds_learn: float | None
     encode_us: float
     decode_us: float
 
@@ -64,7 +71,7 @@ class Settings:
     Attributes:
         calibration_texts: each gives an equal share of `calibration_tokens`.
         tokens: scored per text, after `skip`, in windows of `context`.
-        passages: repeated passages of each length.
+        passages: repeated passages of each length, of the first text alone.
         sinks: kept exact, whatever a scheme says.
     """
 
@@ -98,71 +105,126 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, as files are named by tokens alone: another model must not find them.
     logits = Path(tempfile.mkdtemp(prefix="exact-", dir=folder))
+    bench = _Bench(model, tokenizer, schemes, settings, ExactLogits(model, logits), folder, tell)
     try:
-        yield from _rows(
-            model, tokenizer, schemes, read, settings, ExactLogits(model, logits), tell
-        )
+        for scheme in schemes:
+            yield from bench.rows(scheme, read)
+        shutil.rmtree(bench.states, ignore_errors=True)
     finally:
         shutil.rmtree(logits, ignore_errors=True)
 
 
-def _rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    schemes: Sequence[Scheme],
-    texts: Sequence[Text],
-    settings: Settings,
-    exact: ExactLogits,
-    tell: Progress,
-) -> Iterator[Row]:
-    folder, sample = cache_root() / "compare", model_sample(model)
-    for scheme in schemes:
-        common = {
+class _Bench:
+    """What the schemes of one comparison share: a model, its states, its exact logits."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        schemes: Sequence[Scheme],
+        settings: Settings,
+        exact: ExactLogits,
+        folder: Path,
+        tell: Progress,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.exact = exact
+        self.folder = folder
+        self.tell = tell
+        self.geometry = Geometry.from_model(model)
+        self._learned = [scheme for scheme in schemes if not scheme.data_free]
+        self._common = {
             "code": _code_hash(),
-            "fingerprint": scheme.fingerprint(),
-            "model": sample,
+            "model": model_sample(model),
             "calibration_tokens": settings.calibration_tokens,
             "calibration_texts": [read_text(t).sha256 for t in settings.calibration_texts],
             "context": settings.context,
             "seed": settings.seed,
         }
-        home = folder / f"{scheme.name}-{_hash(common)}"
+        wanted = sorted(scheme.fingerprint() for scheme in self._learned)
+        #: Where captured states lie, by what they are of; interrupted, they are gone on with.
+        self.states = folder / f"states-{_hash({**self._common, 'schemes': wanted})}"
+
+    def rows(self, scheme: Scheme, texts: Sequence[Text]) -> Iterator[Row]:
+        """Of one scheme on every text, from the cache where they are there."""
+        common = {**self._common, "fingerprint": scheme.fingerprint()}
+        home = self.folder / f"{scheme.name}-{_hash(common)}"
         compressor: KVCompressor | None = None
-        seconds: float | None = None
-        for text in texts:
+        for index, text in enumerate(texts):
             wanted = {
                 "text": text.sha256,
-                "tokens": settings.tokens,
-                "skip": settings.skip,
-                "passages": settings.passages,
-                "sinks": settings.sinks,
+                "tokens": self.settings.tokens,
+                "skip": self.settings.skip,
+                "passages": 0 if index else self.settings.passages,
+                "sinks": self.settings.sinks,
             }
             kept = home / f"{Path(text.name).stem}-{_hash(wanted)}.json"
-            if kept.exists():
-                yield Row(**json.loads(kept.read_text(encoding="utf-8")))
-                continue
-            if compressor is None:
-                compressor, seconds = _calibrated(
-                    model, tokenizer, scheme, settings, home, _named(tell, scheme.name)
+            if not kept.exists():
+                if compressor is None:
+                    compressor = self._calibrated(scheme, home)
+                    compressor = compressor.with_residency(sinks=self.settings.sinks)
+                evaluation = evaluate(
+                    self.model,
+                    self.tokenizer,
+                    compressor,
+                    text,
+                    tokens=self.settings.tokens,
+                    context=self.settings.context,
+                    skip=self.settings.skip,
+                    passages=0 if index else self.settings.passages,
+                    exact=self.exact,
+                    progress=_named(self.tell, f"{scheme.name}: {text.name}"),
                 )
-                compressor = compressor.with_residency(sinks=settings.sinks)
-            evaluation: Evaluation = evaluate(
-                model,
-                tokenizer,
-                compressor,
-                text,
-                tokens=settings.tokens,
-                context=settings.context,
-                skip=settings.skip,
-                passages=settings.passages,
-                exact=exact,
-                progress=_named(tell, f"{scheme.name}: {text.name}"),
-            )
-            encode_us, decode_us = coding_times(compressor)
-            row = Row(evaluation.to_dict(), seconds, encode_us, decode_us)
-            _keep(kept, asdict(row))
-            # As it will come back from the file.
-            yield Row(**json.loads(kept.read_text(encoding="utf-8")))
+                _keep(kept, evaluation.to_dict())
+            times = home / "coding.json"
+            if not times.exists():
+                compressor = compressor or self._calibrated(scheme, home)
+                encode_us, decode_us = coding_times(compressor)
+                _keep(times, {"encode_us": encode_us, "decode_us": decode_us})
+            took = home / "learning.json"
+            seconds = _kept(took)["seconds"] if took.exists() else None
+            yield Row(_kept(kept), seconds, **_kept(times))
+
+    def _calibrated(self, scheme: Scheme, home: Path) -> KVCompressor:
+        """The scheme's compressor, from the cache where it is there."""
+        if scheme.data_free:
+            return KVCompressor(scheme, self.geometry)
+        artefact, took = home / "artefact", home / "learning.json"
+        if artefact.exists() and took.exists():
+            return KVCompressor.from_pretrained(artefact, self.model.config)
+        home.mkdir(parents=True, exist_ok=True)
+        report = calibrate(
+            self.model,
+            self.tokenizer,
+            scheme,
+            self.settings.calibration_texts,
+            tokens=self.settings.calibration_tokens,
+            out=artefact,
+            seed=self.settings.seed,
+            context=self.settings.context,
+            overwrite=True,
+            captured=self._captured(scheme.residency.sinks),
+            progress=_named(self.tell, scheme.name),
+        )
+        _keep(took, {"seconds": report.seconds_learn})
+        return report.compressor
+
+    def _captured(self, sinks: int) -> Spool:
+        """The states that all schemes with so many sinks learn from, captured once."""
+        texts = [read_text(text) for text in self.settings.calibration_texts]
+        windows = calibration_windows(
+            self.tokenizer, texts, self.settings.calibration_tokens, self.settings.context
+        )
+        spool = Spool(self.states / f"sinks-{sinks}", sinks)
+        wants = wanted_by_all(
+            KVCompressor(scheme, self.geometry)
+            for scheme in self._learned
+            if scheme.residency.sinks == sinks
+        )
+        capture(self.model, wants, windows, spool, _named(self.tell, "all schemes"))
+        return spool
 
 
 def provenance() -> dict[str, str]:
@@ -206,39 +268,6 @@ def coding_times(compressor: KVCompressor) -> tuple[float, float]:
     return encode, decode
 
 
-def _calibrated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    scheme: Scheme,
-    settings: Settings,
-    home: Path,
-    progress: Progress,
-) -> tuple[KVCompressor, float | None]:
-    """The scheme's compressor, from the cache where it is there."""
-    if scheme.data_free:
-        return KVCompressor(scheme, Geometry.from_model(model)), None
-    artefact, took = home / "artefact", home / "calibration.json"
-    if artefact.exists() and took.exists():
-        seconds = float(json.loads(took.read_text(encoding="utf-8"))["seconds"])
-        return KVCompressor.from_pretrained(artefact, model.config), seconds
-    home.mkdir(parents=True, exist_ok=True)
-    report = calibrate(
-        model,
-        tokenizer,
-        scheme,
-        settings.calibration_texts,
-        tokens=settings.calibration_tokens,
-        out=artefact,
-        seed=settings.seed,
-        context=settings.context,
-        overwrite=True,
-        progress=progress,
-    )
-    seconds = report.seconds_capture + report.seconds_learn
-    _keep(took, {"seconds": seconds, "model": base_model_name(model.config)})
-    return report.compressor, seconds
-
-
 def _named(tell: Progress, name: str) -> Progress:
     return lambda phase, done, total: tell(f"{name}: {phase}", done, total)
 
@@ -256,6 +285,12 @@ def _code_hash() -> str:
 def _hash(values: dict[str, Any]) -> str:
     canonical = json.dumps(values, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """JSON as it was written, so that figures are the same whether they were kept or are new."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def _keep(path: Path, values: dict[str, Any]) -> None:

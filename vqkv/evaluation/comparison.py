@@ -12,7 +12,10 @@ from vqkv.folders import check_free, replacing
 #: All that is in the folder.
 FILES = frozenset({"comparison.json", "comparison.md", "plot.png"})
 
-HEAD = ("scheme", "bits", "KL", "perplexity ratio", "95 %", "top-1", "repeated passage", "side MB")
+HEAD = (
+    *("scheme", "bits", "KL", "perplexity ratio", "95 %", "top-1", "repeated passage", "side MB"),
+    *("learn s", "encode µs", "decode µs"),
+)
 
 
 def check_out(folder: Path) -> None:
@@ -40,24 +43,23 @@ def write_comparison(folder: Path, data: dict[str, Any]) -> None:
 
 def markdown(data: dict[str, Any]) -> str:
     """A table per text, best KL first among schemes of the same bits."""
-    rows = [row["evaluation"] for row in data["rows"]]
     parts = []
-    for text in dict.fromkeys(e["text"] for e in rows):
-        mine = sorted(
-            (e for e in rows if e["text"] == text), key=lambda e: (-e["bits_per_value"], e["kl"])
-        )
-        exact = mine[0]["repeated_passage_exact"]
-        losses = ", ".join(f"{loss:.2f} at {n}" for n, loss in exact.items())
-        parts.append(f"## {text}, {mine[0]['tokens']:,} tokens\n")
+    for text in dict.fromkeys(row["evaluation"]["text"] for row in data["rows"]):
+        mine = [row for row in data["rows"] if row["evaluation"]["text"] == text]
+        mine.sort(key=lambda row: (-row["evaluation"]["bits_per_value"], row["evaluation"]["kl"]))
+        first = mine[0]["evaluation"]
+        losses = ", ".join(f"{x:.2f} at {n}" for n, x in first["repeated_passage_exact"].items())
+        parts.append(f"## {text}, {first['tokens']:,} tokens\n")
         if losses:
             parts.append(f"Exact loss on repeated passages: {losses}.\n")
         parts.append("| " + " | ".join(HEAD) + " |\n|" + " --- |" * len(HEAD))
-        parts.extend("| " + " | ".join(_cells(e)) + " |" for e in mine)
+        parts.extend("| " + " | ".join(_cells(row)) + " |" for row in mine)
         parts.append("")
     return "\n".join(parts)
 
 
-def _cells(e: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    e, seconds = row["evaluation"], row["seconds_learn"]
     low, high = e["interval"]
     return (
         f"`{e['scheme']}`",
@@ -68,4 +70,7 @@ def _cells(e: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * e['top1_agreement']:.1f} %",
         ", ".join(f"{loss:.2f}" for loss in e["repeated_passage"].values()),
         f"{e['side_bytes']['total'] / 1e6:.1f}",
+        "" if seconds is None else f"{seconds:.0f}",
+        f"{row['encode_us']:.0f}",
+        f"{row['decode_us']:.0f}",
     )
