@@ -66,7 +66,7 @@ SHOOTOUT_TOKENS ?= 16384
 shootout: env
 	$(OFFLINE) $(BIN)/vqkv compare demo $(SHOOTOUT:%=--scheme %) \
 		--text vqkv/data/persuasion.txt --text vqkv/data/python-library.txt \
-		--tokens $(SHOOTOUT_TOKENS) --passages 3 --out benchmarks/results/shootout
+		--tokens $(SHOOTOUT_TOKENS) --passages 4 --out benchmarks/results/shootout
 
 docs: env
 	$(BIN)/python tools/config_reference.py

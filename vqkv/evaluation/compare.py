@@ -72,6 +72,7 @@ class Settings:
         calibration_texts: each gives an equal share of `calibration_tokens`.
         tokens: scored per text, after `skip`, in windows of `context`.
         passages: repeated passages of each length, of the first text alone.
+        passage_lengths: in tokens; longer ones would take most of a comparison's time.
         sinks: kept exact, whatever a scheme says.
     """
 
@@ -81,6 +82,7 @@ class Settings:
     skip: int = 4096
     context: int = 2048
     passages: int = 8
+    passage_lengths: tuple[int, ...] = (512, 1024)
     sinks: int = 4
     seed: int = 0
 
@@ -158,6 +160,7 @@ class _Bench:
                 "tokens": self.settings.tokens,
                 "skip": self.settings.skip,
                 "passages": 0 if index else self.settings.passages,
+                "passage_lengths": self.settings.passage_lengths,
                 "sinks": self.settings.sinks,
             }
             kept = home / f"{Path(text.name).stem}-{_hash(wanted)}.json"
@@ -174,6 +177,7 @@ class _Bench:
                     context=self.settings.context,
                     skip=self.settings.skip,
                     passages=0 if index else self.settings.passages,
+                    passage_lengths=self.settings.passage_lengths,
                     exact=self.exact,
                     progress=_named(self.tell, f"{scheme.name}: {text.name}"),
                 )
