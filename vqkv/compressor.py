@@ -16,6 +16,7 @@ from einops import rearrange
 from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
+from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
 from vqkv.layouts import Stream, coded_tokens
 from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
@@ -130,6 +131,7 @@ class KVCompressor:
         for codec in self._codecs.values():
             _check_samples(codec, scheme)
         self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
+        self._folded: dict[tuple[int, torch.device], FoldedLayer | str] = {}
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
             (layer, stream): homes.setdefault((stream, codec.config), layer)
@@ -184,6 +186,7 @@ class KVCompressor:
             if progress is not None:
                 progress(done, total, names[family[-1]])
         self._moved.clear()
+        self._folded.clear()
         self.fitted = True
         return self
 
@@ -269,6 +272,21 @@ class KVCompressor:
             self._moved[key] = moved
         return self._moved[key]
 
+    def folded(self, layer: int, device: torch.device | str = "cpu") -> FoldedLayer | str:
+        """What attention on a layer's codes takes, or the reason why that cannot be.
+
+        Raises:
+            NotFittedError, StateError: as `codec` does.
+        """
+        key = (layer, torch.device(device))
+        if key not in self._folded:
+            keys, values = (self.codec(layer, stream, device) for stream in STREAMS)
+            try:
+                self._folded[key] = fold(keys, values)
+            except NotFoldable as reason:
+                self._folded[key] = str(reason)
+        return self._folded[key]
+
     def with_residency(
         self, *, sinks: int | None = None, window: int | None = None
     ) -> KVCompressor:
@@ -285,7 +303,7 @@ class KVCompressor:
         """The same compressor with each codec replaced by `replace(codec)`."""
         other = copy.copy(self)
         other._codecs = {key: replace(codec) for key, codec in self._codecs.items()}
-        other._moved = {}
+        other._moved, other._folded = {}, {}
         return other
 
     def codecs(self) -> Iterator[tuple[tuple[int, Stream], Codec]]:
@@ -469,6 +487,7 @@ class KVCompressor:
         if rest:
             raise StateError(f"unknown tensors: {sorted(rest)[:5]}")
         self._moved.clear()
+        self._folded.clear()
         self.fitted = True
         return self
 

@@ -46,10 +46,11 @@ def scheme_dict(
 class ModelStates(StateSource):
     """States of a forward over random tokens, pre-RoPE keys where the scheme wants them."""
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry, rope: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, geometry: Geometry, rope: str, tokens: int = 200
+    ) -> None:
         self.rope = rope
         cache = DynamicCache()
-        tokens = 200
         with torch.no_grad():
             model(random_ids(1, tokens, seed=9), past_key_values=cache)
         self.layers = cache.layers

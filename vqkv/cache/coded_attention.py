@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 )
 
 from vqkv.attention import attention_modules, model_type, own_attention
+from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
 from vqkv.errors import KernelError, ModelError
 from vqkv.kernels.attend import Block, attend
@@ -132,8 +133,10 @@ def coded_attention(
             raise _not_computed(type(module).__name__, variant)
     layer = states.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
-    output = attend(query, _blocks(layer, visible), scale, layer.key_codec.layout)
+    output = fused_attention(layer, query, scale, mask)
+    if output is None:
+        visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
+        output = attend(query, _blocks(layer, visible), scale, layer.key_codec.layout)
     layer.finish()
     return output.transpose(1, 2).contiguous(), None
 

@@ -8,7 +8,7 @@ sinks are as the model gave them, after RoPE.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ from vqkv.cache.rows import Rows
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.errors import CacheError
+from vqkv.folding import FoldedLayer
 from vqkv.layouts import PAGE_TOKENS, Stream
 from vqkv.scheme import STREAMS
 
@@ -36,6 +37,19 @@ class CodedStates:
 
     def __init__(self, layer: VQLayer) -> None:
         self.layer = layer
+
+
+class ExactTokens(NamedTuple):
+    """Tokens that are kept as they are: keys and values `[B, H, n, D]`, keys after RoPE.
+
+    `slots` `[B, n]` says where each one stands, `counts` `[B, n]` whether it is one: rows differ in
+    how many they have.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    counts: torch.Tensor
 
 
 class VQLayer(CacheLayerMixin):
@@ -245,6 +259,33 @@ class VQLayer(CacheLayerMixin):
                 keys[rows, :, slots] = self._sink_keys[rows, :, low:sinks]
                 values[rows, :, slots] = self._sink_values[rows, :, low:sinks]
         return keys, values
+
+    def exact_tokens(self) -> ExactTokens:
+        """Sinks and tail, of all rows side by side."""
+        pads = torch.tensor(self._pads(), device=self.device)[:, None]
+        coded = torch.tensor(self.coded, device=self.device)[:, None]
+        sinks = torch.arange(self._sink_keys.shape[2], device=self.device)
+        tail = torch.arange(self._tail_start, self._length, device=self.device)
+        return ExactTokens(
+            torch.cat([self._sink_keys, self._tail_keys], 2),
+            torch.cat([self._sink_values, self._tail_values], 2),
+            torch.cat([pads + sinks, tail.expand(len(pads), -1)], 1),
+            torch.cat([sinks < coded.clamp(max=self.sinks), tail >= pads + coded], 1),
+        )
+
+    @property
+    def stores(self) -> tuple[PageStore, PageStore]:
+        """Coded keys and values."""
+        return self._keys, self._values
+
+    @property
+    def pads(self) -> list[int]:
+        """Padded slots at the left of each row."""
+        return self._pads()
+
+    def folded(self) -> FoldedLayer | str:
+        """What attention on this layer's codes takes, or the reason why that cannot be."""
+        return self._compressor.folded(self.index, self.device)
 
     def check_padding(self, pads: list[int]) -> None:
         """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.

@@ -77,6 +77,13 @@ class RotaryAdapter:
         """Channels of a head that rotate together in a layer; none where it does not rotate."""
         return () if layer in self.still else self._rotations[layer].pairs
 
+    def kind(self, layer: int) -> str:
+        """Layers of one kind have the same tables."""
+        if layer in self.still:
+            return "still"
+        types = getattr(self._config, "layer_types", None)
+        return "all" if types is None else str(types[layer])
+
     def tables(self, layer: int, positions: torch.Tensor) -> Tables:
         """Cosines and sines `[B, T, W]` at integer positions `[B, T]`, as the model rounds them.
 
@@ -95,6 +102,19 @@ class RotaryAdapter:
     def unrotate(self, layer: int, keys: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Pre-RoPE keys `[B, H, T, D]` in fp32 of post-RoPE ones."""
         return self._rotations[layer].unrotate(keys, *tables)
+
+    def turns(self, layer: int, positions: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """(c, s) of every pair at positions `[B, T]`, `[B, T, P, 2]` in fp32, not rounded further.
+
+        A pair (x, y) becomes (c x − s y, c y + s x), in whichever direction the model turns.
+        """
+        cos, sin = rotary_tables(self.rotary, self._config, layer, positions, torch.float32)
+        pairs = torch.tensor(self.pairs(layer), dtype=torch.int64, device=cos.device).view(-1, 2)
+        first, second = pairs.unbind(1)
+        ones = cos.new_zeros(len(positions), 1, positions.shape[1], head_dim)
+        ones[..., first] = 1.0
+        turned = self._rotations[layer].rotate(ones, cos, sin)[:, 0]
+        return torch.stack([turned[..., first], turned[..., second]], -1)
 
     def _refuse_changing_frequencies(self) -> None:
         types = getattr(self.rotary, "rope_type", "default")

@@ -117,6 +117,11 @@ def _select(
     return Selection(best, refused)
 
 
+def asked_for(op: Op) -> str | None:
+    """The kernel that `using` asks for, if any."""
+    return _forced.get().get(op)
+
+
 @contextmanager
 def using(**kernels: str) -> Iterator[None]:
     """Ask for kernels by name within a block: `with using(encode="naive"): ...`.

@@ -22,13 +22,18 @@ def attend(query: torch.Tensor, blocks: Iterable[Block], scaling: float) -> torc
     output = torch.zeros(batch, queries, length, head_dim, device=query.device)
     lse = torch.full((batch, queries, length, 1), -torch.inf, device=query.device)
     for block in blocks:
-        part, part_lse = partial(q, block)
-        merged = torch.logaddexp(lse, part_lse)
-        # Where nothing has been seen yet both weights are exp(-inf + inf): nothing to add up.
-        old, new = (torch.exp(x - merged).nan_to_num(0.0) for x in (lse, part_lse))
-        output = old * output + new * part
-        lse = merged
+        output, lse = merged((output, lse), partial(q, block))
     return output.to(query.dtype)
+
+
+def merged(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two partial softmaxes as one: outputs `[B, Q, t, D]` and log-sum-exps `[B, Q, t, 1]`."""
+    lse = torch.logaddexp(first[1], second[1])
+    # Where nothing has been seen yet both weights are exp(-inf + inf): nothing to add up.
+    old, new = (torch.exp(part[1] - lse).nan_to_num(0.0) for part in (first, second))
+    return old * first[0] + new * second[0], lse
 
 
 def partial(q: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,149 @@
+"""Reading through a kernel of attention on codes, against reading decoded states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cache.compressors import ModelStates, random_ids, scheme_dict
+from tests.tiny_models import tiny_model
+from vqkv.cache import attach
+from vqkv.cache.coded_attention import coded_attention
+from vqkv.cache.layer import CodedStates
+from vqkv.compressor import KVCompressor
+from vqkv.geometry import Geometry
+from vqkv.kernels import recording, using
+from vqkv.scheme_files import scheme_from_dict
+
+QUANTIZER = {"type": "product", "code_bits": 8, "learner": {"type": "kmeans", "iterations": 2}}
+PREDICTED: dict[str, Any] = {
+    "predictor": {"type": "linear", "scope": "head", "sources": [{"stream": "keys", "back": 0}]},
+    "transforms": [{"type": "spectral"}],
+}
+
+
+def byte_compressor(model: Any, rope: str, *, window: int = 10, **values: Any) -> KVCompressor:
+    """Codes of a byte each, RoPE pairs whole where keys are coded before RoPE."""
+    grouping = {"type": "rope_pairs" if rope == "pre" else "contiguous", "dim": 4}
+    given = scheme_dict(rope, window=window)
+    given["keys"] = {"rope": rope, "grouping": grouping, "quantizer": QUANTIZER}
+    given["values"] = {"grouping": {"type": "strided", "dim": 4}, "quantizer": QUANTIZER, **values}
+    geometry = Geometry.from_model(model)
+    compressor = KVCompressor(scheme_from_dict(given), geometry)
+    return compressor.fit(ModelStates(model, geometry, rope, tokens=320))
+
+
+def logits(
+    model: Any, compressor: KVCompressor, read: Any, sizes: tuple[int, ...], pads: tuple[int, ...]
+) -> tuple[torch.Tensor, list[str]]:
+    """Of a run of chunks over left-padded rows; and the kernels that ran."""
+    total = sum(sizes)
+    ids = random_ids(len(pads), total)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    found, ran_all, start = [], [], 0
+    with attach(model, compressor, read=read) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        for size in sizes:
+            stop = start + size
+            with recording() as ran:
+                out = model(
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                )
+            found.append(out.logits[mask[:, start:stop].bool()])
+            ran_all += ran
+            start = stop
+    return torch.cat(found), ran_all
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("family", ["llama", "llama-mqa", "llama-yarn", "glm", "smollm3", "qwen3"])
+def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
+    model = tiny_model(family, max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))
+    sizes, pads = (200, 1, 1, 10, 1), (10, 0, 80)
+    expected, _ = logits(model, compressor, "decode", sizes, pads)
+    with using(attend_codes="naive"):
+        found, ran = logits(model, compressor, "attend", sizes, pads)
+    layers = len(compressor.geometry.compressed)
+    assert ran.count("attend_codes.naive") == 4 * layers and "attend.naive" not in ran
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_naive_kernel_is_not_chosen_over_decoding_blocks() -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "post")
+    _, ran = logits(model, compressor, "attend", (200, 1), (0,))
+    assert "attend_codes.naive" not in ran
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_masks_that_hide_coded_tokens_are_honoured(hidden: bool) -> None:
+    """As where candidates of a tree see different histories: codes are then decoded."""
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "post")
+    with attach(model, compressor) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(random_ids(1, 202), past_key_values=cache)
+        layer = cache.coded_layers[0]
+        mask = torch.ones(1, 1, 2, 202, dtype=torch.bool)
+        mask[..., 0, 201] = False
+        mask[..., 1, 5:9] = not hidden
+        query = torch.randn(1, 4, 2, 16, generator=torch.Generator().manual_seed(0))
+        with recording() as ran, using(attend_codes="naive"):
+            found, _ = coded_attention(model, query, CodedStates(layer), mask)
+        assert ("attend_codes.naive" in ran) == (not hidden)
+        keys, values = layer.read(0, 202)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, enable_gqa=True
+        )
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_positions_with_gaps_are_decoded() -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "pre")
+    ids = random_ids(1, 201)
+    positions = torch.cat([torch.arange(50), torch.arange(60, 211)])[None]
+    found = {}
+    for read in ("decode", "attend"):
+        with (
+            attach(model, compressor, read=read) as attached,
+            torch.no_grad(),
+            using(attend_codes="naive"),
+            recording() as ran,
+        ):
+            cache = attached.new_cache()
+            for part, at in zip(ids.split(200, 1), positions.split(200, 1), strict=True):
+                found[read] = model(part, position_ids=at, past_key_values=cache).logits
+    assert "attend_codes.naive" not in ran and "attend.naive" in ran
+    torch.testing.assert_close(found["attend"], found["decode"], atol=2e-5, rtol=2e-5)
+
+
+def test_positions_coded_again_after_a_crop_are_looked_at_again() -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "pre", window=0)
+    ids = random_ids(1, 200)
+    found = {}
+    for read in ("decode", "attend"):
+        with (
+            attach(model, compressor, read=read) as attached,
+            torch.no_grad(),
+            using(attend_codes="naive"),
+        ):
+            cache = attached.new_cache()
+            model(ids[:, :129], past_key_values=cache)
+            model(ids[:, 129:130], past_key_values=cache)
+            cache.crop(-66)
+            shifted = torch.arange(100, 166)[None]
+            model(ids[:, 130:196], position_ids=shifted, past_key_values=cache)
+            last = torch.tensor([[166]])
+            found[read] = model(ids[:, 196:197], position_ids=last, past_key_values=cache).logits
+    torch.testing.assert_close(found["attend"], found["decode"], atol=2e-5, rtol=2e-5)

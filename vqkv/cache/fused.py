@@ -1,0 +1,148 @@
+"""Attention on a layer's codes by a fused kernel, where there is one that takes them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vqkv.cache.layer import ExactTokens, VQLayer
+from vqkv.errors import KernelError
+from vqkv.folding import FoldedLayer, channel_units
+from vqkv.kernels.attend import Block
+from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
+from vqkv.kernels.attend.naive import merged, partial
+from vqkv.kernels.select import asked_for
+from vqkv.layouts import PAGE_TOKENS
+
+log = logging.getLogger(__name__)
+
+
+def fused_attention(
+    layer: VQLayer, query: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Attention `[B, Q, t, D]` of queries `[B, Q, t, D]` over all of a layer's tokens.
+
+    None where codes have to be decoded first: no kernel but the naive one takes them, a mask hides
+    coded tokens, or positions are not consecutive.
+    """
+    folded = _folded(layer, query.device)
+    if folded is None or not any(layer.coded) or not _all_visible(layer, mask):
+        return None
+    turns = None
+    if folded.pairs is not None:
+        tables = _tables(layer)
+        if tables is None:
+            return None
+        turns = Turns(*tables, folded.pairs)
+    coded, device = layer.coded, query.device
+    keys, values = layer.stores
+    scaled = query.float() * scaling
+    part = attend_codes(
+        folded.query(scaled),
+        Coded(
+            Plane(keys.codes, folded.keys.codewords),
+            Plane(values.codes, folded.values.codewords),
+            start=torch.tensor([min(layer.sinks, n) for n in coded], dtype=torch.int32).to(device),
+            stop=torch.tensor(coded, dtype=torch.int32).to(device),
+            turns=turns,
+            key_sums=folded.from_keys is not None,
+        ),
+        _layout(layer),
+    )
+    output, lse = folded.output(part, scaled)
+    exact = layer.exact_tokens()
+    block = Block(exact.keys, exact.values, _visible(layer, exact, query.shape[2], mask))
+    output, _ = merged((output, lse.unsqueeze(-1)), partial(scaled, block))
+    return output.to(query.dtype)
+
+
+def _layout(layer: VQLayer) -> AttendLayout:
+    return AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
+
+
+def _folded(layer: VQLayer, device: torch.device) -> FoldedLayer | None:
+    """Where a kernel that is worth it, or that was asked for, takes the layer's codes."""
+    try:
+        kernel = selection(_layout(layer), device).kernel
+    except KernelError as error:
+        if asked_for("attend_codes") is not None:
+            raise
+        log.info("layer %d is decoded to be read: %s", layer.index, error)
+        return None
+    if kernel.speed == 0 and asked_for("attend_codes") is None:
+        return None
+    folded = layer.folded()
+    if isinstance(folded, str):
+        log.info("layer %d is decoded to be read: %s", layer.index, folded)
+        return None
+    return folded
+
+
+def _all_visible(layer: VQLayer, mask: torch.Tensor | None) -> bool:
+    """Whether every query sees all coded tokens; a mask of a tree of candidates may hide some."""
+    if mask is None:
+        return True
+    seen = mask if mask.dtype == torch.bool or mask.ndim == 2 else mask == 0
+    rows = [
+        seen[row if len(seen) > 1 else 0, ..., pad : pad + coded]
+        for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True))
+    ]
+    return all(bool(row.all()) for row in rows)
+
+
+def _visible(
+    layer: VQLayer, exact: ExactTokens, queries: int, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Which of the last `queries` slots sees which exact token, `[B, 1 or Q, t, n]`."""
+    slots, counts = exact.slots[:, None, None], exact.counts[:, None, None]
+    if mask is not None and mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        seen = seen.expand(len(slots), -1, -1, -1)
+        # Rows with fewer sinks name slots beyond their own; those do not count.
+        index = slots.clamp(max=seen.shape[3] - 1)
+        return seen.gather(3, index.expand(*seen.shape[:3], -1)) & counts
+    length = layer.get_seq_length()
+    last = torch.arange(length - queries, length, device=slots.device)
+    return counts & (slots <= last[:, None])
+
+
+def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`Turns.page` and `Turns.offset` of the coded tokens; None where positions are irregular."""
+    rotary = layer.rows.rotary
+    assert rotary is not None and layer.rows.positions is not None  # the layer has seen to it
+    key = (rotary.kind(layer.index), str(layer.device))
+    coded = (tuple(layer.coded), tuple(layer.pads))
+    held = layer.rows.turns.get(key)
+    if held is None or held[0] != coded:
+        layer.rows.turns[key] = held = (coded, _computed_tables(layer))
+    tables: tuple[torch.Tensor, torch.Tensor] | None = held[1]
+    return tables
+
+
+def _computed_tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    rotary, positions = layer.rows.rotary, layer.rows.positions
+    assert rotary is not None and positions is not None
+    head_dim = layer.key_codec.head_dim
+    pages = -(-max(layer.coded) // PAGE_TOKENS)  # a crop may have cut the last one
+    firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64)
+    for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True)):
+        mine = positions[row, pad : pad + coded].cpu().long()
+        if coded and not torch.equal(mine, mine[0] + torch.arange(coded)):
+            log.info("layer %d is decoded to be read: positions of row %d skip", layer.index, row)
+            return None
+        starts = mine[::PAGE_TOKENS]
+        firsts[row, : len(starts)] = starts
+    page = _with_rest(rotary.turns(layer.index, firsts.to(positions.device), head_dim), head_dim)
+    # Where a model scales its tables (YaRN), the scale belongs to each key once.
+    page = page / page.norm(dim=-1, keepdim=True)
+    offsets = torch.arange(PAGE_TOKENS, device=positions.device)[None]
+    offset = _with_rest(rotary.turns(layer.index, offsets, head_dim), head_dim)
+    return page.to(layer.device), offset[0].to(layer.device)
+
+
+def _with_rest(turns: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Channels beyond the pairs, two by two, stay as they are: `[B, T, D / 2, 2]`."""
+    rest = len(channel_units(head_dim, ())) - turns.shape[2]
+    still = torch.tensor([1.0, 0.0], device=turns.device).expand(*turns.shape[:2], rest, 2)
+    return torch.cat([turns, still], 2)

@@ -1,0 +1,220 @@
+"""Everything linear around a layer's codes, moved into its queries and its output.
+
+With decoded subvectors z of keys and y of values, in coded order, and maps found when fitting,
+
+    k = z A + μ        v = y W + k B + β
+
+scores are `q · k = (q Aᵀ) · z + q · μ`, where the second term is the same for every coded token,
+and the output is `Σ p v = (Σ p y) W + (Σ p k) B + β`. A map that only mixes channels of one
+subvector goes into the codewords themselves, so keys coded before RoPE can have one too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vqkv.codec import Codec
+from vqkv.kernels.attend.codes import Partial
+from vqkv.quantizers.codebook import CodebookQuantizer
+from vqkv.rotation import Pairs
+
+
+class NotFoldable(Exception):
+    """The reason why codes cannot be attended on as they are."""
+
+
+@dataclass(frozen=True)
+class FoldedStream:
+    """Codewords, and what maps their channels back to a head's.
+
+    Attributes:
+        codewords: `[H, M, S, K, d]` in fp32.
+        order: `[H, D]`: the head's channel that each coded one is, where `matrix` is None.
+        matrix: `[H, D, D]`: coded channels to the head's; None where that is `order` alone.
+        mean: `[H, D]`, added by it; None with `order`.
+    """
+
+    codewords: torch.Tensor
+    order: torch.Tensor
+    matrix: torch.Tensor | None
+    mean: torch.Tensor | None
+
+    def back(self, z: torch.Tensor) -> torch.Tensor:
+        """Means of coded channels `[B, Q, t, D]` as means of states."""
+        group = z.shape[1] // len(self.order)
+        if self.matrix is None:
+            back = torch.empty_like(z)
+            order = self.order.repeat_interleave(group, 0)[None, :, None]
+            return back.scatter_(3, order.expand_as(z), z)
+        back = z @ self.matrix.repeat_interleave(group, 0)
+        return back if self.mean is None else back + _per_query(self.mean, group)
+
+
+@dataclass(frozen=True)
+class FoldedLayer:
+    """Both streams of a layer.
+
+    Attributes:
+        pairs: `[H, D / 2]` (int32): the RoPE pair, or the pair of channels beyond them, at coded
+            channels 2j and 2j + 1; None for keys coded after RoPE.
+        from_keys: `[H, D, D]`: what a head's keys predict of its values; None where nothing does.
+        bias: `[H, D]` of that prediction.
+    """
+
+    keys: FoldedStream
+    values: FoldedStream
+    pairs: torch.Tensor | None
+    from_keys: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def query(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, Q, t, D]` in the keys' coded order."""
+        keys = self.keys
+        group = query.shape[1] // len(keys.order)
+        if keys.matrix is not None:
+            return query @ keys.matrix.transpose(1, 2).repeat_interleave(group, 0)
+        order = keys.order.repeat_interleave(group, 0)[None, :, None]
+        return query.gather(3, order.expand_as(query))
+
+    def output(self, partial: Partial, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention output `[B, Q, t, D]` and log-sum-exp `[B, Q, t]` over the coded tokens."""
+        group = query.shape[1] // len(self.values.order)
+        output, lse = self.values.back(partial.output), partial.lse
+        if self.keys.mean is not None:
+            lse = lse + (query * _per_query(self.keys.mean, group)).sum(3)
+        if self.from_keys is not None and self.bias is not None:
+            assert partial.key_mean is not None
+            keys = self.keys.back(partial.key_mean)
+            output = output + keys @ self.from_keys.repeat_interleave(group, 0)
+            output = output + _per_query(self.bias, group)
+        return output, lse
+
+
+def fold(keys: Codec, values: Codec) -> FoldedLayer:
+    """What attention on the codes of a layer takes.
+
+    Raises:
+        NotFoldable: the codecs are not linear around their codewords, with the reason.
+    """
+    pre = keys.layout.rope == "pre"
+    try:
+        folded_keys = _fold_stream(keys, _units(keys) if pre else None)
+    except NotFoldable as reason:
+        raise NotFoldable(f"keys: {reason}") from reason
+    try:
+        folded_values = _fold_stream(values, None)
+    except NotFoldable as reason:
+        raise NotFoldable(f"values: {reason}") from reason
+    from_keys, bias = _prediction(values)
+    pairs = _pair_rows(folded_keys.order, _units(keys)) if pre else None
+    return FoldedLayer(folded_keys, folded_values, pairs, from_keys, bias)
+
+
+def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
+    """`units` `[D / 2, 2]` are pairs of channels that have to stay neighbours, if any."""
+    stuck = [t.config.type for t in codec.transforms if not t.folds or t.token_group != 1]
+    if stuck or codec.layout.side_count:
+        raise NotFoldable(f"transforms do not fold: {', '.join(stuck) or 'side scalars'}")
+    codewords = _codewords(codec)
+    heads, groups, *_, dim = codewords.shape
+    order = codec.order_.to(codewords.device) % codec.head_dim
+    matrix, mean = _affine(codec)
+    matrix = matrix.gather(1, order[:, :, None].expand_as(matrix))  # rows in coded order
+    places = [_places(matrix[head], dim, units) for head in range(heads)]
+    found = [place for place in places if place is not None]
+    if len(found) < heads:
+        if units is not None:
+            raise NotFoldable("coded before RoPE behind a map that mixes channels of several codes")
+        return FoldedStream(codewords, order, matrix, mean)
+    order = torch.stack(found)  # [H, D]
+    # Rows of one subvector, and only the channels that they reach: [H, M, d, d].
+    index = order[:, None].expand(-1, groups * dim, -1)
+    blocks = matrix.gather(2, index).view(heads, groups, dim, groups, dim)
+    blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    moved = torch.einsum("hmskd,hmde->hmske", codewords, blocks)
+    moved[:, :, 0] += mean.gather(1, order).view(heads, groups, 1, dim)
+    return FoldedStream(moved.contiguous(), order, None, None)
+
+
+def _places(matrix: torch.Tensor, dim: int, units: torch.Tensor | None) -> torch.Tensor | None:
+    """The channels `[D]` that each run of `dim` rows of `[D, D]` reaches; None where they overlap.
+
+    Pairs come out side by side, in their own order.
+    """
+    reached = (matrix != 0).view(-1, dim, matrix.shape[1]).any(1)  # [M, D]
+    if units is not None:
+        # A pair goes where either of its channels does.
+        reached = reached[:, units].any(2).repeat_interleave(2, 1)
+        channels = units.flatten()
+    else:
+        channels = torch.arange(matrix.shape[1], device=matrix.device)
+    if not bool((reached.sum(0) == 1).all()) or not bool((reached.sum(1) == dim).all()):
+        return None
+    return torch.cat([channels[row] for row in reached])
+
+
+def _codewords(codec: Codec) -> torch.Tensor:
+    """`[H, M, S, K, d]` in fp32, a copy for every subvector that shares a codebook."""
+    quantizer, segment = codec.quantizers[0], codec.layout.segments[0]
+    if not isinstance(quantizer, CodebookQuantizer):
+        raise NotFoldable(f"{type(quantizer).__name__} has no table of codewords")
+    books: torch.Tensor = quantizer.state()["codewords"].float()
+    if len(books) == segment.subvectors:
+        own: torch.Tensor = books.unflatten(0, (codec.heads, segment.groups))
+        return own
+    if len(books) == segment.units:
+        return books.unsqueeze(1).expand(-1, segment.groups, -1, -1, -1)
+    return books.expand(codec.heads, segment.groups, *books.shape[1:])
+
+
+def _affine(codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transforms undone are `z ↦ z A + μ`: A `[H, D, D]` and μ `[H, D]`."""
+    probes = torch.eye(codec.head_dim, device=codec.order_.device)
+    probes = probes.unsqueeze(1).expand(-1, codec.heads, -1)  # [D, H, D]
+    mean = _undone(codec, torch.zeros_like(probes[:1]))
+    matrix = _undone(codec, probes) - mean
+    return matrix.transpose(0, 1).contiguous(), mean[0]
+
+
+def _undone(codec: Codec, z: torch.Tensor) -> torch.Tensor:
+    for transform in reversed(codec.transforms):
+        z = transform.inverse(z, None)
+    return z.float()
+
+
+def _prediction(values: Codec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a layer's keys predict of its values, `k ↦ k B + β`."""
+    predictor = values.predictor
+    if predictor is None:
+        return None, None
+    probes = torch.eye(values.head_dim, device=values.order_.device)
+    probes = probes.unsqueeze(1).expand(-1, values.heads, -1)
+    bias = predictor.predict([torch.zeros_like(probes[:1])])
+    weight = predictor.predict([probes]) - bias
+    return weight.transpose(0, 1).contiguous(), bias[0]
+
+
+def _units(keys: Codec) -> torch.Tensor:
+    """RoPE pairs, then the channels beyond them two by two, `[D / 2, 2]`."""
+    return channel_units(keys.head_dim, keys.pairs).to(keys.order_.device)
+
+
+def channel_units(head_dim: int, pairs: Pairs) -> torch.Tensor:
+    """RoPE pairs, then the channels beyond them two by two, `[D / 2, 2]`."""
+    paired = {channel for pair in pairs for channel in pair}
+    rest = [channel for channel in range(head_dim) if channel not in paired]
+    return torch.tensor([*(c for pair in pairs for c in pair), *rest]).view(-1, 2)
+
+
+def _pair_rows(order: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Which of `units` is at coded channels 2j and 2j + 1, `[H, D / 2]` (int32)."""
+    row = torch.empty(units.numel(), dtype=torch.int32, device=order.device)
+    row[units[:, 0]] = torch.arange(len(units), dtype=torch.int32, device=order.device)
+    return row[order[:, 0::2]]
+
+
+def _per_query(x: torch.Tensor, group: int) -> torch.Tensor:
+    """`[H, D]` for query heads, `[1, Q, 1, D]`."""
+    return x.repeat_interleave(group, 0)[None, :, None]
