@@ -67,7 +67,7 @@ def continue_prompt(
     max_new_tokens: int,
     *,
     compressor: KVCompressor | None = None,
-    read: Read = "decode",
+    read: Read = "auto",
 ) -> Continuation:
     """Continue `prompt` greedily; with the exact cache where there is no compressor.
 
@@ -80,7 +80,7 @@ def continue_prompt(
         raise TextError("the prompt is empty: give it at least one token")
     clock = _Clock()
     context = nullcontext() if compressor is None else attach(model, compressor, read=read)
-    with context, torch.inference_mode():
+    with context as attached, torch.inference_mode():
         cache = (
             DynamicCache(config=model.config)
             if compressor is None
@@ -107,7 +107,7 @@ def continue_prompt(
         cache_bytes=cache_bytes,
         cache_bytes_exact=cache_bytes_exact,
         side_bytes=0 if compressor is None else compressor.nbytes(),
-        read="exact" if compressor is None else read,
+        read="exact" if attached is None else attached.read,
     )
 
 

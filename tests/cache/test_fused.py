@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.compressors import ModelStates, random_ids, scheme_dict
+from tests.cache.compressors import ModelStates, compressor_for, random_ids, scheme_dict
 from tests.tiny_models import tiny_model
 from vqkv.cache import attach
 from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
 from vqkv.compressor import KVCompressor
+from vqkv.errors import KernelError
 from vqkv.geometry import Geometry
 from vqkv.kernels import recording, using
 from vqkv.scheme_files import scheme_from_dict
@@ -75,6 +76,24 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     layers = len(compressor.geometry.compressed)
     assert ran.count("attend_codes.naive") == 4 * layers and "attend.naive" not in ran
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_auto_attends_where_a_kernel_takes_the_codes() -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    bytes_, others = byte_compressor(model, "pre"), compressor_for(model)
+    with using(attend_codes="naive"):
+        with attach(model, bytes_) as attached:
+            assert attached.read == "attend"
+        with pytest.raises(KernelError, match="codes of 5 bits"), attach(model, others):
+            pass
+    with attach(model, others) as attached:
+        assert attached.read == "decode"
+
+
+def test_auto_decodes_where_the_model_attends_in_another_way() -> None:
+    model = tiny_model("gemma2", max_position_embeddings=1024)
+    with using(attend_codes="naive"), attach(model, byte_compressor(model, "pre")) as attached:
+        assert attached.read == "decode"
 
 
 def test_the_naive_kernel_is_not_chosen_over_decoding_blocks() -> None:

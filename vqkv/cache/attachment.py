@@ -6,9 +6,10 @@ padding, and how to take RoPE off and on; and it can let attention read codes.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,17 +19,25 @@ from vqkv.artefact import check_fits
 from vqkv.attention import argument, attention_modules, cache_parameter
 from vqkv.cache.before_use import BeforeUseCache
 from vqkv.cache.coded_attention import CodedAttention
+from vqkv.cache.fused import not_fused
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.cache.rows import Rows
 from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
+from vqkv.errors import KernelError, ModelError
 from vqkv.kernels.select import select
 
-Read = Literal["decode", "attend"]
+log = logging.getLogger(__name__)
+
+Read = Literal["auto", "decode", "attend"]
 
 
 class Attachment:
-    """What `attach` yields: makes caches for the attached model."""
+    """What `attach` yields: makes caches for the attached model.
+
+    Attributes:
+        read: how attention reads codes, `"decode"` or `"attend"`.
+    """
 
     def __init__(
         self,
@@ -84,7 +93,7 @@ class Attachment:
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, compressor: KVCompressor, *, read: Read = "decode"
+    model: PreTrainedModel, compressor: KVCompressor, *, read: Read = "auto"
 ) -> Iterator[Attachment]:
     """Let caches of `compressor` see positions, padding and RoPE of `model` within a block.
 
@@ -96,7 +105,9 @@ def attach(
         model: a causal language model of transformers.
         compressor: fitted, or data-free.
         read: `"decode"` decodes a layer's history for whatever attention the model uses;
-            `"attend"` lets attention read the codes, for up to 16 query rows at a time.
+            `"attend"` lets attention read the codes, for up to 16 query rows at a time. `"auto"`
+            attends where a fused kernel takes every layer's codes and the model lets it, and
+            decodes elsewhere.
 
     Raises:
         ArtefactError: the compressor is for another geometry, norm or RoPE.
@@ -114,8 +125,8 @@ def attach(
             if stream == "keys":
                 select("attend", codec.layout, model.device)
     adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
-    attention = CodedAttention(model, layers) if read == "attend" else nullcontext()
-    with ForwardCapture(model, adapter) as capture, attention:
+    with ForwardCapture(model, adapter) as capture, ExitStack() as stack:
+        read = _exchange(stack, model, compressor, read)
         attachment = Attachment(model, compressor, adapter, capture, read)
         first = attention_modules(model)[layers[0]]
         hook = first.register_forward_pre_hook(attachment.introduce, with_kwargs=True)
@@ -124,3 +135,24 @@ def attach(
         finally:
             hook.remove()
             attachment.withdraw()
+
+
+def _exchange(
+    stack: ExitStack, model: PreTrainedModel, compressor: KVCompressor, read: Read
+) -> Read:
+    """Let the model's attention read codes within `stack` where it should; returns how it reads."""
+    if read == "auto":
+        reason = not_fused(compressor, model.device)
+        if reason is not None:
+            log.info("%s is decoded to be read: %s", compressor, reason)
+            return "decode"
+    if read == "decode":
+        return read
+    try:
+        stack.enter_context(CodedAttention(model, compressor.geometry.compressed))
+    except (KernelError, ModelError) as error:
+        if read == "attend":
+            raise
+        log.info("%s is decoded to be read: %s", compressor, error)
+        return "decode"
+    return "attend"

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from vqkv.cache.layer import ExactTokens, VQLayer
+from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.folding import FoldedLayer, channel_units
 from vqkv.kernels.attend import Block
@@ -14,6 +15,7 @@ from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_
 from vqkv.kernels.attend.naive import merged, partial
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import PAGE_TOKENS
+from vqkv.scheme import STREAMS
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +59,38 @@ def fused_attention(
     return output.to(query.dtype)
 
 
+def not_fused(compressor: KVCompressor, device: torch.device) -> str | None:
+    """Why some layer's codes have to be decoded to be read, or None."""
+    for layer in compressor.geometry.compressed:
+        keys, values = (compressor.codec(layer, stream, device).layout for stream in STREAMS)
+        reason = _unread(AttendLayout(keys, values), device)
+        folded = compressor.folded(layer, device) if reason is None else ""
+        if reason is not None or isinstance(folded, str):
+            return f"layer {layer}: {reason or folded}"
+    return None
+
+
+def _unread(layout: AttendLayout, device: torch.device) -> str | None:
+    """Why no kernel that is worth it, or that was asked for, takes a layer's codes; or None."""
+    try:
+        kernel = selection(layout, device).kernel
+    except KernelError as error:
+        if asked_for("attend_codes") is not None:
+            raise
+        return str(error)
+    if kernel.speed == 0 and asked_for("attend_codes") is None:
+        return "only the naive kernel takes these codes"
+    return None
+
+
 def _layout(layer: VQLayer) -> AttendLayout:
     return AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
 
 
 def _folded(layer: VQLayer, device: torch.device) -> FoldedLayer | None:
-    """Where a kernel that is worth it, or that was asked for, takes the layer's codes."""
-    try:
-        kernel = selection(_layout(layer), device).kernel
-    except KernelError as error:
-        if asked_for("attend_codes") is not None:
-            raise
-        log.info("layer %d is decoded to be read: %s", layer.index, error)
-        return None
-    if kernel.speed == 0 and asked_for("attend_codes") is None:
-        return None
-    folded = layer.folded()
-    if isinstance(folded, str):
-        log.info("layer %d is decoded to be read: %s", layer.index, folded)
-        return None
-    return folded
+    reason = _unread(_layout(layer), device)
+    folded = layer.folded() if reason is None else ""
+    return None if isinstance(folded, str) else folded
 
 
 def _all_visible(layer: VQLayer, mask: torch.Tensor | None) -> bool:
@@ -129,7 +143,7 @@ def _computed_tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None
     for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True)):
         mine = positions[row, pad : pad + coded].cpu().long()
         if coded and not torch.equal(mine, mine[0] + torch.arange(coded)):
-            log.info("layer %d is decoded to be read: positions of row %d skip", layer.index, row)
+            log.info("layer %d is decoded to be read: row %d skips positions", layer.index, row)
             return None
         starts = mine[::PAGE_TOKENS]
         firsts[row, : len(starts)] = starts

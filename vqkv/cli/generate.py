@@ -24,6 +24,7 @@ from vqkv.cli.progress import spinner
 class Read(StrEnum):
     """How attention reads the cache."""
 
+    auto = "auto"
     decode = "decode"
     attend = "attend"
 
@@ -35,8 +36,11 @@ def generate(
     compressor: CompressorOption = None,
     scheme: SchemeOption = None,
     read: Annotated[
-        Read, typer.Option(help="Decode history for attention, or attend on the codes.")
-    ] = Read.decode,
+        Read,
+        typer.Option(
+            help="Decode history for attention, or attend on codes; auto: what is faster."
+        ),
+    ] = Read.auto,
     dtype: DTypeOption = DType.auto,
     json: JsonFlag = False,
 ) -> None:
