@@ -46,7 +46,7 @@ def edit(folder: Path, **changes: Any) -> None:
 # -- round trip --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharing", ["group", "head", "layer", "model"])
+@pytest.mark.parametrize("sharing", ["group", "head", "layer", "subspace", "model"])
 def test_saving_and_loading_changes_no_bit(
     geometry: Geometry, sharing: str, tmp_path: Path
 ) -> None:

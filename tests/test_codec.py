@@ -23,12 +23,12 @@ GROUPINGS: list[dict[str, Any]] = [
     {"type": "energy_balanced", "dim": 4, "pairs": True},
     {"type": "across_heads", "dim": 6},
 ]
-SHARINGS = ("group", "head", "layer", "model")
+SHARINGS = ("group", "head", "layer", "subspace", "model")
 COMBINATIONS = [
     pytest.param(grouping, sharing, id=f"{grouping['type']}-{grouping['dim']}-{sharing}")
     for grouping in GROUPINGS
     for sharing in SHARINGS
-    if (grouping["type"], sharing) != ("across_heads", "head")
+    if grouping["type"] != "across_heads" or sharing not in ("head", "subspace")
 ]
 each = pytest.mark.parametrize(("grouping", "sharing"), COMBINATIONS)
 
@@ -61,6 +61,7 @@ def codebook_of_each_channel(codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
     book = {
         "group": torch.arange(segment.subvectors),
         "head": unit,
+        "subspace": torch.arange(segment.subvectors) % segment.groups,
     }.get(codec.config.sharing, torch.zeros(segment.subvectors, dtype=torch.int64))
     return subvector, book
 
@@ -73,11 +74,12 @@ def test_every_subvector_becomes_the_nearest_codeword_of_its_codebook(
     x = states(11, seed=1)
     y = codec.decode(codec.encode(x)).flatten(1)
     books = codec.quantizers[0].state()["codewords"][:, 0].float()  # [books, K, d]
-    expected_books = {"group": codec.layout.segments[0].subvectors, "head": HEADS}
+    (segment,) = codec.layout.segments
+    expected_books = {"group": segment.subvectors, "head": HEADS, "subspace": segment.groups}
     assert len(books) == expected_books.get(sharing, 1)
     subvector, book = codebook_of_each_channel(codec)
     order = codec.order_.flatten()
-    for index in range(codec.layout.segments[0].subvectors):
+    for index in range(segment.subvectors):
         channels = order[subvector[order] == index]
         distances = torch.cdist(x.flatten(1)[:, channels], books[book[index]])
         chosen = books[book[index]][distances.argmin(1)]

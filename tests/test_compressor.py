@@ -205,6 +205,13 @@ def test_the_model_shares_codebooks_but_not_what_each_layer_learns_for_itself() 
     assert compressor.health()["codebooks"] == 2
 
 
+def test_million_keeps_as_much_as_its_repository() -> None:
+    """64 subspaces of 256 codewords of 2 channels in fp16, for keys and for values."""
+    everywhere = tuple(range(32))
+    geometry = make_geometry(layers=32, compressed=everywhere, kv_heads=8, head_dim=128)
+    assert KVCompressor(load_scheme("million-4"), geometry).planned_side_bytes() == 2 * 64 * 1024
+
+
 def test_shared_codebooks_see_an_equal_share_of_every_layer(geometry: Geometry) -> None:
     # Layers lie apart by one, so codebooks of one layer alone would serve the other badly.
     stream = {
@@ -298,13 +305,13 @@ def test_data_free_presets_need_no_fit(name: str) -> None:
 # -- figures -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharing", ["group", "head", "layer", "model"])
+@pytest.mark.parametrize("sharing", ["group", "head", "layer", "subspace", "model"])
 def test_side_bytes_are_those_of_the_tensors(geometry: Geometry, sharing: str) -> None:
     compressor = fitted(geometry, stream={"sharing": sharing})
     sides = compressor.side_bytes()
     tensors = {f"{stream}.{name}": tensor for stream, name, tensor in compressor.tensors()}
     assert sides["total"] == sum(tensor.nbytes for tensor in tensors.values())
-    books = {"group": 4 * 8, "head": 4 * 2, "layer": 4, "model": 2}[sharing]
+    books = {"group": 4 * 8, "head": 4 * 2, "layer": 4, "subspace": 2 * 4, "model": 2}[sharing]
     assert sides["codebooks"] == books * 8 * 4 * 2
     assert sides["transforms"] == 4 * 2 * 16 * 2
     assert sides["orders"] == 4 * 2 * 16 * 8
@@ -359,13 +366,13 @@ def test_other_residency_same_codecs(geometry: Geometry) -> None:
 # -- tensors -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharing", ["group", "model"])
+@pytest.mark.parametrize("sharing", ["group", "subspace", "model"])
 def test_tensors_go_out_and_in(geometry: Geometry, sharing: str) -> None:
     compressor = fitted(geometry, stream={"sharing": sharing})
     tensors = {f"{stream}.{name}": tensor for stream, name, tensor in compressor.tensors()}
     loaded = KVCompressor(compressor.scheme, geometry).load_tensors(tensors, {})
     assert same_output(loaded, compressor)
-    if sharing == "model":
+    if sharing != "group":
         assert loaded.codec(1, "keys").quantizers is loaded.codec(0, "keys").quantizers
 
 

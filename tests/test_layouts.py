@@ -66,7 +66,9 @@ def streams(draw: st.DrawFn) -> tuple[StreamConfig, int, int]:
     parts = draw(st.integers(1, 3))
     head_dim = dim * parts * draw(st.integers(1, 4))
     across = draw(st.booleans())
-    sharing = draw(st.sampled_from(["group", "layer", "model"] + ["head"] * (not across)))
+    sharing = draw(
+        st.sampled_from(["group", "layer", "model"] + ["head", "subspace"] * (not across))
+    )
 
     def quantizer() -> dict[str, Any]:
         kind = draw(st.sampled_from(["product", "residual", "identity"]))

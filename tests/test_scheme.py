@@ -149,6 +149,10 @@ FEWER_BITS = {"layers": [0], "values": {"quantizer": {"code_bits": 3}}}
             "cross them: use 'group', 'layer' or 'model'",
         ),
         (
+            {"values__grouping__type": "across_heads", "values__sharing": "subspace"},
+            "values: sharing 'subspace' needs groups within heads",
+        ),
+        (
             {
                 "values__grouping__type": "strided",
                 "values__quantizer": None,
@@ -504,6 +508,13 @@ def predicted(**changes: Any) -> dict[str, Any]:
                 "keys": {"sharing": "model"},
             },
             "sharing 'model' fits all layers together",
+        ),
+        (
+            {
+                "values": {"predictor": {"type": "linear", "sources": SAME}},
+                "keys": {"sharing": "subspace"},
+            },
+            "sharing 'subspace' fits all layers together",
         ),
         (
             {"keys": {"transforms": [{"type": "spectral", "metric": "output"}]}},

@@ -326,7 +326,9 @@ class Codec:
                 f"which groups of dim {dim} do not fill"
             )
         groups = round(mine) // dim
-        books = {"group": units * groups, "head": units}.get(self.config.sharing, 1)
+        books = {"group": units * groups, "head": units, "subspace": groups}.get(
+            self.config.sharing, 1
+        )
         quantizer = config.quantizer
         return Segment(units, groups, dim, quantizer.stages(dim), quantizer.bits(), books)
 
@@ -447,20 +449,28 @@ class Codec:
 
     def _to_books(self, x: torch.Tensor, segment: Segment) -> torch.Tensor:
         """`[N, U, G, ...]` to `[N', books, ...]`: subvectors of one codebook lie along N'."""
-        if segment.books == segment.subvectors:
-            return x.flatten(1, 2)
-        if segment.books == segment.units:
-            return rearrange(x, "n u g d -> (n g) u d")
-        return rearrange(x, "n u g d -> (n u g) 1 d")
+        match self.config.sharing:
+            case "group":
+                return x.flatten(1, 2)
+            case "head":
+                return rearrange(x, "n u g d -> (n g) u d")
+            case "subspace":
+                return x.flatten(0, 1)
+            case _:
+                return rearrange(x, "n u g d -> (n u g) 1 d")
 
     def _from_books(self, y: torch.Tensor, segment: Segment) -> torch.Tensor:
         """The way back, to `[N, U, G, ...]`."""
         units, groups = segment.units, segment.groups
-        if segment.books == segment.subvectors:
-            return y.reshape(len(y), units, groups, *y.shape[2:])
-        if segment.books == units:
-            return rearrange(y, "(n g) u d -> n u g d", g=groups)
-        return rearrange(y, "(n u g) 1 d -> n u g d", u=units, g=groups)
+        match self.config.sharing:
+            case "group":
+                return y.reshape(len(y), units, groups, *y.shape[2:])
+            case "head":
+                return rearrange(y, "(n g) u d -> n u g d", g=groups)
+            case "subspace":
+                return rearrange(y, "(n u) g d -> n u g d", u=units)
+            case _:
+                return rearrange(y, "(n u g) 1 d -> n u g d", u=units, g=groups)
 
 
 def _transformed(transform: Transform, x: torch.Tensor) -> torch.Tensor:

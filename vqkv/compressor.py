@@ -18,7 +18,7 @@ from vqkv.codec import Codec, Encoded, take
 from vqkv.errors import ModelError, NotFittedError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
-from vqkv.layouts import Stream, coded_tokens
+from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
 from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
@@ -135,7 +135,7 @@ class KVCompressor:
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
             (layer, stream): homes.setdefault((stream, codec.config), layer)
-            if codec.config.sharing == "model"
+            if codec.config.sharing in ACROSS_LAYERS
             else layer
             for (layer, stream), codec in self._codecs.items()
         }

@@ -11,7 +11,10 @@ PAGE_TOKENS = 64
 
 Stream = Literal["keys", "values"]
 Rope = Literal["pre", "post"]
-Sharing = Literal["group", "head", "layer", "model"]
+Sharing = Literal["group", "head", "layer", "subspace", "model"]
+
+#: Scopes of which all layers read the same codebooks.
+ACROSS_LAYERS: tuple[Sharing, ...] = ("subspace", "model")
 
 
 def coded_tokens(tokens: int, window: int) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from vqkv.codebooks.gaussian import gaussian_grid
 from vqkv.errors import SchemeError, StateError
 from vqkv.groupings import GroupingChoice, RopePairs, Strided, Whole
-from vqkv.layouts import Rope, Sharing, Stream
+from vqkv.layouts import ACROSS_LAYERS, Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
 from vqkv.quantizers import QuantizerChoice, QuantizerConfig
 from vqkv.registry import Config
@@ -45,7 +45,7 @@ class StreamConfig(Config):
     sharing: Sharing = Field(
         default="group",
         description="Which subvectors read one codebook: each its own, or all of a head, a layer, "
-        "or the model.",
+        "or the model; `subspace`: those in the same place of every head of the model.",
     )
     quantizer: QuantizerChoice | None = None
     segments: tuple[SegmentConfig, ...] = ()
@@ -60,10 +60,10 @@ class StreamConfig(Config):
         total = sum(segment.share for segment in self.all_segments)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of all segments add up to 1, given {total:g}")
-        if not self.grouping.head_local and self.sharing == "head":
+        if not self.grouping.head_local and self.sharing in ("head", "subspace"):
             raise ValueError(
-                f"sharing 'head' needs groups within heads; {self.grouping.type} groups cross "
-                "them: use 'group', 'layer' or 'model'"
+                f"sharing {self.sharing!r} needs groups within heads; {self.grouping.type} groups "
+                "cross them: use 'group', 'layer' or 'model'"
             )
         self._check_metrics()
         self._check_pairs()
@@ -291,10 +291,11 @@ class Scheme(Config):
     @model_validator(mode="after")
     def _one_way_to_fit(self) -> Self:
         predicted = any(config.predictor for config in self._streams())
-        if predicted and any(config.sharing == "model" for config in self._streams()):
+        across = {config.sharing for config in self._streams()} & set(ACROSS_LAYERS)
+        if predicted and across:
             raise ValueError(
-                "sharing 'model' fits all layers together, predictors fit them one after another: "
-                "share codebooks by 'group', 'head' or 'layer'"
+                f"sharing {min(across)!r} fits all layers together, predictors fit them one after "
+                "another: share codebooks by 'group', 'head' or 'layer'"
             )
         return self
 

@@ -94,7 +94,7 @@ class Weighted(StateSource):
         return States.of(weight)
 
 
-@pytest.mark.parametrize("sharing", ["group", "head", "layer", "model"])
+@pytest.mark.parametrize("sharing", ["group", "head", "layer", "subspace", "model"])
 def test_codewords_go_where_the_weights_are(sharing: str) -> None:
     geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
     errors = {}
