@@ -39,6 +39,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("identity", {"dtype": "bfloat16"}),
     ("sign_sketch", {"rate": 4}),
     ("rope_commutative", {"rate": 4, "size": 8}),
+    ("e8p", {"dim": 8}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),

@@ -36,6 +36,9 @@ def give_codewords(codec: Codec) -> None:
     metric = torch.eye(codec.head_dim).expand(codec.heads, -1, -1)
     codec.fit_space(left, None if codec.metric is None else metric)
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
+        if quantizer.config.data_free:
+            quantizer.prepare(segment.books, segment.dim)
+            continue
         commutative = isinstance(quantizer, Commutative)
         size = int(getattr(quantizer.config, "size", segment.codewords))
         shape = (segment.books, segment.stages, size, segment.dim)

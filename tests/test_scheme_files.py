@@ -79,6 +79,7 @@ def test_presets_are_different_schemes() -> None:
     ("name", "at_128", "at_64"),
     [
         ("aquakv-2", 2.078, 2.15),
+        ("aquakv-2-e8p", 2.078, 2.15),
         ("calibquant-1", 1.0, 1.0),
         ("commvq-1", 1.047, 1.083),
         ("commvq-2", 2.0156, 2.021),

@@ -108,6 +108,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
         "identity": "vqkv.quantizers.identity:IdentityQuantizer",
         "rope_commutative": "vqkv.quantizers.commutative:Commutative",
         "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",
+        "e8p": "vqkv.quantizers.e8p:E8P",
     },
 )
 
