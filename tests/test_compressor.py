@@ -286,10 +286,10 @@ def test_data_free_presets_need_no_fit(name: str) -> None:
     geometry = make_geometry(head_dim=64)
     made = load_scheme(name)
     compressor = KVCompressor(made, geometry)
-    free = name.startswith(("scalar", "turboquant", "qjl", "kivi"))
+    free = name.startswith(("scalar", "turboquant", "qjl", "kivi", "quantspec"))
     assert compressor.fitted == made.data_free == free
     if made.data_free:
-        x = torch.randn(1, 2, 32, 64, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
         y = compressor.decode(0, "keys", compressor.encode(0, "keys", x))
         if name.startswith("scalar"):
             bits = made.keys.quantizer.bits()  # type: ignore[union-attr]

@@ -40,6 +40,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("sign_sketch", {"rate": 4}),
     ("rope_commutative", {"rate": 4, "size": 8}),
     ("e8p", {"dim": 8}),
+    ("nested", {"dim": 1, "depth": 2, "code_bits": 4}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),

@@ -97,6 +97,7 @@ def test_presets_are_different_schemes() -> None:
         ("million-4", 4.0, 4.0),
         ("nova-2", 2.1875, 2.375),
         ("qjl-3", 3.0625, 3.125),
+        ("quantspec-8", 8.375, 8.5),
         ("rvq-2.875", 2.875, 3.0),
         ("scalar-1bit", 1.25, 1.5),
         ("scalar-2bit", 2.25, 2.5),

@@ -214,7 +214,7 @@ class Codec:
             start += segment.bytes_per_unit
             codes = unpack(packed, segment.code_bits, segment.codes_per_unit, self.layout)
             codes = codes.unflatten(-1, (segment.groups, segment.stages))
-            vectors = quantizer.decode(self._to_books(codes, segment))
+            vectors = quantizer.decode(self._to_books(self._read(codes), segment))
             parts.append(self._from_books(vectors, segment).flatten(2))
         coded = torch.cat(parts, -1).flatten(1)
         z = torch.empty_like(coded)
@@ -430,6 +430,10 @@ class Codec:
         order = self._order()
         ordered: torch.Tensor = x.flatten(1)[:, order.flatten()].unflatten(1, order.shape)
         return ordered
+
+    def _read(self, codes: torch.Tensor) -> torch.Tensor:
+        """Of codes `[..., S]` the stages that are decoded: all."""
+        return codes
 
     def _inverse(self, z: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         end = side.shape[1]

@@ -15,7 +15,8 @@ from einops import rearrange
 
 from vqkv.codebooks.base import Health
 from vqkv.codec import Codec, Encoded, take
-from vqkv.errors import ModelError, NotFittedError, StateError
+from vqkv.drafts import DraftCodec
+from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
 from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
@@ -305,6 +306,21 @@ class KVCompressor:
         other._codecs = {key: replace(codec) for key, codec in self._codecs.items()}
         other._moved, other._folded = {}, {}
         return other
+
+    def draft(self, stages: int) -> KVCompressor:
+        """The same compressor, reading the first `stages` stages of what it stores: `DraftCodec`.
+
+        Raises:
+            SchemeError: no code has more stages, some cannot be left out, or streams are predicted.
+        """
+        layouts = [codec.layout for codec in self._codecs.values()]
+        most = max(segment.stages for layout in layouts for segment in layout.segments)
+        if not 1 <= stages < most:
+            raise SchemeError(
+                f"{self.scheme.name}: a draft leaves out some of the {most} stages that codes "
+                f"have, given {stages} to read"
+            )
+        return self.with_codecs(lambda codec: DraftCodec(codec, stages))
 
     def codecs(self) -> Iterator[tuple[tuple[int, Stream], Codec]]:
         """Every (layer, stream) with its codec, in model order, keys before values."""

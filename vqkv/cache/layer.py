@@ -8,6 +8,7 @@ sinks are as the model gave them, after RoPE.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -286,6 +287,17 @@ class VQLayer(CacheLayerMixin):
     def folded(self) -> FoldedLayer | str:
         """What attention on this layer's codes takes, or the reason why that cannot be."""
         return self._compressor.folded(self.index, self.device)
+
+    def read_by(self, compressor: KVCompressor, rows: Rows) -> VQLayer:
+        """The same tokens in the same memory, for a compressor that reads these codes its own way.
+
+        What either takes in later stays its own, but for pages that both would write.
+        """
+        view = copy.copy(self)
+        view._compressor, view.rows, view.coded = compressor, rows, list(self.coded)
+        if self.is_initialized:
+            view._keys, view._values = copy.copy(self._keys), copy.copy(self._values)
+        return view
 
     def check_padding(self, pads: list[int]) -> None:
         """Make sure that what is stored stays in place where row i has `pads[i]` padded slots.

@@ -121,6 +121,25 @@ class VQCache(Cache):
                 values += sum(t.numel() for t in tensors if t is not None)
         return 2 * values
 
+    def draft(self, stages: int) -> VQCache:
+        """A cache of the same codes, exact tokens included, that reads their first `stages` stages.
+
+        It shares memory with this one, and holds until this one takes in more tokens. What it takes
+        in itself this one does not see. Keys before RoPE need `attach` with its `compressor`.
+
+        Raises:
+            SchemeError: as `KVCompressor.draft` does.
+        """
+        view = copy.copy(self)
+        view.compressor, view.rows = self.compressor.draft(stages), copy.deepcopy(self.rows)
+        view.layers = [
+            layer.read_by(view.compressor, view.rows)
+            if isinstance(layer, VQLayer)
+            else copy.copy(layer)
+            for layer in self.layers
+        ]
+        return view
+
     def save(self, path: Any) -> None:
         """Write the compressed tokens to a file, for `load`: a prefix to start from again."""
         from vqkv.cache.storage import save

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
@@ -42,9 +42,13 @@ class Quantizer(Component, ABC):
     """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.
 
     M counts codebooks here: where subvectors share one, the caller lays them along N.
+
+    Attributes:
+        nested: the first stages of a code can be decoded without the others, to something coarser.
     """
 
     config: QuantizerConfig
+    nested: ClassVar[bool] = False
     health_: list[Health]
 
     def fit(
@@ -78,7 +82,7 @@ class Quantizer(Component, ABC):
 
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Vectors `[N, M, d]` (fp32) of codes `[N, M, S]`."""
+        """Vectors `[N, M, d]` (fp32) of codes `[N, M, S]`, or fewer stages where it is nested."""
 
     @abstractmethod
     def planned_bytes(self, subspaces: int, dim: int) -> int:
@@ -109,6 +113,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
         "rope_commutative": "vqkv.quantizers.commutative:Commutative",
         "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",
         "e8p": "vqkv.quantizers.e8p:E8P",
+        "nested": "vqkv.quantizers.nested:Nested",
     },
 )
 

@@ -34,14 +34,18 @@ class CodebookQuantizer(Quantizer):
         return encode(x.float(), books)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Vectors `[N, M, d]` (fp32). Raises NotFittedError, or StateError on a wrong shape."""
+        """Vectors `[N, M, d]` (fp32) of codes `[N, M, s]`, s ≤ S.
+
+        Raises NotFittedError, or StateError on a wrong shape.
+        """
         books = self._codewords()
-        if codes.ndim != 3 or codes.shape[1:] != books.shape[:2]:
+        subspaces, stages = books.shape[:2]
+        if codes.ndim != 3 or codes.shape[1] != subspaces or not 1 <= codes.shape[2] <= stages:
+            upto = "up to " if stages > 1 else ""
             raise StateError(
-                f"codes have shape [N, {books.shape[0]}, {books.shape[1]}], "
-                f"given {list(codes.shape)}"
+                f"codes have shape [N, {subspaces}, {upto}{stages}], given {list(codes.shape)}"
             )
-        return decode(codes, books)
+        return decode(codes, books[:, : codes.shape[2]])
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Codewords `[M, S, K, d]` in fp16."""

@@ -72,6 +72,7 @@ class ResidualQuantizer(CodebookQuantizer):
 
     Config = ResidualConfig
     config: ResidualConfig
+    nested = True
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, S]` (int32), by the search that is configured."""

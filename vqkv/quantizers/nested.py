@@ -1,0 +1,94 @@
+"""Nested uniform codes: more stages are more digits of the same number, QuantSpec's cache.
+
+arXiv 2502.10424: an upper half of 4 bits that a draft reads alone, a lower half that refines it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from vqkv.errors import SchemeError, StateError
+from vqkv.quantizers.base import Quantizer, QuantizerConfig
+
+#: Bits of all stages together: fp32 tells that many levels apart, with some to spare.
+MOST_BITS = 16
+
+
+class NestedConfig(QuantizerConfig):
+    """Settings of `Nested`: `depth` stages of `code_bits` bits, for values in [0, 1]."""
+
+    type: Literal["nested"] = "nested"
+    depth: int = Field(ge=1)
+    code_bits: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _few_bits(self) -> Self:
+        if self.depth * self.code_bits > MOST_BITS:
+            raise ValueError(
+                f"all stages together have at most {MOST_BITS} bits, given {self.depth} of "
+                f"{self.code_bits}"
+            )
+        return self
+
+    def stages(self, dim: int) -> int:
+        """`depth`. Raises SchemeError unless `dim` is 1."""
+        if dim != 1:
+            raise SchemeError(f"grouping.dim: 'nested' codes single channels, given dim {dim}")
+        return self.depth
+
+    def bits(self) -> int:
+        """`code_bits`, of each stage."""
+        return self.code_bits
+
+    @property
+    def data_free(self) -> bool:
+        """True."""
+        return True
+
+
+class Nested(Quantizer):
+    """`x ≈ Σ_s c_s K^−s + ½ K^−S`, s from 1 to S: the digits of x in base K = 2^code_bits.
+
+    Any first stages decode to the middle of the interval that they say, as a uniform code of so
+    many bits would.
+    """
+
+    Config = NestedConfig
+    config: NestedConfig
+    nested = True
+
+    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
+        self.health_ = []
+
+    def prepare(self, subspaces: int, dim: int) -> None:
+        """Nothing to set up."""
+        self.health_ = []
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes `[N, M, S]` (int32) of values `[N, M, 1]`; those beyond [0, 1] take its ends."""
+        levels = 1 << self.config.depth * self.config.code_bits
+        level = (x.float() * levels).floor().clamp(0, levels - 1).int()
+        stages = torch.arange(self.config.depth, device=x.device).flip(0)
+        return (level >> stages * self.config.code_bits) % (1 << self.config.code_bits)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values `[N, M, 1]` (fp32) of codes `[N, M, s]`, s ≤ S."""
+        step = 2.0 ** -(self.config.code_bits * torch.arange(1, codes.shape[2] + 1).float())
+        step = step.to(codes.device)
+        return (codes * step).sum(2, keepdim=True) + step[-1] / 2
+
+    def planned_bytes(self, subspaces: int, dim: int) -> int:
+        """0."""
+        return 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Empty: levels follow from the settings."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises StateError where there is anything to load."""
+        if state:
+            raise StateError(f"nested has no state, given {sorted(state)}")
