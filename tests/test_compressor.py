@@ -286,7 +286,9 @@ def test_data_free_presets_need_no_fit(name: str) -> None:
     geometry = make_geometry(head_dim=64)
     made = load_scheme(name)
     compressor = KVCompressor(made, geometry)
-    free = name.startswith(("scalar", "turboquant", "qjl", "kivi", "quantspec"))
+    free = name.startswith(
+        ("scalar", "turboquant", "qjl", "kivi", "quantspec", "nsn", "polarquant")
+    )
     assert compressor.fitted == made.data_free == free
     if made.data_free:
         x = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))

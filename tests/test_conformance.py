@@ -78,6 +78,8 @@ TRANSFORM_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("hadamard", {}),
     ("hadamard", {"scope": "layer", "block": 8}),
     ("page_scale", {"tokens": 16}),
+    ("page_center", {"tokens": 16}),
+    ("polar", {}),
     ("outliers", {"share": 0.1}),
     ("spectral", {}),
     ("spectral", {"scope": "layer", "metric": "output"}),

@@ -96,6 +96,8 @@ def test_presets_are_different_schemes() -> None:
         ("kvquant-3", 3.32, 3.375),
         ("million-4", 4.0, 4.0),
         ("nova-2", 2.1875, 2.375),
+        ("nsn-1", 1.5, 1.75),
+        ("polarquant-4", 4.375, 4.5),
         ("qjl-3", 3.0625, 3.125),
         ("quantspec-8", 8.375, 8.5),
         ("rvq-2.875", 2.875, 3.0),

@@ -71,7 +71,9 @@ class Codec:
         self.predictor: Predictor | None = (
             None if config.predictor is None else PREDICTORS.build(config.predictor)
         )
-        self.transforms: list[Transform] = [TRANSFORMS.build(c) for c in config.transforms]
+        self.transforms: list[Transform] = [
+            TRANSFORMS.build(c).for_pairs(pairs) for c in config.transforms
+        ]
         self.quantizers: list[Quantizer] = [
             QUANTIZERS.build(segment.quantizer) for segment in config.all_segments
         ]

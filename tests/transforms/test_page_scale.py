@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqkv.errors import SchemeError, StateError
+from vqkv.errors import StateError
 from vqkv.transforms.page_scale import PageScale
 
 
@@ -41,5 +41,10 @@ def test_misuse() -> None:
         PageScale(tokens=32).forward(tokens(63))
     with pytest.raises(StateError, match="given None"):
         PageScale(tokens=32).inverse(tokens(), None)
-    with pytest.raises(SchemeError, match="6 scalars of 1 heads of 3 channels do not share out"):
-        PageScale(tokens=4).check(1, 3)
+
+
+def test_a_header_that_does_not_share_out_is_padded() -> None:
+    scale, x = PageScale(tokens=4), tokens(8)[:, :1, :3]
+    z, side = scale.forward(x)
+    assert side.shape == (8, scale.side_count(1, 3)) == (8, 2)
+    torch.testing.assert_close(scale.inverse(z, side), x, atol=1e-4, rtol=1e-4)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 
 from vqkv.errors import NotFittedError, StateError
 from vqkv.registry import Choice, Component, Config, Registry
+from vqkv.rotation import Pairs
 from vqkv.states import States
 
 #: In which an error counts: by what queries make of a key, or the output projection of a value.
@@ -55,6 +56,10 @@ class Transform(Component, ABC):
     def token_group(self) -> int:
         """Tokens in a row that only go through it together, a part of a page; else 1."""
         return 1
+
+    def for_pairs(self, pairs: Pairs) -> Self:
+        """This transform, told which channels of a head rotate together; few need to know."""
+        return self
 
     def check(self, heads: int, head_dim: int) -> None:
         """Raises SchemeError where the settings do not fit H and D."""
@@ -147,6 +152,8 @@ TRANSFORMS: Registry[type[Transform]] = Registry(
         "hadamard": "vqkv.transforms.hadamard:Hadamard",
         "spectral": "vqkv.transforms.spectral:Spectral",
         "page_scale": "vqkv.transforms.page_scale:PageScale",
+        "page_center": "vqkv.transforms.page_center:PageCenter",
+        "polar": "vqkv.transforms.polar:Polar",
         "outliers": "vqkv.transforms.outliers:Outliers",
     },
 )
