@@ -130,6 +130,19 @@ def test_presets_with_bits_in_their_table_are_all_of_them() -> None:
     assert {row[0] for row in parametrised} == set(preset_names())
 
 
+# -- examples ----------------------------------------------------------------------------------
+
+
+def test_copied_layers_store_nothing_of_their_own() -> None:
+    path = Path(__file__).parent.parent / "examples" / "schemes" / "copied.yaml"
+    geometry = make_geometry(layers=30, compressed=tuple(range(30)))
+    compressor = KVCompressor(load_scheme(path), geometry)
+    stored = {key: codec.layout.bytes_per_token for key, codec in compressor.codecs()}
+    assert {layer for (layer, _), size in stored.items() if size == 0} == {12, 16, 20, 24}
+    assert compressor.bits_per_value == pytest.approx(2 * 26 / 30)
+    assert compressor.sources(12, "values") == [(11, "values")]
+
+
 # -- files -------------------------------------------------------------------------------------
 
 
