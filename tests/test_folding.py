@@ -35,6 +35,11 @@ CHAINS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotated": ({"transforms": [{"type": "spectral"}]}, {"transforms": [{"type": "spectral"}]}),
     "hadamard": ({"transforms": [{"type": "hadamard"}]}, {"quantizer": RESIDUAL}),
     "shared": ({"sharing": "head"}, {"sharing": "layer"}),
+    # As many subspaces as heads.
+    "subspaces": (
+        {"sharing": "subspace", "grouping": {"type": "contiguous", "dim": 8}},
+        {"sharing": "subspace"},
+    ),
     "predicted": (
         {"transforms": [{"type": "center"}, {"type": "spectral"}]},
         {
@@ -94,6 +99,11 @@ def test_pairs_stay_neighbours_before_rope() -> None:
     # Half-split pairs (0, 8), (1, 9), ...
     assert folded.keys.order[0].tolist() == [c for i in range(8) for c in (i, i + 8)]
     assert folded.pairs[0].tolist() == list(range(8))
+
+
+def test_drafts_are_decoded_to_be_read() -> None:
+    draft = fitted({"quantizer": RESIDUAL}, {"quantizer": RESIDUAL}).draft(1)
+    assert "a draft reads some of a code's stages" in str(draft.folded(0))
 
 
 @pytest.mark.parametrize(

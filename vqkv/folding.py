@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from vqkv.codec import Codec
+from vqkv.drafts import DraftCodec
 from vqkv.kernels.attend.codes import Partial
 from vqkv.quantizers.codebook import CodebookQuantizer
 from vqkv.rotation import Pairs
@@ -114,6 +115,8 @@ def fold(keys: Codec, values: Codec) -> FoldedLayer:
 
 def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
     """`units` `[D / 2, 2]` are pairs of channels that have to stay neighbours, if any."""
+    if isinstance(codec, DraftCodec):
+        raise NotFoldable("a draft reads some of a code's stages, kernels read all")
     stuck = [t.config.type for t in codec.transforms if not t.folds or t.token_group != 1]
     if stuck or codec.layout.side_count:
         raise NotFoldable(f"transforms do not fold: {', '.join(stuck) or 'side scalars'}")
@@ -161,11 +164,12 @@ def _codewords(codec: Codec) -> torch.Tensor:
     if not isinstance(quantizer, CodebookQuantizer):
         raise NotFoldable(f"{type(quantizer).__name__} has no table of codewords")
     books: torch.Tensor = quantizer.state()["codewords"].float()
-    if len(books) == segment.subvectors:
+    if codec.config.sharing == "group":
         own: torch.Tensor = books.unflatten(0, (codec.heads, segment.groups))
         return own
-    if len(books) == segment.units:
+    if codec.config.sharing == "head":
         return books.unsqueeze(1).expand(-1, segment.groups, -1, -1, -1)
+    # One for each place in a head, or one for all.
     return books.expand(codec.heads, segment.groups, *books.shape[1:])
 
 
