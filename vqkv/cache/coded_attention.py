@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     eager_mask,
@@ -17,10 +16,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from vqkv.attention import attention_modules, model_type, own_attention
+from vqkv.attention import attention_modules, model_type
 from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
-from vqkv.errors import KernelError, ModelError
+from vqkv.errors import KernelError
+from vqkv.exchange import AttentionExchange
 from vqkv.kernels.attend import Block, attend
 
 #: Slots decoded at a time.
@@ -33,11 +33,8 @@ VARIANTS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks", "position_bia
 _MASKS = (sdpa_mask, eager_mask, flash_attention_mask)
 
 
-class CodedAttention:
+class CodedAttention(AttentionExchange):
     """A model's attention that reads codes where a layer hands it some, and else is its own.
-
-    A context manager: inside of it the decoder's attention passes through here; afterwards
-    everything is as before, exceptions included. Masks are those of the model's own implementation.
 
     Args:
         model: a causal language model of transformers.
@@ -49,50 +46,20 @@ class CodedAttention:
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
-        self._family = model_type(model)
-        self._base: PreTrainedModel = model.get_decoder()
-        self._name = f"vqkv_attend_{id(self)}"
-        self._original = self._base.config._attn_implementation
-        modules = attention_modules(model)
+        super().__init__(model, self._attend, "it cannot read codes: use read='decode'")
+        family, modules = model_type(model), attention_modules(model)
         for layer in layers:
             for variant, attribute in VARIANTS.items():
                 if getattr(modules[layer], attribute, None) is not None:
-                    raise _not_computed(f"{self._family}: layer {layer}", variant)
-        self._mask: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(self._original)
-        if self._mask not in _MASKS:
+                    raise _not_computed(f"{family}: layer {layer}", variant)
+        if ALL_MASK_ATTENTION_FUNCTIONS.get(self.original) not in _MASKS:
             raise KernelError(
-                f"{self._family}: attention on codes cannot read the masks of the model's "
-                f"attention implementation {self._original!r}: load the model with "
+                f"{family}: attention on codes cannot read the masks of the model's "
+                f"attention implementation {self.original!r}: load the model with "
                 "attn_implementation='sdpa', or use read='decode'"
             )
 
-    def __enter__(self) -> Self:
-        """Raises ModelError where the model's attention cannot be exchanged."""
-        AttentionInterface.register(self._name, self._attention)
-        # Without a mask function of the same name transformers would pass no mask at all.
-        AttentionMaskInterface.register(self._name, self._mask)
-        try:
-            self._base.set_attn_implementation(self._name)
-            if self._base.config._attn_implementation != self._name:
-                raise ModelError(
-                    f"{self._family}: {type(self._base).__name__} does not let its attention be "
-                    "exchanged, so it cannot read codes: use read='decode'"
-                )
-        except BaseException:
-            self._undo()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Gives the model its own attention back."""
-        self._undo()
-
-    def _attention(
+    def _attend(
         self,
         module: nn.Module,
         query: torch.Tensor,
@@ -104,14 +71,7 @@ class CodedAttention:
     ) -> Any:
         if isinstance(key, CodedStates):
             return coded_attention(module, query, key, attention_mask, *args, **kwargs)
-        own = own_attention(module, self._original)
-        return own(module, query, key, value, attention_mask, *args, **kwargs)
-
-    def _undo(self) -> None:
-        self._base.set_attn_implementation(self._original)
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            # There is no public way to take back what `register` did.
-            interface._global_mapping.pop(self._name)
+        return self.own(module)(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def coded_attention(

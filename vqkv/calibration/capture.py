@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from vqkv.attention import attention_modules, model_type, own_attention
+from vqkv.attention import attention_modules, model_type
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.errors import ModelError
+from vqkv.exchange import AttentionExchange
 
 #: States as attention sees them, after RoPE where there is one; `pre_` ones before it.
 StateKind = Literal["keys", "pre_keys", "values", "queries", "pre_queries"]
@@ -52,7 +53,7 @@ class StateCapture:
         self._base: PreTrainedModel = model.get_decoder()
         self._wants = wants
         self._take = take
-        self._name = f"vqkv_capture_{id(self)}"
+        self._exchange = AttentionExchange(model, self._attention, "its states cannot be captured")
         self._seen: set[int] = set()
         rotated = [i for i, kinds in wants.items() if any("pre_" in kind for kind in kinds)]
         self._differentiates = any("grad_" in kind for kinds in wants.values() for kind in kinds)
@@ -62,24 +63,12 @@ class StateCapture:
 
     def __enter__(self) -> Self:
         """Raises ModelError where the model's attention cannot be exchanged."""
-        self._was_training = self._model.training
-        self._original = self._base.config._attn_implementation
-        mask_function = ALL_MASK_ATTENTION_FUNCTIONS[self._original]
-        AttentionInterface.register(self._name, self._attention)
-        # Without a mask function of the same name transformers would pass no mask at all.
-        AttentionMaskInterface.register(self._name, mask_function)
-        try:
+        with ExitStack() as entered:
+            entered.callback(self._model.train, self._model.training)
             self._model.eval()
-            self._base.set_attn_implementation(self._name)
-            if self._base.config._attn_implementation != self._name:
-                raise ModelError(
-                    f"{model_type(self._model)}: {type(self._base).__name__} does not let its "
-                    "attention be exchanged, so its states cannot be captured"
-                )
-            self._rotary.__enter__()
-        except BaseException:
-            self._undo()
-            raise
+            entered.enter_context(self._exchange)
+            entered.enter_context(self._rotary)
+            self._undo = entered.pop_all()
         return self
 
     def __exit__(
@@ -89,8 +78,7 @@ class StateCapture:
         trace: TracebackType | None,
     ) -> None:
         """Gives the model its own attention back."""
-        self._rotary.__exit__(kind, error, trace)
-        self._undo()
+        self._undo.__exit__(kind, error, trace)
 
     def run(self, window: torch.Tensor) -> None:
         """Run the model on token ids `[T]` or `[B, T]`, from position 0.
@@ -133,7 +121,7 @@ class StateCapture:
                     self._await_gradient(layer, kind, states)
                 else:
                     self._take(layer, kind, self._state(layer, kind, states).detach())
-        return own_attention(module, self._original)(module, query, key, value, *args, **kwargs)
+        return self._exchange.own(module)(module, query, key, value, *args, **kwargs)
 
     def _state(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not kind.startswith("pre_"):
@@ -175,10 +163,3 @@ class StateCapture:
             self._take(layer, kind, gradient)
 
         state.register_hook(hand_out)
-
-    def _undo(self) -> None:
-        self._base.set_attn_implementation(self._original)
-        self._model.train(self._was_training)
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            # There is no public way to take back what `register` did.
-            interface._global_mapping.pop(self._name)
