@@ -23,7 +23,7 @@ from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.errors import CacheError
 from vqkv.folding import FoldedLayer
-from vqkv.layouts import PAGE_TOKENS, Stream
+from vqkv.layouts import Stream, coded_tokens
 from vqkv.scheme import STREAMS
 
 #: Tokens decoded at a time, which bounds what decoding holds beside its result.
@@ -409,9 +409,8 @@ class VQLayer(CacheLayerMixin):
 
         Only the first `available` slots are there to be coded.
         """
-        until = min(length - self.window, available)
         for rows, pad, coded in self._groups():
-            target = max(0, until - pad) // PAGE_TOKENS * PAGE_TOKENS
+            target = min(coded_tokens(length - pad, self.window), coded_tokens(available - pad, 0))
             if target > coded:
                 self._code_rows(rows, pad, coded, target)
         ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
