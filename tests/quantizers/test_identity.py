@@ -47,5 +47,5 @@ def test_there_is_nothing_to_learn() -> None:
     assert quantizer.fit(torch.zeros(5, 2, 3)).health_ == []
     assert quantizer.state() == {}
     quantizer.load_state({})
-    with pytest.raises(StateError, match=r"identity has no state, given \['codewords'\]"):
+    with pytest.raises(StateError, match=r"IdentityQuantizer has no state, given \['codewords'\]"):
         quantizer.load_state({"codewords": torch.zeros(1)})

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from vqkv.errors import StateError
-from vqkv.quantizers.base import Quantizer, QuantizerConfig
+from vqkv.quantizers.base import QuantizerConfig
+from vqkv.quantizers.stateless import StatelessQuantizer
 
 #: 16-bit words of a value, and the type that holds it.
 _WORDS = {"float32": 2, "float16": 1, "bfloat16": 1}
@@ -33,18 +33,11 @@ class IdentityConfig(QuantizerConfig):
         return True
 
 
-class IdentityQuantizer(Quantizer):
+class IdentityQuantizer(StatelessQuantizer):
     """Stores values of the configured type as their 16-bit words."""
 
     Config = IdentityConfig
     config: IdentityConfig
-
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        self.health_ = []
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Nothing to set up."""
-        self.health_ = []
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, d · words]` (int32, 0..65535) of vectors `[N, M, d]`."""
@@ -55,16 +48,3 @@ class IdentityQuantizer(Quantizer):
         """Vectors `[N, M, d]` (fp32)."""
         words = codes.to(torch.int16).contiguous()
         return words.view(getattr(torch, self.config.dtype)).float()
-
-    def planned_bytes(self, subspaces: int, dim: int) -> int:
-        """0."""
-        return 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Empty: nothing is learned."""
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises StateError where there is anything to load."""
-        if state:
-            raise StateError(f"identity has no state, given {sorted(state)}")

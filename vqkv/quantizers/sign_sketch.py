@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from vqkv.errors import SchemeError, StateError
-from vqkv.quantizers.base import Quantizer, QuantizerConfig
+from vqkv.errors import SchemeError
+from vqkv.quantizers.base import QuantizerConfig
+from vqkv.quantizers.stateless import StatelessQuantizer
 
 
 class SignSketchConfig(QuantizerConfig):
@@ -40,7 +41,7 @@ class SignSketchConfig(QuantizerConfig):
         return True
 
 
-class SignSketch(Quantizer):
+class SignSketch(StatelessQuantizer):
     """`sign(S x)`, S Gaussian `[m, d]`, decoded as `√(π/2) / m · Sᵀ sign(S x)`.
 
     For unit vectors x the inner product of any q with what is decoded is unbiased (QJL, Lemma 3.2):
@@ -49,13 +50,6 @@ class SignSketch(Quantizer):
 
     Config = SignSketchConfig
     config: SignSketchConfig
-
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        self.health_ = []
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Nothing to set up."""
-        self.health_ = []
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, m]`, 1 for projections that are not negative."""
@@ -68,19 +62,6 @@ class SignSketch(Quantizer):
         dim = round(codes.shape[2] / self.config.rate)
         projections = _projections(dim, codes.shape[2], self.config.seed).to(codes.device)
         return math.sqrt(math.pi / 2) / codes.shape[2] * (signs @ projections)
-
-    def planned_bytes(self, subspaces: int, dim: int) -> int:
-        """0."""
-        return 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Empty: S follows from the seed."""
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises StateError where there is anything to load."""
-        if state:
-            raise StateError(f"sign_sketch has no state, given {sorted(state)}")
 
 
 @cache
