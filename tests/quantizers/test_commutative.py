@@ -152,17 +152,6 @@ def test_as_many_stages_as_fit(settings_: dict[str, float], dim: int, stages: in
     assert config.stages(dim) == stages
 
 
-def test_published_rates_come_out() -> None:
-    """Keys `R log2 64 · 2 / 128` bits, values 2: 87.5 % saved at head dim 128, scales included."""
-    keys = 12 * CommutativeConfig(rate=2).stages(128) / 128
-    scale = 16 / 1024
-    mean = ((keys + scale) + (2 + scale)) / 2
-    assert 1 - mean / 16 == pytest.approx(0.875, abs=1e-9)
-    stored = (8 * 32 / 128 + scale + 2 + scale) / 2  # whole bytes for each head
-    assert load_scheme("commvq-2").description.endswith("2 bits.")
-    assert stored == pytest.approx(2.0156, abs=1e-4)
-
-
 def test_misuse() -> None:
     with pytest.raises(NotFittedError, match="Commutative has not been fitted"):
         Commutative(rate=2).encode(vectors())
