@@ -406,6 +406,21 @@ def test_states_that_do_not_fit_are_refused(damage: Any, message: str) -> None:
         build(**FULL).load_state(state)
 
 
+def test_units_of_other_heads_are_refused() -> None:
+    """Codebooks of any quantizer take the bytes that were planned, whatever they are called."""
+    settings: dict[str, Any] = {
+        "rope": "pre",
+        "grouping": {"type": "rope_pairs", "dim": 4},
+        "quantizer": {"type": "rope_commutative", "rate": 2, "size": 4, "em": {"iterations": 2}},
+    }
+    state = fitted(**settings).state()
+    state["segments.0.units"] = state["segments.0.units"][:2].clone()
+    with pytest.raises(
+        StateError, match=r"^keys of layer 3: rope_commutative: .* for 6 codebooks of dim 4, given"
+    ):
+        build(**settings).load_state(state)
+
+
 def test_data_free_codecs_are_ready_at_once_and_stay_as_they_are() -> None:
     settings: dict[str, Any] = {
         "transforms": [{"type": "token_scale", "stat": "minmax"}],

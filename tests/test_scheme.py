@@ -568,6 +568,65 @@ def test_sources_beyond_the_first_layer_are_refused() -> None:
         scheme.check(make_geometry(layers=2, compressed=(0, 1)))
 
 
+def test_copies_are_not_taken_across_rotation() -> None:
+    """Nor from keys to values: these are never turned."""
+    copied = {"predictor": {"type": "copy", "sources": BEFORE}}
+    mixed = {
+        "keys": {"rope": "post"},
+        "layers": [{"layers": [1], "keys": {"rope": "pre", **copied}}],
+    }
+    crossed = {"keys": {"rope": "post"}, "layers": [{"layers": [1], "values": copied}]}
+    for changes, message in (
+        (mixed, "keys of layer 1: predictor: they are coded pre-RoPE, the keys of layer 0 post"),
+        (crossed, "values of layer 1: predictor: they are coded without RoPE, the keys of layer 0"),
+    ):
+        made = scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), changes))
+        with pytest.raises(SchemeError, match=message):
+            KVCompressor(made, make_geometry())
+    same = merge(crossed, {"keys": {"rope": "pre"}})
+    KVCompressor(scheme_from_dict(merge(load_scheme("cq-4c8b").to_dict(), same)), make_geometry())
+
+
+def test_residency_is_one_rule_for_all_layers() -> None:
+    """So what a stream is predicted from keeps the same tokens exact as the stream itself."""
+    with pytest.raises(SchemeError, match=r"layers\.0\.residency: unknown field"):
+        scheme(layers=[{**FEWER_BITS, "residency": {"sinks": 0}}])
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "message"),
+    [
+        (
+            {"type": "residual", "rate": 0.7, "code_bits": 8},
+            r"keys of layer 0: quantizer\.rate: 0\.7 bits .* give a multiple of 2 up to 128",
+        ),
+        (
+            {"type": "sign_sketch", "rate": 0.3},
+            r"keys of layer 0: quantizer\.rate: 0\.3 signs for each of 4 channels are 1\.2",
+        ),
+    ],
+)
+def test_a_rate_that_the_head_dim_cannot_give(quantizer: Plain, message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        KVCompressor(scheme(keys__quantizer=quantizer), make_geometry())
+
+
+def test_learners_side_by_side_share_codebooks_equally() -> None:
+    """3 learners, and 16 codebooks of each of 2 heads: refused before any model runs."""
+    for learner in ({"type": "kmeans"}, {"type": "uniform", "low": 0.0, "high": 1.0}):
+        product = {"type": "product", "learners": [learner] * 3}
+        made = scheme(values__quantizer__learner=product, values__grouping__dim=1)
+        with pytest.raises(
+            SchemeError,
+            match=r"values of layer 0: quantizer\.learner: 3 learners .* but there are 32",
+        ):
+            KVCompressor(made, make_geometry())
+    three = {"type": "product", "learners": [{"type": "kmeans"}] * 3}
+    nested = {"type": "product", "learners": [{"type": "kmeans"}, three]}
+    with pytest.raises(SchemeError, match=r"3 learners .* but there are 4"):
+        KVCompressor(scheme(values__quantizer__learner=nested), make_geometry())
+
+
 def test_too_few_samples_for_units() -> None:
     changes = {"calibration": {"samples": 10}, "values": {"quantizer": {"code_bits": 2}}}
     scheme = scheme_from_dict(merge(load_scheme("commvq-2").to_dict(), changes))

@@ -18,7 +18,7 @@ from vqkv.layouts import Layout, Segment, SideField
 from vqkv.predictors import PREDICTORS, Predictor
 from vqkv.quantizers import QUANTIZERS, Quantizer
 from vqkv.rotation import Pairs
-from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig
+from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig, check_runs
 from vqkv.states import States
 from vqkv.transforms import TRANSFORMS, Metric, Transform
 from vqkv.transforms.statistics import moments
@@ -332,6 +332,7 @@ class Codec:
             self.config.sharing, 1
         )
         quantizer = config.quantizer
+        check_runs(quantizer, books)
         return Segment(units, groups, dim, quantizer.stages(dim), quantizer.bits(), books)
 
     def _prepare(self) -> None:
@@ -365,15 +366,6 @@ class Codec:
                     f"channels have shape {[self.heads, self.head_dim]}, "
                     f"given {list(channels.shape)}"
                 )
-        for part in self._learning():
-            held = sum(tensor.nbytes for tensor in part.state().values())
-            planned = part.planned_bytes(self.heads, self.head_dim)
-            if held != planned:
-                shapes = {name: list(tensor.shape) for name, tensor in part.state().items()}
-                raise StateError(
-                    f"{part.config.type}: its tensors take {planned} bytes for {self.heads} heads "
-                    f"of {self.head_dim} channels, given {held} bytes in {shapes}"
-                )
         for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
             books = quantizer.state().get("codewords")
             expected = (segment.books, segment.dim)
@@ -382,6 +374,9 @@ class Codec:
                     f"there are {segment.books} codebooks of dim {segment.dim}, "
                     f"given {books.shape[0]} of dim {books.shape[3]}"
                 )
+            _check_bytes(quantizer, segment.books, segment.dim, "codebooks of dim")
+        for part in self._learning():
+            _check_bytes(part, self.heads, self.head_dim, "heads of dim")
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):
@@ -481,6 +476,18 @@ class Codec:
 
 def _transformed(transform: Transform, x: torch.Tensor) -> torch.Tensor:
     return transform.forward(x)[0]
+
+
+def _check_bytes(part: Predictor | Transform | Quantizer, count: int, dim: int, unit: str) -> None:
+    """Raises StateError where a part holds other than the bytes that it plans."""
+    state = part.state()
+    held, planned = sum(tensor.nbytes for tensor in state.values()), part.planned_bytes(count, dim)
+    if held != planned:
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        raise StateError(
+            f"{part.config.type}: its tensors take {planned} bytes for {count} {unit} {dim}, "  # type: ignore[union-attr]
+            f"given {held} bytes in {shapes}"
+        )
 
 
 def take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from vqkv.errors import SchemeError, StateError
 from vqkv.groupings import GroupingChoice, RopePairs, Strided, Whole
 from vqkv.layouts import ACROSS_LAYERS, Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
+from vqkv.predictors.copy import CopyConfig
 from vqkv.quantizers import QuantizerChoice, QuantizerConfig
 from vqkv.registry import Config
 from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
@@ -170,7 +171,10 @@ class KeysConfig(StreamConfig):
 
 
 class Residency(Config):
-    """Which tokens stay exact: the first `sinks` of each row and the latest `window` or more."""
+    """Which tokens stay exact: the first `sinks` of each row and the latest `window` or more.
+
+    One rule for all layers, so that a stream and those it is predicted from code the same tokens.
+    """
 
     sinks: int = Field(default=4, ge=0)
     window: int = Field(default=128, ge=0)
@@ -364,15 +368,14 @@ class Scheme(Config):
                 )
             origin = geometry.compressed[place - source.back]
             before = self.stream(origin, source.stream, geometry.layers)
-            if (
-                isinstance(config, KeysConfig)
-                and isinstance(before, KeysConfig)
-                and config.rope != before.rope
-            ):
+            both_keys = isinstance(config, KeysConfig) and isinstance(before, KeysConfig)
+            alike = both_keys or isinstance(config.predictor, CopyConfig)
+            if alike and _rotated(config) != _rotated(before):
                 raise SchemeError(
                     f"{self.name}: {stream} of layer {layer}: predictor: they are coded "
-                    f"{config.rope}-RoPE, the keys of layer {origin} {before.rope}-RoPE, and "
-                    "rotation differs from token to token: code both on the same side"
+                    f"{_rope_side(config)}, the {source.stream} of layer {origin} "
+                    f"{_rope_side(before)}, and rotation differs from token to token: code both on "
+                    "the same side"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -402,6 +405,16 @@ def fingerprint(scheme: Mapping[str, Any]) -> str:
     decisive = {k: v for k, v in scheme.items() if k not in ("name", "description")}
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _rotated(config: StreamConfig) -> bool:
+    """What is coded has been turned by RoPE."""
+    return isinstance(config, KeysConfig) and config.rope == "post"
+
+
+def _rope_side(config: StreamConfig) -> str:
+    """For messages; values are never turned."""
+    return f"{config.rope}-RoPE" if isinstance(config, KeysConfig) else "without RoPE"
 
 
 def _check_learner(quantizer: QuantizerConfig, dim: int) -> None:
@@ -441,6 +454,25 @@ def check_samples(quantizer: QuantizerConfig, samples: int, where: str) -> None:
             f"as many samples, but `calibration.samples` gives it {samples}: raise it, lower "
             "code_bits, or share codebooks"
         )
+
+
+def check_runs(config: Config, books: int) -> None:
+    """Refuse learners side by side that cannot share `books` codebooks equally.
+
+    Raises:
+        SchemeError: their number does not divide that of the codebooks.
+    """
+    side_by_side = getattr(config, "learners", ())
+    if side_by_side and books % len(side_by_side):
+        raise SchemeError(
+            f"quantizer.learner: {len(side_by_side)} learners side by side share the codebooks "
+            f"equally, but there are {books}: name as many learners as divide that, or change "
+            "`sharing`"
+        )
+    nested = (getattr(config, "learner", None), *side_by_side)
+    for learner in nested:
+        if learner is not None:
+            check_runs(learner, books // max(1, len(side_by_side)))
 
 
 def learners_of(config: Config) -> Iterator[Config]:

@@ -145,14 +145,14 @@ def test_a_refused_cut_leaves_every_layer_as_it_was(model: Any, compressor: KVCo
 
 
 def test_predicted_runs_before_use(model: Any, compressor: KVCompressor) -> None:
-    copied = {"type": "copy", "sources": [{"stream": "keys", "back": 0}]}
-    changes = {
-        "keys": {"transforms": [{"type": "token_scale", "stat": "minmax"}]},
-        "values": {"predictor": copied, "transforms": [{"type": "page_scale", "tokens": 32}]},
-    }
+    copied = {"type": "copy", "sources": [{"stream": "values", "back": 1}]}
+    plain = {"transforms": [{"type": "token_scale", "stat": "minmax"}]}
+    runs = {"predictor": copied, "transforms": [{"type": "page_scale", "tokens": 32}]}
+    changes = {"keys": plain, "values": plain, "layers": [{"layers": [1], "values": runs}]}
     scheme = scheme_from_dict(merge(compressor.scheme.to_dict(), changes))
     cache = BeforeUseCache(KVCompressor(scheme, compressor.geometry), model.config)
     part = states()[:, :, :40]
-    _, values = cache.update(part, part + 1, 0)
+    cache.update(part, part, 0)
+    _, values = cache.update(part, part + 1, 1)
     assert values.shape == part.shape
     assert (values - part - 1).abs().max() < 0.2

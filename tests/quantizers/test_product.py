@@ -63,7 +63,9 @@ def test_a_grid_needs_no_fit() -> None:
 
 def test_a_grid_for_other_subspaces() -> None:
     runs = ProductLearnerConfig(learners=(UniformConfig(low=0, high=1),) * 2)
-    with pytest.raises(StateError, match="gives codewords of 2 subspaces, needed are 3"):
+    with pytest.raises(
+        StateError, match="'product' has fixed codewords for 2 subspaces, needed are 3"
+    ):
         ProductQuantizer(code_bits=1, learner=runs).prepare(3, 1)
 
 

@@ -58,8 +58,9 @@ class ProductQuantizer(CodebookQuantizer):
             raise self.needs_fit()
         if fixed.shape[0] != subspaces:
             raise StateError(
-                f"{self.config.learner!r} gives codewords of {fixed.shape[0]} subspaces, "
-                f"needed are {subspaces}"
+                f"learner {self.config.learner.type!r} has fixed codewords for "  # type: ignore[attr-defined]
+                f"{fixed.shape[0]} subspaces, needed are {subspaces}: learners side by side share "
+                "subspaces equally"
             )
         self._keep(fixed)
         self.health_ = []
