@@ -48,6 +48,15 @@ def test_the_first_example_runs_as_it_stands(
     assert "'total': " in capsys.readouterr().out
 
 
+def test_diffs_for_contributors_are_what_the_files_hold() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^\+\+\+ (\S+)\n((?:\+(?!\+\+ ).*\n)+)", text, flags=re.MULTILINE)
+    assert {path for path, _ in parts} >= {"vqkv/presets/vecinfer-2.yaml"}
+    for path, added in parts:
+        lines = re.sub(r"^\+", "", added, flags=re.MULTILINE)
+        assert lines in (ROOT / path).read_text(encoding="utf-8"), f"{path} reads otherwise"
+
+
 def test_links_in_documents_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*/*.md")]
     assert pages

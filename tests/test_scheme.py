@@ -618,12 +618,15 @@ def test_learners_side_by_side_share_codebooks_equally() -> None:
         made = scheme(values__quantizer__learner=product, values__grouping__dim=1)
         with pytest.raises(
             SchemeError,
-            match=r"values of layer 0: quantizer\.learner: 3 learners .* but there are 32",
+            match=r"values of layer 0: quantizer\.learner: 3 learners .* which are 32 here",
         ):
             KVCompressor(made, make_geometry())
     three = {"type": "product", "learners": [{"type": "kmeans"}] * 3}
+    assert "team.yaml: values: quantizer.learner: 3 learners" in refused(
+        values__quantizer__learner=three, values__sharing="layer"
+    )
     nested = {"type": "product", "learners": [{"type": "kmeans"}, three]}
-    with pytest.raises(SchemeError, match=r"3 learners .* but there are 4"):
+    with pytest.raises(SchemeError, match=r"3 learners .* which are 4 here"):
         KVCompressor(scheme(values__quantizer__learner=nested), make_geometry())
 
 

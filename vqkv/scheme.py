@@ -75,6 +75,8 @@ class StreamConfig(Config):
             )
         for segment in self.all_segments:
             _check_learner(segment.quantizer, self.dim_of(segment))
+            if self.sharing in ("layer", "model"):
+                check_runs(segment.quantizer, books=1)
         return self
 
     @field_validator("predictor")
@@ -466,11 +468,10 @@ def check_runs(config: Config, books: int) -> None:
     if side_by_side and books % len(side_by_side):
         raise SchemeError(
             f"quantizer.learner: {len(side_by_side)} learners side by side share the codebooks "
-            f"equally, but there are {books}: name as many learners as divide that, or change "
+            f"equally, which are {books} here: name as many learners as divide that, or change "
             "`sharing`"
         )
-    nested = (getattr(config, "learner", None), *side_by_side)
-    for learner in nested:
+    for learner in (getattr(config, "learner", None), *side_by_side):
         if learner is not None:
             check_runs(learner, books // max(1, len(side_by_side)))
 
