@@ -16,28 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from provenance import write
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from vqkv import Geometry, KVCompressor, load_model, load_scheme
-from vqkv.calibration import Kind, StateCapture, calibration_windows, read_text, text_windows
+from vqkv.calibration import Spool, calibration_windows, read_text, text_windows
 from vqkv.calibration.partial import StreamFiles
-from vqkv.compressor import FittedStream, StateSource
+from vqkv.calibration.source import CapturedStates
+from vqkv.calibration.spooling import capture, wanted_kinds
+from vqkv.compressor import FittedStream
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
-from vqkv.layouts import Stream
 from vqkv.scheme import Scheme, merge
 from vqkv.scheme_files import scheme_from_dict
-from vqkv.states import States
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text
 from vqkv.truncation import first_stages
 
@@ -52,34 +50,6 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 
 
-class CapturedStates(StateSource):
-    """Pre-RoPE keys and values of some windows, in memory, without each window's sinks."""
-
-    def __init__(self, model: PreTrainedModel, windows: list[torch.Tensor], sinks: int) -> None:
-        self._model, self._windows, self._sinks = model, windows, sinks
-
-    def states(self, layer: int, stream: Stream) -> States:
-        """Tokens of all windows."""
-        kind: Kind = "pre_keys" if stream == "keys" else "values"
-        return States.of(torch.cat(self._captured[layer, kind]))
-
-    @cached_property
-    def _captured(self) -> dict[tuple[int, Kind], list[torch.Tensor]]:
-        """Taken when first asked for, which a run that finds all its fits done never does."""
-        captured: dict[tuple[int, Kind], list[torch.Tensor]] = {}
-
-        def take(layer: int, kind: Kind, states: torch.Tensor) -> None:
-            tokens = rearrange(states[:, :, self._sinks :], "b h t d -> (b t) h d")
-            captured.setdefault((layer, kind), []).append(tokens)
-
-        kinds: list[Kind] = ["pre_keys", "values"]
-        wants = dict.fromkeys(Geometry.from_model(self._model).compressed, kinds)
-        with StateCapture(self._model, wants, take) as capture:
-            for window in self._windows:
-                capture.run(window)
-        return captured
-
-
 def scheme_of(grouping: str, learner: str, tokens: int) -> Scheme:
     """The preset with another grouping of keys, and another learner."""
     learned = {"quantizer": {"learner": LEARNERS[learner]}}
@@ -90,6 +60,15 @@ def scheme_of(grouping: str, learner: str, tokens: int) -> Scheme:
         "calibration": {"samples": tokens},
     }
     return scheme_from_dict(merge(load_scheme(PRESET).to_dict(), changes))
+
+
+def captured(model: PreTrainedModel, windows: list[torch.Tensor], work: Path) -> CapturedStates:
+    """What all fits learn from; `work` keeps it."""
+    tokens = sum(map(len, windows))
+    compressor = KVCompressor(load_scheme(PRESET), Geometry.from_model(model))
+    spool = Spool(work / f"states-{tokens}", compressor.scheme.residency.sinks)
+    capture(model, wanted_kinds(compressor), windows, spool)
+    return CapturedStates(spool, model, compressor, CONTEXT)
 
 
 def fits(
@@ -164,7 +143,7 @@ def main() -> None:
     sinks = load_scheme(PRESET).residency.sinks
     texts = [read_text(bundled_text(name)) for name in CALIBRATION_MIX]
     windows = calibration_windows(tokenizer, texts, arguments.calibrate, CONTEXT)
-    source = CapturedStates(model, windows, sinks)
+    source = captured(model, windows, arguments.work)
     scored = {
         name: text_windows(
             tokenizer, read_text(bundled_text(name)), arguments.tokens, CONTEXT, SKIP
