@@ -65,6 +65,8 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
     found = {ROOT / "docs" / "results.md": introduction + table(ranked) + "\n"}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = filled(path.read_text(encoding="utf-8"), rows)
+    rvq = ROOT / "docs" / "methods" / "rvq.md"
+    found[rvq] = with_depths(found[rvq])
     readme = ROOT / "README.md"
     found[readme] = filled(readme.read_text(encoding="utf-8"), rows)
     return found
@@ -105,6 +107,37 @@ def _line(row: dict[str, Any]) -> str:
         f"{100 * e['top1_agreement']:.1f} %",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def with_depths(page: str) -> str:
+    """The page with the figures of `benchmarks/rvq_depths.py` after `<!-- depths -->`."""
+    file = RESULTS / "rvq-depths.json"
+    figures = "Not measured yet."
+    if file.exists():
+        figures = depths(json.loads(file.read_text(encoding="utf-8")))
+    shown = f"<!-- depths -->\n\n{figures}\n\n{END}"
+    return re.sub(rf"<!-- depths -->.*?{re.escape(END)}", lambda _: shown, page, flags=re.DOTALL)
+
+
+def depths(data: dict[str, Any]) -> str:
+    """What was measured on, and a row for each grouping, learner and depth."""
+    settings, rows = data["settings"], data["rows"]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    head = ("keys", "learner", "stages", "bits", *(f"KL, {text}" for text in texts))
+    lines = [
+        f"SmolLM2-135M (D = 64), calibrated on {settings['calibration_tokens']:,} tokens, scored "
+        f"before use on {settings['tokens']:,} tokens of each text, {settings['sinks']} sinks "
+        "exact; KL in nats per token.\n",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join(['---'] * len(head))} |",
+    ]
+    arms: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        arm = (row["keys"], row["learner"], str(row["depth"]), f"{row['bits_per_value']:.4g}")
+        arms.setdefault(arm, {})[row["text"]] = f"{row['kl']:.4f}"
+    for arm, kl in arms.items():
+        lines.append(f"| {' | '.join([*arm, *(kl.get(text, '') for text in texts)])} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
