@@ -20,8 +20,8 @@ from vqkv.cache import BeforeUseCache, attach
 from vqkv.compressor import KVCompressor, Provenance
 from vqkv.errors import ModelError, TextError
 from vqkv.evaluation import Evaluation, Mode, evaluate
-from vqkv.evaluation.arms import Arms
-from vqkv.evaluation.canary import destroyed, run_canary
+from vqkv.evaluation.arms import compressor_arms
+from vqkv.evaluation.canary import canary_arms, destroyed, run_canary
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.memory import live_storage_bytes
 from vqkv.evaluation.passages import _spread, repeated_passages
@@ -69,7 +69,7 @@ def test_before_use_scores_are_those_of_one_forward_over_reconstructions(
     model: Any, coarse: KVCompressor
 ) -> None:
     window = random_ids(1, 100)[0]
-    scores = Arms(model, coarse, "before-use", 32).scores(window)
+    scores = compressor_arms(model, coarse, "before-use", 32).scores(window)
     with attach(model, coarse), torch.no_grad():
         logits = model(window[None], past_key_values=BeforeUseCache(coarse, model.config)).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
@@ -78,11 +78,11 @@ def test_before_use_scores_are_those_of_one_forward_over_reconstructions(
 
 def test_the_exact_arm_does_not_depend_on_mode_or_chunk(model: Any, coarse: KVCompressor) -> None:
     window = random_ids(1, 100)[0]
-    one = Arms(model, coarse, "before-use", 1).scores(window)
+    one = compressor_arms(model, coarse, "before-use", 1).scores(window)
     for chunk in (7, 64):
-        other = Arms(model, coarse, "chunked", chunk).scores(window)
+        other = compressor_arms(model, coarse, "chunked", chunk).scores(window)
         torch.testing.assert_close(other.exact, one.exact, atol=1e-5, rtol=1e-5)
-    later = Arms(model, coarse, "chunked", 7).scores(window, first=60)
+    later = compressor_arms(model, coarse, "chunked", 7).scores(window, first=60)
     torch.testing.assert_close(later.exact, one.exact[59:], atol=1e-5, rtol=1e-5)
 
 
@@ -91,16 +91,16 @@ def test_kept_exact_logits_give_the_same_scores(
 ) -> None:
     window = random_ids(1, 100)[0]
     exact = ExactLogits(model, tmp_path)
-    alone = Arms(model, coarse, "before-use", 32).scores(window, first=40)
+    alone = compressor_arms(model, coarse, "before-use", 32).scores(window, first=40)
     for _ in range(2):  # computed, then read
-        kept = Arms(model, coarse, "before-use", 32, exact).scores(window, first=40)
+        kept = compressor_arms(model, coarse, "before-use", 32, exact).scores(window, first=40)
         for name in ("exact", "compressed", "kl", "agree"):
             assert torch.equal(getattr(kept, name), getattr(alone, name))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_long_window_leaves_chunked_mode_exact(model: Any, coarse: KVCompressor) -> None:
-    scores = Arms(model, coarse.with_residency(window=512), "chunked", 16)
+    scores = compressor_arms(model, coarse.with_residency(window=512), "chunked", 16)
     assert float(scores.scores(random_ids(1, 200)[0]).kl.abs().max()) < 1e-5
 
 
@@ -110,14 +110,14 @@ class TestCanary:
         self, model: Any, coarse: KVCompressor, mode: Mode
     ) -> None:
         window = random_ids(1, 200)[0]
-        kept = Arms(model, coarse, mode, 32).scores(window)
-        broken = Arms(model, destroyed(coarse), mode, 32).scores(window)
+        kept = compressor_arms(model, coarse, mode, 32).scores(window)
+        broken = compressor_arms(model, destroyed(coarse), mode, 32).scores(window)
         assert broken.kl.mean() > 2 * kept.kl.mean()
 
     def test_an_evaluation_that_reads_no_codes_fails_it(
         self, model: Any, coarse: KVCompressor
     ) -> None:
-        unread = Arms(model, coarse.with_residency(window=512), "chunked", 16)
+        unread = canary_arms(model, coarse.with_residency(window=512), "chunked", 16, 200)
         checked = run_canary(unread, random_ids(1, 200)[0])
         assert not checked.ok
         assert checked.perplexity == pytest.approx(checked.perplexity_exact, rel=1e-4)
@@ -126,9 +126,10 @@ class TestCanary:
         """What the exact window and the chunk keep readable would hide the destruction."""
         window = random_ids(1, 400)[0]
         kept = coarse.with_residency(sinks=4, window=128)
-        checked = run_canary(Arms(model, kept, "chunked", 256), window)
-        bare = Arms(model, destroyed(coarse.with_residency(sinks=0, window=0)), "chunked", 64)
-        assert checked.perplexity == bare.scores(window).perplexity
+        checked = run_canary(canary_arms(model, kept, "chunked", 256, 400), window)
+        bare = destroyed(coarse.with_residency(sinks=0, window=0))
+        scores = compressor_arms(model, bare, "chunked", 64).scores(window)
+        assert checked.perplexity == scores.perplexity
 
     def test_the_compressor_itself_stays_whole(self, model: Any, coarse: KVCompressor) -> None:
         x = torch.randn(1, 2, 20, 16)
@@ -140,7 +141,7 @@ class TestCanary:
 class TestPassages:
     def test_the_second_copy_is_scored(self, model: Any, coarse: KVCompressor) -> None:
         tokens = random_ids(1, 300)[0]
-        arms = Arms(model, coarse, "before-use", 32)
+        arms = compressor_arms(model, coarse, "before-use", 32)
         found = repeated_passages(arms, tokens, (40,), 2, lambda done, total: None)
         losses = []
         for start in (0, 260):
@@ -153,7 +154,7 @@ class TestPassages:
     def test_lengths_that_do_not_fit_are_left_out_and_said(
         self, model: Any, coarse: KVCompressor
     ) -> None:
-        arms = Arms(model, coarse, "before-use", 32)
+        arms = compressor_arms(model, coarse, "before-use", 32)
         found = repeated_passages(
             arms, random_ids(1, 300)[0], (40, 400, 600), 1, lambda done, total: None
         )
@@ -164,7 +165,7 @@ class TestPassages:
         ]
 
     def test_each_passage_is_another(self, model: Any, coarse: KVCompressor) -> None:
-        arms = Arms(model, coarse, "before-use", 32)
+        arms = compressor_arms(model, coarse, "before-use", 32)
         told: list[tuple[int, int]] = []
         found = repeated_passages(
             arms, random_ids(1, 42)[0], (40, 42), 8, lambda done, total: told.append((done, total))

@@ -6,6 +6,7 @@ stored, and so measures nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -38,17 +39,25 @@ class BeforeUseCache(Cache):
         super().__init__(layers=layers)
 
 
-class BeforeUseLayer(CacheLayerMixin):
-    """One layer of `BeforeUseCache`."""
+class ReconstructingLayer(CacheLayerMixin, ABC):
+    """One layer of a cache that serves one forward, whatever codes it.
+
+    Args:
+        sinks: tokens at the start that stay exact.
+    """
 
     is_sliding = False
 
-    def __init__(self, index: int, compressor: KVCompressor, rows: Rows) -> None:
+    def __init__(self, sinks: int) -> None:
         super().__init__()
-        self.index = index
-        self.compressor = compressor
-        self.rows = rows
+        self.sinks = sinks
         self._length = 0
+
+    @abstractmethod
+    def reconstructed(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[B, H, T, D]` as they come back from their codes, in tensors of their own."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is stored."""
@@ -60,19 +69,15 @@ class BeforeUseLayer(CacheLayerMixin):
         """The states `[B, H, T, D]` as they come back from their codes, sinks exact.
 
         Raises:
-            CacheError: a second forward, padding, or pre-RoPE codes without an attached model.
+            CacheError: a second forward.
         """
         if self._length:
             raise CacheError("before-use scores one forward per cache: start a new one")
-        if any(self.rows.pads):
-            raise CacheError("before-use takes windows without padding")
         self._length = key_states.shape[2]
-        keys = self._keys(key_states).to(key_states.dtype)
-        values = self._through("values", value_states).to(value_states.dtype)
-        self.rows.decoded.release(self.index, self.compressor)
-        sinks = self.compressor.scheme.residency.sinks
-        keys[:, :, :sinks] = key_states[:, :, :sinks]
-        values[:, :, :sinks] = value_states[:, :, :sinks]
+        keys, values = self.reconstructed(key_states, value_states)
+        keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
+        keys[:, :, : self.sinks] = key_states[:, :, : self.sinks]
+        values[:, :, : self.sinks] = value_states[:, :, : self.sinks]
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -86,6 +91,30 @@ class BeforeUseLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: no limit."""
         return -1
+
+
+class BeforeUseLayer(ReconstructingLayer):
+    """One layer of `BeforeUseCache`."""
+
+    def __init__(self, index: int, compressor: KVCompressor, rows: Rows) -> None:
+        super().__init__(compressor.scheme.residency.sinks)
+        self.index = index
+        self.compressor = compressor
+        self.rows = rows
+
+    def reconstructed(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the compressor's codecs.
+
+        Raises:
+            CacheError: padding, or pre-RoPE codes without an attached model.
+        """
+        if any(self.rows.pads):
+            raise CacheError("before-use takes windows without padding")
+        decoded = self._keys(keys), self._through("values", values)
+        self.rows.decoded.release(self.index, self.compressor)
+        return decoded
 
     def _keys(self, keys: torch.Tensor) -> torch.Tensor:
         if self.compressor.codec(self.index, "keys", keys.device).layout.rope != "pre":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from vqkv.cache import BeforeUseCache, VQCache, attach
 from vqkv.compressor import KVCompressor
@@ -15,31 +17,30 @@ from vqkv.evaluation.scoring import Scores, score
 
 Mode = Literal["before-use", "chunked"]
 
+#: Prepares the model for a compressed cache, hands out an empty one, and undoes itself.
+OpenCache = Callable[[], AbstractContextManager[Cache]]
+
 
 class Arms:
     """Runs windows through a model with the exact cache and with a compressed one.
 
     Args:
         model: run without gradients.
-        compressor: whose residency holds.
-        mode: before-use runs a window as one chunk through reconstructions; chunked runs `chunk`
-            tokens at a time through the real cache.
-        chunk: tokens of a chunk, in chunked mode.
-        exact: gives the exact arm's logits of windows that other compressors are scored on too,
-            before use.
+        open_cache: gives each window a compressed cache of its own.
+        chunk: tokens at a time; None for a window in one forward, which before-use caches need.
+        exact: gives the exact arm's logits of windows in one forward that other caches are scored
+            on too.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        compressor: KVCompressor,
-        mode: Mode,
-        chunk: int,
+        open_cache: OpenCache,
+        chunk: int | None = None,
         exact: ExactLogits | None = None,
     ) -> None:
         self.model = model
-        self.compressor = compressor
-        self.mode = mode
+        self.open_cache = open_cache
         self.chunk = chunk
         self.exact = exact
 
@@ -47,20 +48,20 @@ class Arms:
     def scores(self, window: torch.Tensor, first: int = 1) -> Scores:
         """Scores of the tokens `first` and later of a window `[T]`, each from those before it."""
         ids = window.to(self.model.device)[None]
-        chunk = self.chunk if self.mode == "chunked" else ids.shape[1]
-        caches = (DynamicCache(config=self.model.config), self._compressed_cache())
-        if self.exact is not None and self.mode == "before-use":
+        if self.exact is not None and self.chunk is None:
             exact = self.exact(ids)[first - 1 : -1]
-            with attach(self.model, self.compressor):
-                compressed = self.model(ids, past_key_values=caches[1]).logits[0, first - 1 : -1]
+            with self.open_cache() as cache:
+                compressed = self.model(ids, past_key_values=cache).logits[0, first - 1 : -1]
             return score(exact, compressed, ids[0, first:])
+        chunk = self.chunk or ids.shape[1]
+        exact_cache = DynamicCache(config=self.model.config)
         parts = []
-        with attach(self.model, self.compressor):
+        with self.open_cache() as cache:
             for start in range(0, ids.shape[1], chunk):
                 stop = min(start + chunk, ids.shape[1])
                 exact, compressed = (
-                    self.model(ids[:, start:stop], past_key_values=cache).logits[0]
-                    for cache in caches
+                    self.model(ids[:, start:stop], past_key_values=held).logits[0]
+                    for held in (exact_cache, cache)
                 )
                 # Row i of a chunk predicts token start + i + 1.
                 skipped = max(0, first - 1 - start)
@@ -70,10 +71,32 @@ class Arms:
                     parts.append(score(exact[rows], compressed[rows], targets))
         return Scores.joined(parts)
 
-    def _compressed_cache(self) -> BeforeUseCache | VQCache:
-        kind: Callable[[KVCompressor, Any], BeforeUseCache | VQCache]
-        kind = VQCache if self.mode == "chunked" else BeforeUseCache
-        return kind(self.compressor, self.model.config)
+
+def compressor_arms(
+    model: PreTrainedModel,
+    compressor: KVCompressor,
+    mode: Mode,
+    chunk: int,
+    exact: ExactLogits | None = None,
+) -> Arms:
+    """Arms of a compressor, whose residency holds.
+
+    Args:
+        model: of the compressor's geometry.
+        compressor: fitted, or data-free.
+        mode: before-use runs a window as one chunk through reconstructions; chunked runs `chunk`
+            tokens at a time through the real cache.
+        chunk: tokens of a chunk, in chunked mode.
+        exact: as in `Arms`; chunked mode has no use for it.
+    """
+    kind = VQCache if mode == "chunked" else BeforeUseCache
+
+    @contextmanager
+    def open_cache() -> Iterator[Cache]:
+        with attach(model, compressor):
+            yield kind(compressor, model.config)
+
+    return Arms(model, open_cache, chunk if mode == "chunked" else None, exact)
 
 
 @torch.inference_mode()

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from vqkv.codec import Codec, Encoded
 from vqkv.compressor import KVCompressor
-from vqkv.evaluation.arms import Arms
+from vqkv.evaluation.arms import Arms, Mode, compressor_arms
 from vqkv.layouts import PAGE_TOKENS, coded_tokens
 
 #: Tokens that the canary runs on; destruction shows at once.
@@ -51,17 +52,23 @@ def destroyed(compressor: KVCompressor) -> KVCompressor:
     return compressor.with_codecs(DestroyingCodec)
 
 
-def run_canary(arms: Arms, window: torch.Tensor) -> Canary:
-    """Score the start of a window through the same code path with destroyed codes.
+def canary_arms(
+    model: PreTrainedModel, compressor: KVCompressor, mode: Mode, chunk: int, tokens: int
+) -> Arms:
+    """Arms that score a window of `tokens` as an evaluation would, with destroyed codes.
 
     In chunked mode sinks, the exact window and the rest of the chunk would carry a model over the
     destruction. Where codes come into play at all they do so at once here: no sinks, no window, a
     page at a time.
     """
-    compressor, chunk = destroyed(arms.compressor), arms.chunk
-    codes = coded_tokens(len(window), compressor.scheme.residency.window)
-    if arms.mode == "chunked" and codes:
+    compressor = destroyed(compressor)
+    if mode == "chunked" and coded_tokens(tokens, compressor.scheme.residency.window):
         compressor = compressor.with_residency(sinks=0, window=0)
         chunk = min(chunk, PAGE_TOKENS)
-    scores = Arms(arms.model, compressor, arms.mode, chunk).scores(window[:TOKENS])
+    return compressor_arms(model, compressor, mode, chunk)
+
+
+def run_canary(arms: Arms, window: torch.Tensor) -> Canary:
+    """Score the start of a window with arms that destroy what they store."""
+    scores = arms.scores(window[:TOKENS])
     return Canary(scores.perplexity, scores.perplexity_exact, float(scores.agree.mean()))

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.calibration.windows import Text, check_context, read_text, text_windows
 from vqkv.compressor import KVCompressor
 from vqkv.errors import TextError
-from vqkv.evaluation.arms import Arms, Mode, filled_cache
-from vqkv.evaluation.canary import run_canary
+from vqkv.evaluation.arms import Mode, compressor_arms, filled_cache
+from vqkv.evaluation.canary import canary_arms
 from vqkv.evaluation.exact import ExactLogits
-from vqkv.evaluation.passages import RepeatedPassages, repeated_passages
-from vqkv.evaluation.scoring import Scores
-
-#: Called with a phase, what is done of it, and of what.
-Progress = Callable[[str, int, int], None]
+from vqkv.evaluation.quality import Progress, measure
 
 #: Tokens that a cache is filled with at a time where only its bytes are wanted.
 FILL_CHUNK = 512
@@ -134,29 +128,15 @@ def evaluate(
             "flatter it; evaluate on another text"
         )
     windows = text_windows(tokenizer, text, tokens, context, skip)
-    arms = Arms(model, compressor, mode, chunk, exact)
-
-    parts = []
-    for done, window in enumerate(windows, start=1):
-        if len(window) > 1:
-            parts.append(arms.scores(window))
-        tell("score", done, len(windows))
-    scores = Scores.joined(parts)
-    checked = None
-    if canary:
-        tell("canary", 0, 1)
-        checked = run_canary(arms, windows[0])
-        tell("canary", 1, 1)
-    repeated = (
-        repeated_passages(
-            arms,
-            torch.cat(windows),
-            passage_lengths,
-            passages,
-            lambda done, total: tell("repeated passages", done, total),
-        )
-        if passages
-        else RepeatedPassages()
+    arms = compressor_arms(model, compressor, mode, chunk, exact)
+    destroying = canary_arms(model, compressor, mode, chunk, len(windows[0])) if canary else None
+    quality = measure(
+        arms,
+        destroying,
+        windows,
+        passages=passages,
+        passage_lengths=passage_lengths,
+        progress=tell,
     )
     fill = chunk if mode == "chunked" else FILL_CHUNK
     tell("cache", 0, 1)
@@ -173,15 +153,7 @@ def evaluate(
         skip=skip,
         sinks=compressor.scheme.residency.sinks,
         window=compressor.scheme.residency.window if mode == "chunked" else 0,
-        tokens=len(scores.exact),
-        kl=float(scores.kl.mean()),
-        perplexity=scores.perplexity,
-        perplexity_exact=scores.perplexity_exact,
-        ratio=scores.perplexity / scores.perplexity_exact,
-        interval=scores.interval(),
-        top1_agreement=float(scores.agree.mean()),
-        repeated_passage=repeated.compressed,
-        repeated_passage_exact=repeated.exact,
+        **quality.figures(),
         bits_per_value=compressor.bits_per_value,
         effective_bits_per_value=compressor.effective_bits_per_value(length),
         cache_bytes=cache.nbytes()["total"],
@@ -189,8 +161,6 @@ def evaluate(
         cache_bytes_length=length,
         cache_bytes_window=compressor.scheme.residency.window,
         side_bytes=compressor.side_bytes(),
-        canary_perplexity=None if checked is None else checked.perplexity,
-        canary_ok=None if checked is None else checked.ok,
-        notes=(*notes, *repeated.notes),
+        notes=(*notes, *quality.repeated.notes),
         seconds=time.perf_counter() - begun,
     )
