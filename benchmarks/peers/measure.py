@@ -83,7 +83,7 @@ class Bench:
         )
         quality = measure(
             Arms(model, opener(model, peer, settings.sinks), exact=self.exact),
-            Arms(model, opener(model, peer, settings.sinks, destroy=True)),
+            Arms(model, opener(model, peer, settings.sinks, destroy=True), exact=self.exact),
             windows,
             passages=passages,
             passage_lengths=settings.passage_lengths,
