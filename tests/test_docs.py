@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,40 @@ def test_measured_figures_are_those_of_the_committed_results() -> None:
     module = tool("results_pages")
     for path, text in module.pages(module.results()).items():
         assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make docs`"
+
+
+def test_the_published_figure_beside_a_preset_is_the_nearest_in_kind() -> None:
+    shown = tool("results_pages").as_published
+
+    def entry(dataset: str, metric: str, exact: float | None = 5.0) -> dict[str, Any]:
+        fields = {"preset": "cq", "model": "M", "dataset": dataset, "metric": metric}
+        return {**fields, "exact": exact, "value": 6.25, "tag": "P"}
+
+    entries = [entry("GSM8K", "accuracy", None), entry("LongBench", "score")]
+    assert shown(entries[:1], "cq") == "GSM8K ? → 6.25, M (P)"
+    assert shown(entries, "cq") == "LongBench 5 → 6.25, M (P)"
+    entries += [entry("C4", "perplexity"), entry("WikiText-2", "perplexity")]
+    assert shown(entries[:3], "cq") == "C4 perplexity 5 → 6.25, M (P)"
+    assert shown(entries, "cq") == "WikiText-2 perplexity 5 → 6.25, M (P)"
+    assert shown(entries, "kivi") == ""
+
+
+def test_published_figures_name_presets_that_exist() -> None:
+    presets = {path.stem for path in (ROOT / "vqkv" / "presets").glob("*.yaml")}
+    named = {entry["preset"] for entry in tool("results_pages").published()}
+    assert named - {None} <= presets
+
+
+def test_peers_are_marked_with_the_package_that_does_the_work() -> None:
+    module = tool("results_pages")
+    (path,) = (ROOT / "benchmarks" / "results" / "compare").glob("cq-4c8b.json")
+    ours = json.loads(path.read_text(encoding="utf-8"))
+    theirs = copy.deepcopy(ours) | {"peer": "faiss-cpu 1.2.3"}
+    for row in theirs["rows"]:
+        row["evaluation"]["scheme"] = "pq"
+    page = module.pages([ours, theirs])[ROOT / "docs" / "results.md"]
+    assert page.count("| `pq` (peer: faiss-cpu 1.2.3) |") == len(theirs["rows"])
+    assert page.count("| `cq-4c8b` |") == len(ours["rows"])
 
 
 def test_the_first_example_runs_as_it_stands(

@@ -2,8 +2,8 @@
 
     python tools/results_pages.py
 
-`docs/results.md` is all of it. The README and pages under `docs/methods/` have a line
-`<!-- measured: PRESET ... -->`, which a table of those presets follows.
+`docs/results.md` is all of it, with peers and what papers published. The README and pages under
+`docs/methods/` have a line `<!-- measured: PRESET ... -->`, which a table of those presets follows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vqkv.evaluation.report import plot
 
@@ -20,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = RESULTS / "compare.png"
 END = "<!-- end -->"
-HEAD = "| preset | text | bits | KL | perplexity ratio | top-1 |"
-RULE = "| --- | --- | --- | --- | --- | --- |"
+PUBLISHED = ROOT / "benchmarks" / "published.yaml"
+HEAD = ("preset", "text", "bits", "KL", "perplexity ratio", "top-1")
 
 INTRODUCTION = """# Results
 
@@ -32,14 +35,22 @@ SmolLM2-135M, calibrated on {calibration:,} tokens of the two calibration texts,
 {sinks} sinks of a window replaced by its reconstruction before attention. KL in nats per token;
 brackets hold 95 % of the log ratio. Bits are those of this model, D = 64.
 
+A **peer** is another package's codec in the same harness ([how](measuring.md#peers)), kept in
+`benchmarks/results/peers`. **As published** is a paper's own figure for the method that a preset
+comes nearest to, exact → compressed, on another model and other text: no figure of ours is
+comparable with it. P: read in the paper or its repository; N: from third-party notes; A: from an
+abstract. [`published.yaml`](../benchmarks/published.yaml) has them all, with sources.
+
 ![KL against bits per value](../benchmarks/results/compare.png)
 
 """
 
 
 def results() -> list[dict[str, Any]]:
-    """Every comparison that is kept, all with the same settings."""
-    files = [*sorted((RESULTS / "compare").glob("*.json")), RESULTS / "shootout/comparison.json"]
+    """Every comparison that is kept, of schemes and of peers, all with the same settings."""
+    folders = ("compare", "peers")
+    files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
+    files.append(RESULTS / "shootout" / "comparison.json")
     kept = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     common = ("calibration_tokens", "tokens", "context", "sinks")
     if len({tuple(data["settings"][name] for name in common) for data in kept}) > 1:
@@ -47,9 +58,15 @@ def results() -> list[dict[str, Any]]:
     return kept
 
 
+def published() -> list[dict[str, Any]]:
+    """Figures that others published."""
+    entries: list[dict[str, Any]] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))["entries"]
+    return entries
+
+
 def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
     """Every page that holds figures, as it should be."""
-    found_rows = [row for data in kept for row in data["rows"]]
+    found_rows = [{**row, "peer": data.get("peer")} for data in kept for row in data["rows"]]
     # A later file's row takes the place of an earlier one's.
     rows = [*{(r["evaluation"]["scheme"], r["evaluation"]["text"]): r for r in found_rows}.values()]
     settings = kept[0]["settings"]
@@ -62,7 +79,7 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
     ranked = sorted(
         rows, key=lambda row: (row["evaluation"]["bits_per_value"], row["evaluation"]["kl"])
     )
-    found = {ROOT / "docs" / "results.md": introduction + table(ranked) + "\n"}
+    found = {ROOT / "docs" / "results.md": introduction + table(ranked, published()) + "\n"}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = filled(path.read_text(encoding="utf-8"), rows)
     rvq = ROOT / "docs" / "methods" / "rvq.md"
@@ -90,23 +107,42 @@ def filled(page: str, rows: list[dict[str, Any]]) -> str:
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows in the order given."""
-    return "\n".join([HEAD, RULE, *(_line(row) for row in rows)])
+def table(rows: list[dict[str, Any]], entries: Sequence[dict[str, Any]] | None = None) -> str:
+    """Rows in the order given, with a column of published figures where there are entries."""
+    head = HEAD if entries is None else (*HEAD, "as published")
+    lines = [head, ("---",) * len(head)]
+    for row in rows:
+        more = () if entries is None else (as_published(entries, row["evaluation"]["scheme"]),)
+        lines.append((*_cells(row), *more))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _line(row: dict[str, Any]) -> str:
+def as_published(entries: Sequence[dict[str, Any]], preset: str) -> str:
+    """Of a preset's published figures the nearest in kind to ours, empty where it has none.
+
+    Perplexity before everything else, WikiText-2 and LongBench before other data.
+    """
+    mine = [entry for entry in entries if entry["preset"] == preset]
+    if not mine:
+        return ""
+    common = ("WikiText-2", "LongBench")
+    e = min(mine, key=lambda e: (e["metric"] != "perplexity", e["dataset"] not in common))
+    what = e["dataset"] if e["metric"] in ("score", "accuracy") else f"{e['dataset']} {e['metric']}"
+    exact = "?" if e["exact"] is None else f"{e['exact']:g}"
+    return f"{what} {exact} → {e['value']:g}, {e['model']} ({e['tag']})"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     e = row["evaluation"]
     low, high = e["interval"]
-    cells = (
-        f"`{e['scheme']}`",
+    return (
+        f"`{e['scheme']}`" + (f" (peer: {row['peer']})" if row.get("peer") else ""),
         e["text"].removesuffix(".txt"),
         f"{e['bits_per_value']:.4g}",
         f"{e['kl']:.4f}",
         f"{e['ratio']:.4f} [{low:+.4f} … {high:+.4f}]",
         f"{100 * e['top1_agreement']:.1f} %",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def with_depths(page: str) -> str:
