@@ -26,7 +26,7 @@ from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
 from vqkv.texts import CALIBRATION_MIX, bundled_text
 
-CONTEXT, SINKS, BITS = 1024, 4, 2
+CONTEXT, SINKS, BITS = 512, 4, 2
 
 
 def main() -> None:
