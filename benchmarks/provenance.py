@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy")
+PACKAGES = (
+    *("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy"),
+    *("optimum-quanto", "hqq"),
+)
 
 
 def provenance() -> dict[str, Any]:
