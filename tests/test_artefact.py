@@ -198,6 +198,9 @@ CODEBOOKS = "codebooks.safetensors: damaged, cut short, or from another artefact
         pytest.param(change(base_model=7), "damaged: `base_model` is 7", id="odd model"),
         pytest.param(change(calibration=[]), "damaged: `calibration` is []", id="odd calibration"),
         pytest.param(unhealthy("entropy", "high"), "holds 'high', which is no number", id="words"),
+        pytest.param(
+            unhealthy("last_gain", "little"), "holds 'little', which is no number", id="odd gain"
+        ),
         pytest.param(unhealthy("inertia", [None]), "holds None, which is no number", id="nulls"),
         pytest.param(unhealthy("inertia", 3), "config.json: damaged: ", id="no list"),
         pytest.param(change(geometry={}), "config.json: damaged: ", id="no geometry"),

@@ -344,6 +344,9 @@ def test_report_and_repr(geometry: Geometry) -> None:
     health = report["health"]
     assert health["codebooks"] == 4
     assert 0 < health["entropy_min"] <= health["entropy_mean"] <= 3
+    gains = [float(h.last_gain or 0) for _, codec in compressor.codecs() for h in codec.health]
+    assert health["last_gain_mean"] == pytest.approx(sum(gains) / 4)
+    assert health["last_gain_max"] == max(gains)
     assert repr(compressor) == "KVCompressor('test', 2 layers, 1 bits per value, fitted)"
     assert "not fitted" in repr(KVCompressor(scheme(), geometry))
 

@@ -453,12 +453,17 @@ class KVCompressor:
         }
 
     def health(self) -> dict[str, Any]:
-        """Codebook health over all streams: usage entropy (least and mean), dead codewords."""
+        """Codebook health over all streams: usage entropy, dead codewords, distance from the end.
+
+        `last_gain` is how much of its distortion a codebook's last iteration still took away,
+        mean and most; None where no learner says.
+        """
         stages = [h for codec in self._codecs.values() for h in codec.health]
         learned = [h for h in stages if h.inertia]
         if not learned:
             return {"codebooks": 0}
         entropies = [h.entropy for h in learned]
+        gains = [h.last_gain for h in learned if h.last_gain is not None]
         return {
             "codebooks": len(learned),
             "entropy_mean": sum(entropies) / len(entropies),
@@ -466,6 +471,8 @@ class KVCompressor:
             "dead_before": sum(h.dead_before for h in learned),
             "dead_after": sum(h.dead_after for h in learned),
             "inertia": sum(h.inertia[-1] for h in learned) / len(learned),
+            "last_gain_mean": sum(gains) / len(gains) if gains else None,
+            "last_gain_max": max(gains, default=None),
         }
 
     # -- state and artefacts ---------------------------------------------------------------

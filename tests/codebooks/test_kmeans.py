@@ -123,6 +123,16 @@ def test_inertia_never_rises(
     assert torch.isfinite(learner.codewords_).all()
 
 
+def test_health_tells_how_far_the_last_iteration_still_came() -> None:
+    x = mixture(600, 2, 4)
+    gains = []
+    for iterations in (2, 40):
+        health = KMeans(iterations=iterations, backend="torch").fit(x, 16).health_[0]
+        assert health.last_gain == 1 - health.inertia[-1] / health.inertia[-2]
+        gains.append(health.last_gain)
+    assert gains[1] < gains[0] / 4
+
+
 @pytest.mark.parametrize("backend", LLOYD)
 def test_revival_gives_dead_codewords_a_use(backend: Backend) -> None:
     x = torch.randn(1000, 2, 3, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -23,12 +23,15 @@ class Health:
         entropy: bits of the usage distribution, mean over subspaces; at most log2 K.
         dead_before: codewords that no sample used, summed over iterations, before revival.
         dead_after: codewords that no sample uses in the end.
+        last_gain: how much of its distortion the last iteration still took away, as a part of 1,
+            which says how far from convergence learning ended; None where nothing iterated.
     """
 
     inertia: tuple[float, ...]
     entropy: float
     dead_before: int
     dead_after: int
+    last_gain: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -42,7 +45,10 @@ class Health:
             TypeError, KeyError: a field is missing, unknown, or no number.
         """
         health = cls(**{**data, "inertia": tuple(data["inertia"])})
-        for value in (*health.inertia, health.entropy, health.dead_before, health.dead_after):
+        numbers = [*health.inertia, health.entropy, health.dead_before, health.dead_after]
+        if health.last_gain is not None:
+            numbers.append(health.last_gain)
+        for value in numbers:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"codebook health holds {value!r}, which is no number")
         return health
@@ -158,6 +164,14 @@ def check_finite(x: torch.Tensor, what: str, shape: str) -> None:
         raise StateError(
             f"{what} {shape} hold {x[tuple(where)].item()} at {where}; all must be finite"
         )
+
+
+def last_gain(inertia: Sequence[float]) -> float | None:
+    """By how much the last inertia is below the one before it, as a part of that; None of one."""
+    if len(inertia) < 2:
+        return None
+    before, after = inertia[-2:]
+    return 1 - after / before if before else 0.0
 
 
 def usage_entropy(counts: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ from vqkv.codebooks.base import (
     Health,
     check_finite,
     check_samples,
+    last_gain,
     usage_entropy,
 )
 from vqkv.codebooks.revival import split_fullest
@@ -168,6 +169,7 @@ class KMeans(CodebookLearner):
             entropy=usage_entropy(self.statistics_.counts),
             dead_before=dead,
             dead_after=int(self.statistics_.dead.sum()),
+            last_gain=last_gain([*inertia, self.statistics_.mean_inertia]),
         )
         return codewords.unsqueeze(1), [health]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import Health, usage_entropy
+from vqkv.codebooks.base import Health, last_gain, usage_entropy
 from vqkv.codebooks.statistics import Statistics
 
 #: Codewords `[M, K, d]`, what their samples sum up to, and the inertia of all rounds so far, to new
@@ -44,4 +44,5 @@ def best_of_rounds(
         entropy=usage_entropy(kept.counts),
         dead_before=dead,
         dead_after=int(kept.dead.sum()),
+        last_gain=last_gain(inertia),
     )
