@@ -37,6 +37,11 @@ class QuantizerConfig(Config):
         """Subvectors are RoPE pairs of keys before rotation, side by side."""
         return False
 
+    @property
+    def commutes(self) -> bool:
+        """A code of a stage names `u_a + i u_b`, which commutes with RoPE as in CommVQ."""
+        return False
+
 
 class Quantizer(Component, ABC):
     """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.

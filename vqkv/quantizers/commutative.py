@@ -9,32 +9,34 @@ multiplied with codewords.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from vqkv.codebooks.base import Health, usage_entropy
-from vqkv.codebooks.em import EMConfig, temperatures
+from vqkv.codebooks.commuting import codeword, learn_stage, nearest, turned
+from vqkv.codebooks.em import EMConfig
 from vqkv.errors import SchemeError, StateError
+from vqkv.kernels.decode import decode
 from vqkv.quantizers.base import Quantizer, QuantizerConfig
-
-#: Scores held at a time; bounds the transient `[M, n, K]` to 64 MiB.
-MAX_SCORES = 1 << 24
+from vqkv.quantizers.search import beam_search
 
 
 class CommutativeConfig(QuantizerConfig):
     """Settings of `Commutative`: as many stages as fit into `rate` bits per channel.
 
-    A stage's code has two indices of `size` units each. `em` says how a stage is learned; every
-    fourth stage starts ten times cooler, as in the paper.
+    A stage's code has two indices of `size` units each. A stage is learned by the soft iterations
+    of `em`, each on `draw` samples of its own, then `hard` ones on all samples. Codes are chosen
+    greedily, stage by stage, or with a `beam` of partial sums, index by index.
     """
 
     type: Literal["rope_commutative"] = "rope_commutative"
     rate: float = Field(gt=0, le=16)
     size: Literal[4, 8, 16, 32, 64, 128, 256] = 64
-    em: EMConfig = EMConfig(iterations=8)
+    em: EMConfig = EMConfig(iterations=8, hot=0.05, cold=0.01)
+    draw: int = Field(default=4096, ge=1)
+    hard: int = Field(default=2, ge=1)
+    beam: int = Field(default=1, ge=1, le=64)
 
     def stages(self, dim: int) -> int:
         """`⌊rate · d / bits⌋`. Raises SchemeError where that is none."""
@@ -61,6 +63,11 @@ class CommutativeConfig(QuantizerConfig):
         """True."""
         return True
 
+    @property
+    def commutes(self) -> bool:
+        """True."""
+        return True
+
 
 class Commutative(Quantizer):
     """`x ≈ Σ_s u_{s,a_s} + i u_{s,b_s}`, pairs of neighbouring channels being complex numbers.
@@ -77,7 +84,7 @@ class Commutative(Quantizer):
         raise self.needs_fit()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes `[N, M, S]` (int32), greedy over stages.
+        """Codes `[N, M, S]` (int32), by the search that is configured.
 
         Raises:
             NotFittedError: before fit.
@@ -88,6 +95,9 @@ class Commutative(Quantizer):
             raise StateError(
                 f"vectors have shape [N, {units.shape[0]}, {units.shape[3]}], given {list(x.shape)}"
             )
+        if self.config.beam > 1:
+            indices = beam_search(x.float(), _addends(units), self.config.beam)
+            return indices[..., 0::2] * self.config.size + indices[..., 1::2]
         residual, codes = x.float(), []
         for stage in units.float().unbind(1):
             codes.append(nearest(residual, stage))
@@ -102,8 +112,8 @@ class Commutative(Quantizer):
                 f"codes have shape [N, {units.shape[0]}, {units.shape[1]}], "
                 f"given {list(codes.shape)}"
             )
-        stages = zip(codes.unbind(-1), units.float().unbind(1), strict=True)
-        return torch.stack([codeword(code, stage) for code, stage in stages]).sum(0)
+        size = self.config.size
+        return decode(torch.stack([codes // size, codes % size], -1).flatten(-2), _addends(units))
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Units in fp16."""
@@ -144,9 +154,17 @@ class Commutative(Quantizer):
         generator = torch.Generator().manual_seed(seed)
         residual, stages = samples, []
         self.health_ = []
-        for index in range(self.config.stages(samples.shape[2])):
-            cooler = 10.0 ** -(index // 4)
-            units, health = _learn_stage(residual, weights, self.config, cooler, generator)
+        config = self.config
+        for _ in range(config.stages(samples.shape[2])):
+            units, codes, health = learn_stage(
+                residual,
+                weights,
+                config.size,
+                config.em,
+                draw=config.draw,
+                hard=config.hard,
+                generator=generator,
+            )
             rounded = units.half()
             if not bool(torch.isfinite(rounded).all()):
                 raise StateError(
@@ -155,150 +173,14 @@ class Commutative(Quantizer):
                 )
             stages.append(rounded)
             self.health_.append(health)
-            stage = rounded.float()
-            residual = residual - codeword(nearest(residual, stage), stage)
+            residual = residual - codeword(codes, rounded.float())
         self.units_ = torch.stack(stages, 1)
 
 
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """`i x`: pairs (x, y) of neighbouring channels become (−y, x)."""
-    pairs = x.unflatten(-1, (-1, 2))
-    return torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-
-
-def codeword(codes: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """`u_a + i u_b` `[N, M, d]` of codes `[N, M]` under units `[M, size, d]`."""
-    first, second = codes.long() // units.shape[1], codes.long() % units.shape[1]
-    subspace = torch.arange(units.shape[0], device=units.device)
-    return units[subspace, first] + turned(units)[subspace, second]
-
-
-def nearest(x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`, the lowest among equals."""
-    codes = [scores.flatten(2).argmin(2).t() for scores in _scores(x, units)]
-    return torch.cat(codes).int() if codes else x.new_zeros(0, units.shape[0], dtype=torch.int32)
-
-
-def scores(query: torch.Tensor, codes: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Complex products of a query with the codes' sums: what rotation by position still multiplies.
-
-    `⟨q, R_m k⟩ = Re Σ_j conj(q_j) e^{imθ_j} k_j`: a table of `conj(q_j) u_j` for every unit, then a
-    sum of look-ups, then one rotation per token and pair.
-
-    Args:
-        query: `[d]`, pairs of neighbouring channels.
-        codes: `[N, S]` of one subspace.
-        units: `[S, size, d]`.
-
-    Returns:
-        `conj(q_j) Σ_s k_{s,j}`, complex `[N, d / 2]`.
-    """
-    q = torch.view_as_complex(query.float().unflatten(-1, (-1, 2)).contiguous())
-    u = torch.view_as_complex(units.float().unflatten(-1, (-1, 2)).contiguous())
-    table = q.conj() * u  # [S, size, d / 2]
-    stage = torch.arange(len(units), device=units.device)
-    first, second = codes.long() // units.shape[1], codes.long() % units.shape[1]
-    return (table[stage, first] + 1j * table[stage, second]).sum(1)
-
-
-def _scores(x: torch.Tensor, units: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`‖u_a + i u_b‖² − 2⟨x, u_a + i u_b⟩` `[M, n, size, size]`, some rows at a time.
-
-    Scores of both halves add up, so that `size²` codewords cost `2 size` products.
-    """
-    right = turned(units)
-    norms = units.square().sum(-1)
-    sizes = norms.unsqueeze(2) + norms.unsqueeze(1) + 2 * units @ right.transpose(1, 2)
-    rows = max(1, MAX_SCORES // sizes.numel())
-    for part in x.split(rows):
-        block = part.transpose(0, 1)
-        first = -2 * block @ units.transpose(1, 2)
-        second = -2 * block @ right.transpose(1, 2)
-        yield first.unsqueeze(3) + second.unsqueeze(2) + sizes.unsqueeze(1)
-
-
-def _learn_stage(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    config: CommutativeConfig,
-    cooler: float,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, Health]:
-    """Units `[M, size, d]` of one stage, by annealed EM; the best by hard assignment are kept."""
-    drawn = torch.randperm(len(x), generator=generator)[: config.size].to(x.device)
-    # u_a + i u_b is a sample when both are about half of it turned back by 45 degrees.
-    units = (x[drawn].transpose(0, 1) - turned(x[drawn].transpose(0, 1))) / 2
-    inertia: list[float] = []
-    best, least = units, float("inf")
-    for temperature in [*temperatures(config.em), 0.0]:
-        found = hard_error(x, units, weights)
-        inertia.append(found)
-        if found < least:
-            best, least = units, found
-        units = m_step(*e_step(x, units, weights, temperature * cooler * inertia[0]), units)
-    found = hard_error(x, units, weights)
-    if found < least:
-        best, least = units, found
-    codes = nearest(x, best)
-    counts = torch.zeros(best.shape[0], config.size**2, dtype=torch.float64)
-    used = codes.t().long().cpu()
-    counts.scatter_add_(1, used, torch.ones_like(used, dtype=torch.float64))
-    # Sums of pairs are not learned one by one, so unused ones are not dead.
-    return best, Health((*inertia, least), usage_entropy(counts), 0, 0)
-
-
-def hard_error(x: torch.Tensor, units: torch.Tensor, weights: torch.Tensor) -> float:
-    """Mean squared distance to the nearest codeword, over all subspaces."""
-    errors = (x - codeword(nearest(x, units), units)).square().sum(-1).double()
-    return float(((errors * weights).sum(0) / weights.sum(0)).mean())
-
-
-def e_step(
-    x: torch.Tensor, units: torch.Tensor, weights: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass `[M, size, size]` of each codeword and sums `[M, size, size, d]` of its samples.
-
-    Sums are kept over a and over b alone, which is all that the M step needs: the second return is
-    `Σ_b` and `−i Σ_a` of them, added up, `[M, size, d]`. At temperature 0 assignment is hard.
-    """
-    size = units.shape[1]
-    mass = x.new_zeros(units.shape[0], size, size, dtype=torch.float64)
-    sums = torch.zeros_like(units, dtype=torch.float64)
-    start = 0
-    for scores_ in _scores(x, units):
-        rows = scores_.shape[1]
-        flat = scores_.flatten(2)
-        if temperature:
-            p = torch.softmax(-flat / temperature, -1)
-        else:
-            p = torch.zeros_like(flat).scatter_(2, flat.argmin(2, keepdim=True), 1.0)
-        p = p * weights[start : start + rows].t().unsqueeze(-1).float()
-        block = x[start : start + rows].transpose(0, 1)
-        shared = p.unflatten(2, (size, size))
-        mass += shared.sum(1).double()
-        first, second = shared.sum(3), shared.sum(2)
-        sums += (first.transpose(1, 2) @ block - turned(second.transpose(1, 2) @ block)).double()
-        start += rows
-    return mass, sums
-
-
-def m_step(mass: torch.Tensor, sums: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """The units that minimise `Σ_ab S_ab |m_ab − u_a − i u_b|²`; no mass leaves a unit as it was.
-
-    Normal equations, alike for every pair: `(diag(r + q) + i (S − Sᵀ)) u = Σ_b s_ab − i Σ_a s_ab`,
-    r and q the row and column sums of S.
-    """
-    rows = mass.sum(2) + mass.sum(1)
-    matrix = torch.complex(torch.diag_embed(rows), mass - mass.transpose(1, 2))
-    # Keeps units without mass in place, and the system regular.
-    slack = 1e-9 * rows.mean(1).clamp_min(1e-30)
-    eye = torch.eye(mass.shape[1], dtype=matrix.dtype, device=matrix.device)
-    old = torch.view_as_complex(units.double().unflatten(-1, (-1, 2)).contiguous())
-    right = torch.view_as_complex(sums.unflatten(-1, (-1, 2)).contiguous())
-    solved = torch.linalg.solve(
-        matrix + slack[:, None, None] * eye, right + slack[:, None, None] * old
-    )
-    return torch.view_as_real(solved).flatten(-2).float()
+def _addends(units: torch.Tensor) -> torch.Tensor:
+    """What two indices a stage add up: `u` and `i u` in turn, `[M, 2 S, size, d]` in fp32."""
+    units = units.float()
+    return torch.stack([units, turned(units)], 2).flatten(1, 2)
 
 
 def _weights(samples: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
 
-#: Scores held at a time; bounds the transients to about 128 MiB.
-MAX_SCORES = 1 << 25
+#: Scores held at a time; bounds the transients to about 16 MiB.
+MAX_SCORES = 1 << 22
 
 
 def beam_search(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
@@ -75,9 +75,12 @@ def _beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
             ],
             -1,
         )
-        residual = residual.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, dim))
-        picked = stage.gather(1, code.view(books, -1, 1).expand(-1, -1, dim))
-        residual = residual - picked.view(books, count, kept, dim)
+        # By rows: `gather` would look every channel up.
+        parents = parent + beams * torch.arange(books * count, device=x.device).view(books, -1, 1)
+        picked = code + size * torch.arange(books, device=x.device).view(-1, 1, 1)
+        chosen_residual = flat.flatten(0, 1)[parents.flatten()]
+        chosen_codeword = stage.flatten(0, 1)[picked.flatten()]
+        residual = (chosen_residual - chosen_codeword).view(books, count, kept, dim)
     best = residual.square().sum(-1).argmin(2)  # [M, N]
     index = best[..., None, None].expand(-1, -1, 1, codes.shape[3])
     return codes.gather(2, index)[:, :, 0].transpose(0, 1)

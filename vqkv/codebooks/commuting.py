@@ -1,0 +1,175 @@
+"""Units whose sums `u_a + i u_b` are codewords, and how a stage of them is learned: annealed EM.
+
+CommVQ (arXiv 2506.18879, section 3.2). Pairs of neighbouring channels are complex numbers; a stage
+has `size` units `[M, size, d]`, of which any two make a codeword, the second turned by a right
+angle. All pairs share a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from vqkv.codebooks.base import Health, last_gain, usage_entropy
+from vqkv.codebooks.em import EMConfig, temperatures
+
+#: Scores held at a time, which bounds the transient `[M, n, K]`. On a CPU 2 MiB of them stay in a
+#: core's cache, which is worth a factor of three; elsewhere 64 MiB keep launches few.
+CPU_SCORES, MAX_SCORES = 1 << 19, 1 << 24
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """`i x`: pairs (x, y) of neighbouring channels become (−y, x)."""
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+
+
+def codeword(codes: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """`u_a + i u_b` `[N, M, d]` of codes `[N, M]` under units `[M, size, d]`."""
+    first, second = codes.long() // units.shape[1], codes.long() % units.shape[1]
+    subspace = torch.arange(units.shape[0], device=units.device)
+    return units[subspace, first] + turned(units)[subspace, second]
+
+
+def nearest(x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`, the lowest among equals."""
+    codes = [scores.flatten(2).argmin(2).t() for scores in _scores(x, units)]
+    return torch.cat(codes).int() if codes else x.new_zeros(0, units.shape[0], dtype=torch.int32)
+
+
+def learn_stage(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    size: int,
+    em: EMConfig,
+    *,
+    draw: int,
+    hard: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, Health]:
+    """Units of one stage: soft iterations on draws, then hard ones on all samples.
+
+    While assignment is soft, a draw says about as much as all samples do. Hard iterations never
+    raise the distortion, so the last one's units are the best of them.
+
+    Args:
+        x: samples, or what earlier stages leave of them, `[N, M, d]`.
+        weights: `[N, M]`.
+        size: units.
+        em: soft iterations and their temperatures, in distortions of a first draw at the start.
+        draw: samples of a soft iteration, drawn anew for each.
+        hard: hard iterations.
+        generator: of all that is random.
+
+    Returns:
+        Units `[M, size, d]`, codes `[N, M]` of the samples, and a health whose inertia is that of
+        the units before and after each hard iteration.
+    """
+
+    def drawn(count: int) -> torch.Tensor:
+        return torch.randperm(len(x), generator=generator)[:count].to(x.device)
+
+    start = x[drawn(size)].transpose(0, 1)
+    # u_a + i u_b is a sample when both are about half of it turned back by 45 degrees.
+    units = (start - turned(start)) / 2
+    rows = drawn(draw)
+    scale = distortion(x[rows], nearest(x[rows], units), units, weights[rows])
+    for temperature in temperatures(em):
+        units = m_step(*soft_step(x[rows], units, weights[rows], temperature * scale), units)
+        rows = drawn(draw)
+    codes = nearest(x, units)
+    inertia = [distortion(x, codes, units, weights)]
+    for _ in range(hard):
+        units = m_step(*hard_step(x, codes, units, weights), units)
+        codes = nearest(x, units)
+        inertia.append(distortion(x, codes, units, weights))
+    counts = torch.zeros(units.shape[0], size**2, dtype=torch.float64)
+    used = codes.t().long().cpu()
+    counts.scatter_add_(1, used, torch.ones_like(used, dtype=torch.float64))
+    # Sums of pairs are not learned one by one, so unused ones are not dead.
+    health = Health(tuple(inertia), usage_entropy(counts), 0, 0, last_gain(inertia))
+    return units, codes, health
+
+
+def distortion(
+    x: torch.Tensor, codes: torch.Tensor, units: torch.Tensor, weights: torch.Tensor
+) -> float:
+    """Mean squared distance of `[N, M, d]` to the codewords of `[N, M]`, over all subspaces."""
+    errors = (x - codeword(codes, units)).square().sum(-1).double()
+    return float(((errors * weights).sum(0) / weights.sum(0).clamp_min(1e-30)).mean())
+
+
+def soft_step(
+    x: torch.Tensor, units: torch.Tensor, weights: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E step `p ∝ exp(−‖x − u_a − i u_b‖² / T)`: what `m_step` needs.
+
+    Returns:
+        Mass `[M, size, size]` of each codeword, and `Σ_b s_ab − i Σ_a s_ab` `[M, size, d]` of the
+        sums s of its samples.
+    """
+    size = units.shape[1]
+    mass = x.new_zeros(units.shape[0], size, size, dtype=torch.float64)
+    sums = torch.zeros_like(units, dtype=torch.float64)
+    start = 0
+    for scores in _scores(x, units):
+        rows = slice(start, start + scores.shape[1])
+        p = torch.softmax(-scores.flatten(2) / max(temperature, 1e-30), -1)
+        p = (p * weights[rows].t().unsqueeze(-1).float()).unflatten(2, (size, size))
+        block = x[rows].transpose(0, 1)
+        mass += p.sum(1).double()
+        first, second = p.sum(3).transpose(1, 2), p.sum(2).transpose(1, 2)
+        sums += (first @ block - turned(second @ block)).double()
+        start = rows.stop
+    return mass, sums
+
+
+def hard_step(
+    x: torch.Tensor, codes: torch.Tensor, units: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `soft_step`, with each sample at its code of `[N, M]` alone."""
+    size = units.shape[1]
+    at, w = codes.t().long(), weights.t()
+    mass = w.new_zeros(units.shape[0], size**2).scatter_add_(1, at, w)
+    weighted = (x.transpose(0, 1) * w.unsqueeze(-1)).double()
+    first, second = ((i.unsqueeze(-1).expand_as(weighted)) for i in (at // size, at % size))
+    sums = torch.zeros_like(units, dtype=torch.float64)
+    sums = sums.scatter_add_(1, first, weighted).scatter_add_(1, second, -turned(weighted))
+    return mass.unflatten(1, (size, size)), sums
+
+
+def m_step(mass: torch.Tensor, sums: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """The units that minimise `Σ_ab S_ab |m_ab − u_a − i u_b|²`; no mass leaves a unit as it was.
+
+    Normal equations, alike for every pair: `(diag(r + q) + i (S − Sᵀ)) u = Σ_b s_ab − i Σ_a s_ab`,
+    r and q the row and column sums of S.
+    """
+    rows = mass.sum(2) + mass.sum(1)
+    matrix = torch.complex(torch.diag_embed(rows), mass - mass.transpose(1, 2))
+    # Keeps units without mass in place, and the system regular.
+    slack = 1e-9 * rows.mean(1).clamp_min(1e-30)
+    eye = torch.eye(mass.shape[1], dtype=matrix.dtype, device=matrix.device)
+    old = torch.view_as_complex(units.double().unflatten(-1, (-1, 2)).contiguous())
+    right = torch.view_as_complex(sums.unflatten(-1, (-1, 2)).contiguous())
+    solved = torch.linalg.solve(
+        matrix + slack[:, None, None] * eye, right + slack[:, None, None] * old
+    )
+    return torch.view_as_real(solved).flatten(-2).float()
+
+
+def _scores(x: torch.Tensor, units: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`‖u_a + i u_b‖² − 2⟨x, u_a + i u_b⟩` `[M, n, size, size]`, some rows at a time.
+
+    Scores of both halves add up, so that `size²` codewords cost `2 size` products.
+    """
+    right = turned(units)
+    norms = units.square().sum(-1)
+    sizes = norms.unsqueeze(2) + norms.unsqueeze(1) + 2 * units @ right.transpose(1, 2)
+    held = CPU_SCORES if x.device.type == "cpu" else MAX_SCORES
+    rows = max(1, held // sizes.numel())
+    for part in x.split(rows):
+        block = part.transpose(0, 1)
+        first = -2 * block @ units.transpose(1, 2)
+        second = -2 * block @ right.transpose(1, 2)
+        yield first.unsqueeze(3) + second.unsqueeze(2) + sizes.unsqueeze(1)
