@@ -313,10 +313,24 @@ class Codec:
             and all(part.head_local for part in self._learning()),
             sharing=config.sharing,
             token_group=max([1, *(transform.token_group for transform in self.transforms)]),
+            commuting=self._commuting(),
             sources=tuple(
                 (source.stream, source.back)
                 for source in (config.predictor.sources if config.predictor else ())
             ),
+        )
+
+    def _commuting(self) -> bool:
+        """Whether keys are sums of commuting units over whole heads, and scaled at most once."""
+        config = self.config
+        return (
+            len(config.all_segments) == 1
+            and config.all_segments[0].quantizer.commutes
+            and config.dim_of(config.all_segments[0]) == self.head_dim
+            and config.sharing == "head"
+            and config.predictor is None
+            and len(self.transforms) <= 1
+            and all(transform.scales_heads for transform in self.transforms)
         )
 
     def _segment(self, index: int, config: SegmentConfig, units: int, channels: int) -> Segment:

@@ -83,6 +83,8 @@ class Layout:
         sharing: which subvectors read the same codebook.
         sources: (stream, compressed layers back) of what the tokens are predicted from.
         token_group: tokens in a row that are only coded and decoded together, a part of a page.
+        commuting: a head's key is its token's scale, if there is one, times a sum of two units a
+            stage that commute with RoPE, as CommVQ's do.
     """
 
     heads: int
@@ -95,6 +97,7 @@ class Layout:
     sharing: Sharing = "group"
     sources: tuple[tuple[Stream, int], ...] = ()
     token_group: int = 1
+    commuting: bool = False
 
     @classmethod
     def of_codebook(cls, books: int, stages: int, codewords: int, dim: int) -> Layout:

@@ -25,6 +25,7 @@ from vqkv.cache.rows import Rows
 from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError, ModelError
+from vqkv.kernels.attend import Reading
 from vqkv.kernels.select import select
 
 log = logging.getLogger(__name__)
@@ -121,9 +122,10 @@ def attach(
     )
     layers = compressor.geometry.compressed
     if read == "attend":
+        readers = compressor.geometry.query_heads // compressor.geometry.kv_heads
         for (_, stream), codec in compressor.codecs():
             if stream == "keys":
-                select("attend", codec.layout, model.device)
+                select("attend", Reading(codec.layout, readers), model.device)
     adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
     with ForwardCapture(model, adapter) as capture, ExitStack() as stack:
         read = _exchange(stack, model, compressor, read)

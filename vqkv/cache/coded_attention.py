@@ -17,11 +17,12 @@ from transformers.masking_utils import (
 )
 
 from vqkv.attention import attention_modules, model_type
+from vqkv.cache.commuted import commuting_slots, read_commuting
 from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
 from vqkv.errors import KernelError
 from vqkv.exchange import AttentionExchange
-from vqkv.kernels.attend import Block, attend
+from vqkv.kernels.attend import Block, Reading, attend
 
 #: Slots decoded at a time.
 BLOCK_TOKENS = 1024
@@ -96,7 +97,9 @@ def coded_attention(
     output = fused_attention(layer, query, scale, mask)
     if output is None:
         visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
-        output = attend(query, _blocks(layer, visible), scale, layer.key_codec.layout)
+        reading = Reading(layer.key_codec.layout, query.shape[1] // layer.key_codec.heads)
+        blocks = _blocks(layer, visible, query.shape[2] * reading.readers)
+        output = attend(query, blocks, scale, reading)
     layer.finish()
     return output.transpose(1, 2).contiguous(), None
 
@@ -120,10 +123,20 @@ def _visible(
     return causal if mask is None else causal & mask[:, None, None].bool()
 
 
-def _blocks(layer: VQLayer, visible: torch.Tensor) -> Iterator[Block]:
-    """All slots in runs: coded ones decoded a block at a time, then what is exact in every row."""
-    slots, exact = layer.get_seq_length(), layer.exact_from
-    edges = [*range(0, exact, BLOCK_TOKENS), exact, slots]
-    for start, stop in pairwise(edges):
-        if start < stop:
-            yield Block(*layer.read(start, stop), visible[..., start:stop])
+def _blocks(layer: VQLayer, visible: torch.Tensor, rows: int) -> Iterator[Block]:
+    """All slots in runs: coded ones a block at a time, then what is exact in every row.
+
+    Keys are decoded, but where a table of the `rows` queries of a KV head pays.
+    """
+    low, high = commuting_slots(layer, rows)
+    for start, stop in _runs([0, low, high, layer.exact_from, layer.get_seq_length()]):
+        coded = low <= start < high
+        keys, values = read_commuting(layer, start, stop) if coded else layer.read(start, stop)
+        yield Block(keys, values, visible[..., start:stop])
+
+
+def _runs(edges: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of up to `BLOCK_TOKENS` slots that no edge lies inside of."""
+    for first, last in pairwise(edges):
+        for start in range(first, last, BLOCK_TOKENS):
+            yield start, min(start + BLOCK_TOKENS, last)

@@ -261,6 +261,14 @@ class VQLayer(CacheLayerMixin):
                 values[rows, :, slots] = self._sink_values[rows, :, low:sinks]
         return keys, values
 
+    def coded_values(self, start: int, stop: int) -> torch.Tensor:
+        """Values `[B, H, n, D]` of slots that are coded in every row, decoded."""
+        shape = (*self._tail_values.shape[:2], stop - start, self._tail_values.shape[3])
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for rows, pad, _ in self._groups():
+            values[rows] = self._read_values(rows, start - pad, stop - pad).to(self.dtype)
+        return values
+
     def exact_tokens(self) -> ExactTokens:
         """Sinks and tail, of all rows side by side."""
         pads = torch.tensor(self._pads(), device=self.device)[:, None]

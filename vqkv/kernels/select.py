@@ -62,6 +62,7 @@ KERNELS: Registry[Kernel] = Registry(
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
+        "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
@@ -72,7 +73,8 @@ KERNELS: Registry[Kernel] = Registry(
 def select(op: Op, layout: Hashable, device: torch.device | str) -> Selection:
     """The fastest kernel for `op` that takes this layout on this device.
 
-    The layout is one stream's, but for `attend_codes`, which reads two: an `AttendLayout`.
+    The layout is one stream's, but for `attend`, where a `Reading` says how many query heads read
+    it too, and `attend_codes`, which reads two: an `AttendLayout`.
 
     Raises:
         KernelError: none takes it, or the one asked for by `using` refuses; lists the reasons.

@@ -53,6 +53,11 @@ class Transform(Component, ABC):
         return True
 
     @property
+    def scales_heads(self) -> bool:
+        """Its inverse multiplies each head, or the whole token, by the scalar stored for it."""
+        return False
+
+    @property
     def token_group(self) -> int:
         """Tokens in a row that only go through it together, a part of a page; else 1."""
         return 1

@@ -49,6 +49,11 @@ class TokenScale(Transform):
                 f"token_scale.group: {self.config.group} does not divide head dim {head_dim}"
             )
 
+    @property
+    def scales_heads(self) -> bool:
+        """Where it is not a range, and not of a part of a head."""
+        return self.config.stat != "minmax" and self.config.group is None
+
     def side_count(self, heads: int, head_dim: int) -> int:
         """One scalar per head, group or token, two for `minmax`."""
         scales = heads if self.config.scope == "head" else 1

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from vqkv.kernels.attend.commuting import CommutingKeys
 from vqkv.kernels.select import select
 from vqkv.layouts import Layout
 
@@ -14,22 +15,30 @@ from vqkv.layouts import Layout
 class Block(NamedTuple):
     """A run of n tokens: keys and values `[B, H, n, D]`, and which query sees which.
 
-    `visible` is bool, and broadcasts to `[B, Q, t, n]`.
+    Keys may still be coded, where their codes commute with RoPE. `visible` is bool, and broadcasts
+    to `[B, Q, t, n]`.
     """
 
-    keys: torch.Tensor
+    keys: torch.Tensor | CommutingKeys
     values: torch.Tensor
     visible: torch.Tensor
 
 
+class Reading(NamedTuple):
+    """What a kernel is chosen by: the keys' layout, and the query heads that read one KV head."""
+
+    keys: Layout
+    readers: int
+
+
 def attend(
-    query: torch.Tensor, blocks: Iterable[Block], scaling: float, layout: Layout
+    query: torch.Tensor, blocks: Iterable[Block], scaling: float, reading: Reading
 ) -> torch.Tensor:
     """Attention output `[B, Q, t, D]` of queries `[B, Q, t, D]` over all blocks together.
 
     Raises:
         KernelError: no kernel attends on this layout; the message gives the reasons.
     """
-    kernel = select("attend", layout, query.device).kernel
+    kernel = select("attend", reading, query.device).kernel
     output: torch.Tensor = kernel(query, blocks, scaling)
     return output

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 
+from vqkv.kernels.attend.commuting import CommutingKeys
 from vqkv.kernels.select import Kernel
-from vqkv.layouts import Layout
 
 if TYPE_CHECKING:
-    from vqkv.kernels.attend import Block
+    from vqkv.kernels.attend import Block, Reading
 
 
-def attend(query: torch.Tensor, blocks: Iterable[Block], scaling: float) -> torch.Tensor:
+#: Scaled queries `[B, Q, t, D]` and a block's keys to scores `[B, Q, t, n]`, all in fp32.
+Score = Callable[[torch.Tensor, torch.Tensor | CommutingKeys], torch.Tensor]
+
+
+def products(q: torch.Tensor, keys: torch.Tensor | CommutingKeys) -> torch.Tensor:
+    """Scores `[B, Q, t, n]` of queries `[B, Q, t, D]` and keys `[B, H, n, D]`, decoded if coded."""
+    keys = keys.decoded() if isinstance(keys, CommutingKeys) else keys.float()
+    grouped = rearrange(q, "b (h g) t d -> b h g t d", h=keys.shape[1])
+    scores = torch.einsum("bhgtd,bhnd->bhgtn", grouped, keys)
+    return rearrange(scores, "b h g t n -> b (h g) t n")
+
+
+def attend(
+    query: torch.Tensor, blocks: Iterable[Block], scaling: float, score: Score = products
+) -> torch.Tensor:
     """Output `[B, Q, t, D]`, in the query's type; rows that see no token get zeros."""
     batch, queries, length, head_dim = query.shape
     q = query.float() * scaling
     output = torch.zeros(batch, queries, length, head_dim, device=query.device)
     lse = torch.full((batch, queries, length, 1), -torch.inf, device=query.device)
     for block in blocks:
-        output, lse = merged((output, lse), partial(q, block))
+        output, lse = merged((output, lse), partial(q, block, score))
     return output.to(query.dtype)
 
 
@@ -36,23 +50,23 @@ def merged(
     return old * first[0] + new * second[0], lse
 
 
-def partial(q: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+def partial(
+    q: torch.Tensor, block: Block, score: Score = products
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over one block: output `[B, Q, t, D]` and log-sum-exp `[B, Q, t, 1]`."""
-    heads = block.keys.shape[1]
-    grouped = rearrange(q, "b (h g) t d -> b h g t d", h=heads)
-    scores = torch.einsum("bhgtd,bhnd->bhgtn", grouped, block.keys.float())
-    scores = rearrange(scores, "b h g t n -> b (h g) t n")
-    scores = scores.masked_fill(~block.visible, -torch.inf)
+    scores = score(q, block.keys).masked_fill(~block.visible, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.exp(scores - lse).nan_to_num(0.0)
-    grouped = rearrange(weights, "b (h g) t n -> b h g t n", h=heads)
+    grouped = rearrange(weights, "b (h g) t n -> b h g t n", h=block.values.shape[1])
     output = torch.einsum("bhgtn,bhnd->bhgtd", grouped, block.values.float())
     return rearrange(output, "b h g t d -> b (h g) t d"), lse
 
 
-def refuses(layout: Layout, device: torch.device) -> str | None:
+def refuses(reading: Reading, device: torch.device) -> str | None:
     """Codes of one head have to be readable without the other heads'."""
-    return None if layout.head_local else "codes or transforms mix heads; use read='decode'"
+    if reading.keys.head_local:
+        return None
+    return "codes or transforms mix heads; use read='decode'"
 
 
 KERNEL = Kernel("attend", "naive", attend, refuses, speed=0)
