@@ -1,4 +1,4 @@
-"""Bit-packing through single bits, with short cuts where codes are whole bytes or halves."""
+"""Bit-packing through single bits, with short cuts where codes fill bytes evenly."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         return low.to(torch.int32) | (high.to(torch.int32) << 8)
     if bits == 0:
         return torch.zeros(*packed.shape[:-1], count, dtype=torch.int32, device=packed.device)
+    if bits == 12:
+        # Three bytes hold two codes.
+        triples = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3)).to(torch.int32)
+        first, middle, last = triples.unflatten(-1, (-1, 3)).unbind(-1)
+        both = torch.stack([first | (middle & 15) << 8, middle >> 4 | last << 4], -1)
+        return both.flatten(-2)[..., :count]
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
