@@ -13,6 +13,7 @@ from vqkv.geometry import Geometry
 from vqkv.layouts import Stream
 from vqkv.scheme_files import load_scheme, preset_names, scheme_from_dict
 from vqkv.states import States
+from vqkv.transforms import Metric
 
 TOKENS = 64
 LEARNER = {"type": "kmeans", "iterations": 3}
@@ -34,6 +35,12 @@ class RandomStates(StateSource):
     def states(self, layer: int, stream: Stream) -> States:
         self.read.append((layer, stream))
         return States.of(self.tensor(layer, stream))
+
+    def metric(self, layer: int, stream: Stream, kind: Metric) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(layer)
+        head_dim = self.geometry.head_dim
+        root = torch.randn(self.geometry.kv_heads, head_dim, head_dim, generator=generator)
+        return root @ root.mT
 
 
 def scheme(**changes: Any) -> Any:

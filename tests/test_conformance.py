@@ -41,6 +41,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("rope_commutative", {"rate": 4, "size": 8}),
     ("e8p", {"dim": 8}),
     ("nested", {"dim": 1, "depth": 2, "code_bits": 4}),
+    ("joint_product", {"code_bits": 4}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),
@@ -83,6 +84,7 @@ TRANSFORM_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("outliers", {"share": 0.1}),
     ("spectral", {}),
     ("spectral", {"scope": "layer", "metric": "output"}),
+    ("pair_metric", {"dim": 4}),
 ]
 PREDICTOR_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),

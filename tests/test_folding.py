@@ -106,6 +106,27 @@ def test_drafts_are_decoded_to_be_read() -> None:
     assert "a draft reads some of a code's stages" in str(draft.folded(0))
 
 
+def test_codes_of_whole_pairs_in_a_metric_become_plain_channels() -> None:
+    keys = {
+        "rope": "pre",
+        "transforms": [{"type": "pair_metric", "dim": 4}],
+        "quantizer": {**PRODUCT, "type": "joint_product"},
+    }
+    compressor = fitted(keys, {})
+    folded = compressor.folded(0)
+    assert isinstance(folded, FoldedLayer)
+    assert folded.keys.matrix is None and folded.keys.mean is None
+    states = RandomStates(compressor.geometry, TOKENS).tensor(0, "keys").transpose(0, 1)[None]
+    encoded = compressor.encode(0, "keys", states)
+    expected = compressor.decode(0, "keys", encoded)[0]
+    group = torch.arange(DIM // 4)
+    for head in range(HEADS):
+        read = folded.keys.codewords[head, group, 0, encoded.codes[:, head].long()].flatten(1)
+        torch.testing.assert_close(
+            read, expected[head][:, folded.keys.order[head]], atol=1e-3, rtol=1e-3
+        )
+
+
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [

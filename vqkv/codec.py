@@ -12,7 +12,7 @@ from einops import rearrange
 
 from vqkv.codebooks.base import Health, check_finite
 from vqkv.errors import NotFittedError, SchemeError, StateError
-from vqkv.groupings import ChannelStats
+from vqkv.groupings import ChannelStats, Contiguous
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout, Segment, SideField
 from vqkv.predictors import PREDICTORS, Predictor
@@ -21,6 +21,7 @@ from vqkv.rotation import Pairs
 from vqkv.scheme import KeysConfig, SegmentConfig, StreamConfig, check_runs
 from vqkv.states import States
 from vqkv.transforms import TRANSFORMS, Metric, Transform
+from vqkv.transforms.roots import normed
 from vqkv.transforms.statistics import moments
 
 
@@ -133,8 +134,12 @@ class Codec:
         """Fit the transforms in order, each on what those before it make, then the grouping."""
         with self._named_in_errors():
             for transform in self.transforms:
-                transform.fit(states, metric if transform.metric else None)
+                transform.fit(states, metric if transform.metric else None, self.pairs)
                 states = states.map(partial(_transformed, transform))
+            for quantizer in self.quantizers:
+                if quantizer.config.couples:
+                    assert metric is not None, "the scheme sees to it"
+                    quantizer.couple(self._coupling(metric))
             needs_data = self.config.grouping.needs_data
             self._set_order(moments(states).rms.square().cpu() if needs_data else None)
 
@@ -145,18 +150,22 @@ class Codec:
         return [self._to_books(part, s) for part, s in self._split(z)]
 
     def training_weights(
-        self, states: States, channels: States, samples: int, seed: int
+        self, states: States, gradients: States, samples: int, seed: int
     ) -> list[torch.Tensor]:
-        """Weights `[N', books]` of the `training_vectors`, from those of channels `[N, H, D]`.
+        """Weights `[N', books]` of the `training_vectors`: squared gradients by them.
 
-        An error of a scaled channel costs as much more as its scale is larger, squared.
+        `gradients` `[N, H, D]` are by the states. Through the transforms undone they are those by
+        what is coded: an error of a scaled channel costs as much more as its scale is larger.
         """
-        with self._named_in_errors():
-            z, side = self._forward(states.sample(samples, seed))
-        flat = torch.zeros(len(z), self.heads, self.head_dim, device=z.device)
-        scale = self._inverse(flat + 1, side) - self._inverse(flat, side)
-        drawn = self._ordered(channels.sample(samples, seed) * scale.square())
-        sums = [(part.sum(-1, keepdim=True), segment) for part, segment in self._split(drawn)]
+        x = states.sample(samples, seed)
+        with self._named_in_errors(), torch.enable_grad():
+            z, side = self._transformed(x)
+            z = z.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(
+                self._inverse(z, side), z, gradients.sample(samples, seed)
+            )
+        ordered = self._ordered(gradient.square())
+        sums = [(part.sum(-1, keepdim=True), segment) for part, segment in self._split(ordered)]
         return [self._to_books(weight, segment).squeeze(-1) for weight, segment in sums]
 
     def fit_quantizers(
@@ -252,6 +261,8 @@ class Codec:
                 quantizer.planned_bytes(segment.books, segment.dim)
                 for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True)
             )
+            if any(quantizer.config.couples for quantizer in self.quantizers):
+                planned += 2 * self.heads * self.head_dim**2
         return planned
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> Codec:
@@ -304,10 +315,7 @@ class Codec:
             ),
             rope=config.rope if isinstance(config, KeysConfig) else None,
             pairs_whole=all(
-                config.grouping.model_copy(update={"dim": config.dim_of(segment)}).keeps_pairs(
-                    self.head_dim, self.pairs
-                )
-                for segment in config.all_segments
+                self._keeps_pairs(config.dim_of(segment)) for segment in config.all_segments
             ),
             head_local=config.grouping.head_local
             and all(part.head_local for part in self._learning()),
@@ -348,6 +356,27 @@ class Codec:
         quantizer = config.quantizer
         check_runs(quantizer, books)
         return Segment(units, groups, dim, quantizer.stages(dim), quantizer.bits(), books)
+
+    def _keeps_pairs(self, dim: int) -> bool:
+        """Whether RoPE pairs lie whole in subvectors of `dim` channels, decoded."""
+        grouping = self.config.grouping.model_copy(update={"dim": dim})
+        runs = [run for t in self.transforms if (run := t.mixed_run(self.head_dim)) is not None]
+        if not runs or not self.pairs:
+            return grouping.keeps_pairs(self.head_dim, self.pairs)
+        # A mixed run has to stay whole and in order; where it is all of a head, any order will do.
+        in_order = isinstance(grouping, Contiguous) or dim == self.head_dim
+        return grouping.head_local and in_order and dim % max(runs) == 0
+
+    def _coupling(self, metric: torch.Tensor) -> torch.Tensor:
+        """The metric of what is coded `[H, D, D]`, without the groups' own blocks."""
+        probes = torch.eye(self.head_dim, device=metric.device)
+        probes = probes.unsqueeze(1).expand(-1, self.heads, -1)  # [D, H, D]
+        none = probes.new_empty(self.head_dim, 0)
+        back = self._inverse(probes, none) - self._inverse(torch.zeros_like(probes), none)
+        rows = back.transpose(0, 1).double()
+        coded = (rows @ normed(metric.double()) @ rows.mT).float()
+        group = torch.arange(self.head_dim, device=metric.device) // self.config.grouping.dim
+        return coded * (group.unsqueeze(0) != group.unsqueeze(1))
 
     def _prepare(self) -> None:
         for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
@@ -428,13 +457,18 @@ class Codec:
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transformed, ordered channels `[N, U, C/U]`, and the side scalars `[N, F]`."""
+        z, side = self._transformed(x)
+        return self._ordered(z), side
+
+    def _transformed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`z` `[N, H, D]` and the side scalars `[N, F]`."""
         sides = []
         for transform in self.transforms:
             x, side = transform.forward(x)
             if side is not None:
                 sides.append(side)
         side = torch.cat(sides, 1) if sides else x.new_empty(x.shape[0], 0, dtype=torch.float16)
-        return self._ordered(x), side
+        return x, side
 
     def _ordered(self, x: torch.Tensor) -> torch.Tensor:
         """Channels of `[N, H, D]` in the grouping's order, `[N, U, C/U]`."""

@@ -42,21 +42,21 @@ class StateSource(ABC):
     def states(self, layer: int, stream: Stream) -> States:
         """Tokens of one stream; keys before or after RoPE, as that layer's scheme codes them."""
 
-    def metric(self, layer: int, kind: Metric) -> torch.Tensor:
-        """`[H, D, D]`: an error e of a head's keys (`query`) or values (`output`) costs `eᵀ M e`.
+    def metric(self, layer: int, stream: Stream, kind: Metric) -> torch.Tensor:
+        """`[H, D, D]`: an error e of a head of a stream costs `eᵀ M e`.
 
         Raises:
             StateError: this source knows none.
         """
-        raise StateError(f"{type(self).__name__} has no {kind} metric of layer {layer}")
+        raise StateError(f"{type(self).__name__} has no {kind} metric of {stream} of layer {layer}")
 
-    def weights(self, layer: int, stream: Stream) -> States:
-        """How much each channel of each token of `states` counts, not negative, `[N, H, D]`.
+    def gradients(self, layer: int, stream: Stream) -> States:
+        """Of the model's loss by each channel of each token of `states`, `[N, H, D]`.
 
         Raises:
             StateError: this source knows none.
         """
-        raise StateError(f"{type(self).__name__} has no weights of {stream} of layer {layer}")
+        raise StateError(f"{type(self).__name__} has no gradients of {stream} of layer {layer}")
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """The same states, computed once and kept until `forget`; here in memory."""
@@ -226,10 +226,10 @@ class KVCompressor:
             reconstructions.forget_before(key)
             states = codec.fit_predictor(source.states(*key), reconstructions.of(key))
             kind = codec.metric
-            codec.fit_space(states, None if kind is None else source.metric(key[0], kind))
+            codec.fit_space(states, None if kind is None else source.metric(*key, kind))
             vectors.append(codec.training_vectors(states, share, seed))
             if weighted:
-                weights.append(codec.training_weights(states, source.weights(*key), share, seed))
+                weights.append(codec.training_weights(states, source.gradients(*key), share, seed))
         first, *others = (self._codecs[key] for key in family)
         first.fit_quantizers(_by_segment(vectors), seed, _by_segment(weights))
         for codec in others:

@@ -19,7 +19,7 @@ from vqkv.codec import Codec
 from vqkv.drafts import DraftCodec
 from vqkv.kernels.attend.codes import Partial
 from vqkv.quantizers.codebook import CodebookQuantizer
-from vqkv.rotation import Pairs
+from vqkv.rotation import channel_units
 
 
 class NotFoldable(Exception):
@@ -203,13 +203,6 @@ def _prediction(values: Codec) -> tuple[torch.Tensor | None, torch.Tensor | None
 def _units(keys: Codec) -> torch.Tensor:
     """RoPE pairs, then the channels beyond them two by two, `[D / 2, 2]`."""
     return channel_units(keys.head_dim, keys.pairs).to(keys.order_.device)
-
-
-def channel_units(head_dim: int, pairs: Pairs) -> torch.Tensor:
-    """RoPE pairs, then the channels beyond them two by two, `[D / 2, 2]`."""
-    paired = {channel for pair in pairs for channel in pair}
-    rest = [channel for channel in range(head_dim) if channel not in paired]
-    return torch.tensor([*(c for pair in pairs for c in pair), *rest]).view(-1, 2)
 
 
 def _pair_rows(order: torch.Tensor, units: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,13 @@ def rope_pairs(pairing: Pairing, rotary_dim: int) -> Pairs:
     return tuple((2 * i, 2 * i + 1) for i in range(half))
 
 
+def channel_units(head_dim: int, pairs: Pairs) -> torch.Tensor:
+    """RoPE pairs, then the channels beyond them two by two, `[D / 2, 2]`."""
+    paired = {channel for pair in pairs for channel in pair}
+    rest = [channel for channel in range(head_dim) if channel not in paired]
+    return torch.tensor([*(c for pair in pairs for c in pair), *rest]).view(-1, 2)
+
+
 #: `(keys, cos, sin) -> keys`.
 RotaryFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

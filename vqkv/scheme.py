@@ -11,13 +11,14 @@ from pydantic import Field, field_validator, model_validator
 
 from vqkv.codebooks.gaussian import gaussian_grid
 from vqkv.errors import SchemeError, StateError
-from vqkv.groupings import GroupingChoice, RopePairs, Strided, Whole
+from vqkv.groupings import Contiguous, GroupingChoice, RopePairs, Strided, Whole
 from vqkv.layouts import ACROSS_LAYERS, Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
 from vqkv.predictors.copy import CopyConfig
 from vqkv.quantizers import QuantizerChoice, QuantizerConfig
 from vqkv.registry import Config
 from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
+from vqkv.transforms.pair_metric import PairMetricConfig
 
 if TYPE_CHECKING:
     from vqkv.geometry import Geometry  # imports transformers, which a scheme can do without
@@ -68,6 +69,7 @@ class StreamConfig(Config):
             )
         self._check_metrics()
         self._check_pairs()
+        self._check_coupling()
         dims = {self.dim_of(segment) for segment in self.segments}
         if isinstance(self.grouping, Strided) and dims - {self.grouping.dim}:
             raise ValueError(
@@ -121,10 +123,10 @@ class StreamConfig(Config):
             metric = TRANSFORMS.build(config).metric
             if metric is None:
                 continue
-            if metric != own:
+            if metric not in (own, "fisher"):
                 raise ValueError(
                     f"transforms.{index}: the metric of {'keys' if own == 'query' else 'values'} "
-                    f"is {own!r}, given {metric!r}"
+                    f"is {own!r} or 'fisher', given {metric!r}"
                 )
             for before in self.transforms[:index]:
                 if not TRANSFORMS.get(before.type).keeps_metric:
@@ -132,6 +134,26 @@ class StreamConfig(Config):
                         f"transforms.{index}: a transform in the {metric!r} metric cannot follow "
                         f"{before.type!r}, which changes the space: put it first"
                     )
+
+    def _check_coupling(self) -> None:
+        """Codes are chosen together in a metric whose blocks a transform has made unit ones."""
+        coupling = [s.quantizer.type for s in self.all_segments if s.quantizer.couples]  # type: ignore[attr-defined]
+        if not coupling:
+            return
+        last = self.transforms[-1] if self.transforms else None
+        fits = (
+            isinstance(last, PairMetricConfig)
+            and isinstance(self.grouping, Contiguous)
+            and self.grouping.dim == last.dim
+            and self.sharing == "group"
+            and not self.segments
+        )
+        if not fits:
+            raise ValueError(
+                f"quantizer: {coupling[0]!r} needs groups that are apart in a metric: a last "
+                "transform {type: pair_metric, dim: d}, the grouping {type: contiguous, dim: d} of "
+                "the same d, sharing 'group', and no segments"
+            )
 
     def dim_of(self, segment: SegmentConfig) -> int:
         """d: channels of a subvector in one of the segments."""
@@ -303,19 +325,6 @@ class Scheme(Config):
                 f"sharing {min(across)!r} fits all layers together, predictors fit them one after "
                 "another: share codebooks by 'group', 'head' or 'layer'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _weighs_channels_as_they_are(self) -> Self:
-        if self.calibration.weights == "none":
-            return self
-        for config in self._streams():
-            for transform in config.transforms:
-                if not TRANSFORMS.get(transform.type).keeps_channels:
-                    raise ValueError(
-                        "calibration.weights: 'fisher' weighs channels as the model has them, and "
-                        f"{transform.type!r} mixes them: leave out one of the two"
-                    )
         return self
 
     @property

@@ -14,11 +14,11 @@ from vqkv.attention import attention_modules
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.calibration import StateCapture, calibrate
 from vqkv.compressor import KVCompressor, StateSource
-from vqkv.errors import SchemeError, StateError
+from vqkv.errors import StateError
 from vqkv.geometry import Geometry
 from vqkv.layouts import Stream
-from vqkv.scheme import Scheme, merge
-from vqkv.scheme_files import load_scheme, scheme_from_dict
+from vqkv.scheme import Scheme
+from vqkv.scheme_files import scheme_from_dict
 from vqkv.states import States
 
 IDS = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -88,10 +88,10 @@ class Weighted(StateSource):
         x[200:] += 10
         return States.of(x)
 
-    def weights(self, layer: int, stream: Stream) -> States:
-        weight = torch.ones(400, 2, 16)
-        weight[200:] = 1e-6
-        return States.of(weight)
+    def gradients(self, layer: int, stream: Stream) -> States:
+        gradient = torch.ones(400, 2, 16)
+        gradient[200:] = 1e-3
+        return States.of(gradient)
 
 
 @pytest.mark.parametrize("sharing", ["group", "head", "layer", "subspace", "model"])
@@ -114,11 +114,31 @@ def test_weights_follow_their_channels(tmp_path: Path) -> None:
     made = scheme("post").to_dict()
     made["keys"] |= {"transforms": [], "grouping": {"type": "strided", "dim": 4}}
     codec = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted()).codec(0, "keys")
-    weights = torch.rand(5, 2, 16, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
     states = States.of(torch.randn(5, 2, 16))
-    (found,) = codec.training_weights(states, States.of(weights), 5, 0)
-    expected = weights.unflatten(2, (4, 4)).sum(2).flatten(1)  # group i mod 4 of each head
+    (found,) = codec.training_weights(states, States.of(gradients), 5, 0)
+    expected = gradients.square().unflatten(2, (4, 4)).sum(2).flatten(1)  # group i mod 4 of a head
     torch.testing.assert_close(found, expected)
+
+
+def test_weights_go_through_transforms_that_mix_channels() -> None:
+    """A step in what is coded changes the loss as the gradient by the state says."""
+    geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
+    made = scheme("post").to_dict()
+    made["keys"] |= {
+        "transforms": [{"type": "spectral"}],
+        "grouping": {"type": "contiguous", "dim": 1},
+    }
+    codec = KVCompressor(scheme_from_dict(made), geometry).fit(Weighted()).codec(0, "keys")
+    x, gradients = torch.randn(2, 1, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    (found,) = codec.training_weights(States.of(x), States.of(gradients), 1, 0)
+    (spectral,) = codec.transforms
+    z, _ = spectral.forward(x)
+    for channel in (0, 5, 31):
+        step = torch.zeros(1, 32).index_fill(1, torch.tensor(channel), 1.0).view(1, 2, 16)
+        moved = spectral.inverse(z + step, None) - spectral.inverse(z, None)
+        slope = (moved * gradients).sum()
+        torch.testing.assert_close(found[0, channel], slope.square(), rtol=1e-3, atol=1e-5)
 
 
 def test_weights_grow_with_the_square_of_a_token_s_scale() -> None:
@@ -150,16 +170,11 @@ def test_a_weighted_calibration(tmp_path: Path) -> None:
     assert not torch.equal(*words)
 
 
-def test_what_cannot_be_weighted() -> None:
-    with pytest.raises(SchemeError, match="'spectral' mixes them"):
-        scheme_from_dict(
-            merge(load_scheme("spectral-2").to_dict(), {"calibration": {"weights": "fisher"}})
-        )
-
+def test_a_source_without_gradients() -> None:
     class Unweighted(Weighted):
-        weights = StateSource.weights
+        gradients = StateSource.gradients
 
     geometry = Geometry("llama", 1, (0,), 2, 2, 16, False, None)
     made = scheme("post", calibration={"samples": 400, "weights": "fisher"})
-    with pytest.raises(StateError, match="has no weights of keys of layer 0"):
+    with pytest.raises(StateError, match="has no gradients of keys of layer 0"):
         KVCompressor(made, geometry).fit(Unweighted())

@@ -14,7 +14,7 @@ from tests.tiny_models import tiny_model
 from vqkv.attention import attention_modules, output_projection
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.calibration import calibrate
-from vqkv.calibration.source import CapturedStates
+from vqkv.calibration.source import SHRINKAGE, CapturedStates
 from vqkv.calibration.spool import Spool
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
@@ -24,6 +24,8 @@ from vqkv.scheme_files import load_scheme, scheme_from_dict
 
 CONTEXT, DIM, QUERIES, HEADS = 64, 16, 4, 2
 SPECTRAL = {"transforms": [{"type": "spectral", "metric": "query"}]}
+GRADIENTS = torch.randn(1, HEADS, 500, DIM, generator=torch.Generator().manual_seed(2))
+GRADIENTS = GRADIENTS * torch.linspace(0.1, 3, DIM)
 
 
 def source(
@@ -39,6 +41,7 @@ def source(
     queries = torch.randn(1, QUERIES, 500, DIM, generator=torch.Generator().manual_seed(0))
     queries = queries * torch.linspace(0.1, 3, DIM)
     spool.append(0, "keys", torch.zeros(1, HEADS, 500, DIM))
+    spool.append(0, "grad_pre_keys", GRADIENTS)
     spool.add_queries(0, "pre_queries" if rope == "pre" else "queries", queries)
     spool.finish_window()
     return model, CapturedStates(spool, model, compressor, CONTEXT), queries[:, :, 2:]
@@ -47,7 +50,7 @@ def source(
 def test_the_query_metric_is_the_mean_squared_score_of_an_error(tmp_path: Path) -> None:
     """Post-RoPE: `E[(q·e)²]` over tokens and the query heads that read a KV head."""
     _, captured, queries = source(tmp_path, rope="post")
-    metric = captured.metric(0, "query")
+    metric = captured.metric(0, "keys", "query")
     error = torch.randn(DIM, generator=torch.Generator().manual_seed(1)).double()
     for head in range(HEADS):
         mine = queries[0, 2 * head : 2 * head + 2].double()
@@ -58,7 +61,7 @@ def test_the_query_metric_is_the_mean_squared_score_of_an_error(tmp_path: Path) 
 @pytest.mark.parametrize("family", ["llama", "glm"])
 def test_before_rope_it_is_averaged_over_distances(tmp_path: Path, family: str) -> None:
     model, captured, queries = source(tmp_path, family)
-    metric = captured.metric(0, "query")
+    metric = captured.metric(0, "keys", "query")
     adapter = RotaryAdapter(model, [0])
     error = torch.randn(DIM, generator=torch.Generator().manual_seed(1))
     # Brute force: rotate the error by every distance, weighted as causal attention sees them.
@@ -78,7 +81,7 @@ def test_before_rope_it_is_averaged_over_distances(tmp_path: Path, family: str) 
 
 def test_the_output_metric_is_the_squared_error_after_the_projection(tmp_path: Path) -> None:
     model, captured, _ = source(tmp_path)
-    metric = captured.metric(0, "output")
+    metric = captured.metric(0, "values", "output")
     weight = output_projection(attention_modules(model)[0], QUERIES * DIM).double()
     error = torch.randn(DIM, generator=torch.Generator().manual_seed(1)).double()
     for head in range(HEADS):
@@ -88,6 +91,18 @@ def test_the_output_metric_is_the_squared_error_after_the_projection(tmp_path: P
             placed[query] = error
             expected = expected + (weight @ placed.flatten()).square().sum()
         torch.testing.assert_close(error @ metric[head] @ error, expected.detach())
+
+
+def test_the_fisher_metric_is_the_mean_squared_slope_of_an_error(tmp_path: Path) -> None:
+    _, captured, _ = source(tmp_path)
+    metric = captured.metric(0, "keys", "fisher")
+    mine = GRADIENTS[0, :, 2:].double()
+    product = mine.mT @ mine
+    even = product.diagonal(dim1=1, dim2=2).mean(1)
+    error = torch.randn(DIM, generator=torch.Generator().manual_seed(1)).double()
+    slopes = (mine @ error).square().sum(1)
+    expected = (1 - SHRINKAGE) * slopes + SHRINKAGE * even * error.square().sum()
+    torch.testing.assert_close(error @ metric @ error, expected)
 
 
 def test_models_without_a_known_output_projection() -> None:

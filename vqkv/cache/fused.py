@@ -9,12 +9,13 @@ import torch
 from vqkv.cache.layer import ExactTokens, VQLayer
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
-from vqkv.folding import FoldedLayer, channel_units
+from vqkv.folding import FoldedLayer
 from vqkv.kernels.attend import Block
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
 from vqkv.kernels.attend.naive import merged, partial
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import PAGE_TOKENS
+from vqkv.rotation import channel_units
 from vqkv.scheme import STREAMS
 
 log = logging.getLogger(__name__)

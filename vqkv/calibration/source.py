@@ -18,6 +18,9 @@ from vqkv.transforms import Metric
 #: Distances between query and key that the query metric is averaged over.
 DISTANCES = 192
 
+#: Part of the Fisher information that is spread evenly over channels.
+SHRINKAGE = 0.1
+
 
 class CapturedStates(StateSource):
     """Spooled states and a model's metrics.
@@ -49,10 +52,10 @@ class CapturedStates(StateSource):
         """Tokens as they were captured."""
         return self._spool.states(layer, self._kinds[layer, stream])
 
-    def weights(self, layer: int, stream: Stream) -> States:
-        """Squared gradients of the loss: the diagonal of the empirical Fisher information."""
+    def gradients(self, layer: int, stream: Stream) -> States:
+        """Of the loss of a window, summed over its tokens."""
         pre = self._kinds[layer, stream] == "pre_keys"
-        return self._spool.states(layer, gradients_of(stream, pre)).map(torch.square)
+        return self._spool.states(layer, gradients_of(stream, pre))
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """Kept on disk."""
@@ -62,18 +65,28 @@ class CapturedStates(StateSource):
         """Deleted."""
         self._spool.forget(layer, stream)
 
-    def metric(self, layer: int, kind: Metric) -> torch.Tensor:
+    def metric(self, layer: int, stream: Stream, kind: Metric) -> torch.Tensor:
         """`[H, D, D]` in fp64, over the query heads that read a KV head.
 
         - `query`: `E[q qᵀ]`. Before RoPE the key of a token at distance Δ is rotated by Δ before
           it meets the query, so `E_Δ[R_Δᵀ E[q qᵀ] R_Δ]`; causal attention in a window of T tokens
           sees Δ with a density that falls linearly to 0 at T.
         - `output`: `Σ_j O_jᵀ O_j`, O_j being the slices of the output projection.
+        - `fisher`: `E[g gᵀ]` of the loss's gradients g by the stream, the empirical Fisher
+          information, a tenth of it spread evenly over channels: few gradients carry most of it.
 
         Raises:
             ModelError: the output projection is not known.
         """
         heads, dim = self._geometry.kv_heads, self._geometry.head_dim
+        if kind == "fisher":
+            products = sum(
+                torch.einsum("nhd,nhe->hde", chunk, chunk)
+                for chunk in self.gradients(layer, stream).map(torch.Tensor.double).chunks()
+            )
+            assert isinstance(products, torch.Tensor)
+            even = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+            return torch.lerp(products, even * torch.eye(dim, dtype=torch.float64), SHRINKAGE)
         if kind == "output":
             channels = self._geometry.query_heads * dim
             weight = output_projection(self._modules[layer], channels).detach().double().cpu()

@@ -36,7 +36,7 @@ def wanted_kinds(compressor: KVCompressor) -> dict[int, list[Kind]]:
             continue
         if codec.metric == "query":
             wants[layer].append("pre_queries" if pre else "queries")
-        if compressor.scheme.calibration.weights == "fisher":
+        if codec.metric == "fisher" or compressor.scheme.calibration.weights == "fisher":
             wants[layer].append(gradients_of(stream, pre))
     return wants
 

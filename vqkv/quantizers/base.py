@@ -42,6 +42,11 @@ class QuantizerConfig(Config):
         """A code of a stage names `u_a + i u_b`, which commutes with RoPE as in CommVQ."""
         return False
 
+    @property
+    def couples(self) -> bool:
+        """Codes of a head's subvectors are chosen together, in the metric of what is coded."""
+        return False
+
 
 class Quantizer(Component, ABC):
     """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.
@@ -55,6 +60,14 @@ class Quantizer(Component, ABC):
     config: QuantizerConfig
     nested: ClassVar[bool] = False
     health_: list[Health]
+
+    def couple(self, metric: torch.Tensor) -> None:
+        """Told before `fit` where the config `couples`.
+
+        Args:
+            metric: `[U, n, n]`, by which errors of the n = M·d / U channels of a unit cost; the
+                diagonal blocks of its subvectors are unit matrices and given as zeros.
+        """
 
     def fit(
         self, samples: torch.Tensor, weights: torch.Tensor | None = None, *, seed: int = 0
@@ -114,6 +127,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
     {
         "product": "vqkv.quantizers.product:ProductQuantizer",
         "residual": "vqkv.quantizers.residual:ResidualQuantizer",
+        "joint_product": "vqkv.quantizers.joint_product:JointProductQuantizer",
         "identity": "vqkv.quantizers.identity:IdentityQuantizer",
         "rope_commutative": "vqkv.quantizers.commutative:Commutative",
         "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",

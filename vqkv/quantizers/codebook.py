@@ -26,12 +26,7 @@ class CodebookQuantizer(Quantizer):
             NotFittedError: before fit.
             StateError: `x` does not have the codebooks' M and d.
         """
-        books = self._codewords()
-        if x.ndim != 3 or x.shape[1:] != (books.shape[0], books.shape[3]):
-            raise StateError(
-                f"vectors have shape [N, {books.shape[0]}, {books.shape[3]}], given {list(x.shape)}"
-            )
-        return encode(x.float(), books)
+        return encode(self._checked(x), self._codewords())
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, M, d]` (fp32) of codes `[N, M, s]`, s ≤ S.
@@ -71,6 +66,15 @@ class CodebookQuantizer(Quantizer):
                 f"codewords have S, K = {expected}, given {tuple(codewords.shape[1:3])}"
             )
         self.codewords_ = codewords
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        """The same vectors in fp32."""
+        books = self._codewords()
+        if x.ndim != 3 or x.shape[1:] != (books.shape[0], books.shape[3]):
+            raise StateError(
+                f"vectors have shape [N, {books.shape[0]}, {books.shape[3]}], given {list(x.shape)}"
+            )
+        return x.float()
 
     def _keep(self, codewords: torch.Tensor) -> None:
         rounded = codewords.to(torch.float16)

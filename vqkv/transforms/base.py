@@ -12,11 +12,9 @@ from vqkv.registry import Choice, Component, Config, Registry
 from vqkv.rotation import Pairs
 from vqkv.states import States
 
-#: In which an error counts: by what queries make of a key, or the output projection of a value.
-Metric = Literal["query", "output"]
-
-#: Costs in a metric are raised to this part of the largest, so that it can be inverted.
-FLOOR = 1e-4
+#: In which an error counts: by what queries make of a key, the output projection of a value, or the
+#: model's loss of either.
+Metric = Literal["query", "output", "fisher"]
 
 
 class TransformConfig(Config):
@@ -77,13 +75,22 @@ class Transform(Component, ABC):
         """Bytes of `state`, known before `fit`."""
         return 0
 
-    def fit(self, states: States, metric: torch.Tensor | None = None) -> Transform:
+    def mixed_run(self, head_dim: int) -> int | None:
+        """Each run of so many channels that come out is a mix of whole RoPE pairs, and of no other
+        channels; None where channels stay where they were.
+        """
+        return None if self.keeps_channels else head_dim
+
+    def fit(
+        self, states: States, metric: torch.Tensor | None = None, pairs: Pairs = ()
+    ) -> Transform:
         """Learn from all chunks of a stream.
 
         Args:
             states: what the transforms before this one make of the stream.
             metric: `[H, D, D]`, given to transforms whose `metric` asks for one: an error e of a
                 head costs `eᵀ M e`.
+            pairs: the RoPE pairs of a head.
         """
         return self
 
@@ -156,6 +163,7 @@ TRANSFORMS: Registry[type[Transform]] = Registry(
         "token_scale": "vqkv.transforms.token_scale:TokenScale",
         "hadamard": "vqkv.transforms.hadamard:Hadamard",
         "spectral": "vqkv.transforms.spectral:Spectral",
+        "pair_metric": "vqkv.transforms.pair_metric:PairMetric",
         "page_scale": "vqkv.transforms.page_scale:PageScale",
         "page_center": "vqkv.transforms.page_center:PageCenter",
         "polar": "vqkv.transforms.polar:Polar",

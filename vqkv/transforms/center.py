@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from vqkv.rotation import Pairs
 from vqkv.states import States
 from vqkv.transforms.base import ChannelTransform, TransformConfig
 from vqkv.transforms.statistics import moments
@@ -27,7 +28,7 @@ class Center(ChannelTransform):
     keeps_metric = True
     keeps_channels = True
 
-    def fit(self, states: States, metric: torch.Tensor | None = None) -> Center:
+    def fit(self, states: States, metric: torch.Tensor | None = None, pairs: Pairs = ()) -> Center:
         """Learn μ."""
         self._keep(moments(states).mean)
         return self

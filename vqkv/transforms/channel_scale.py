@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 
 from vqkv.errors import StateError
+from vqkv.rotation import Pairs
 from vqkv.states import States
-from vqkv.transforms.base import FLOOR, ChannelTransform, Metric, TransformConfig
+from vqkv.transforms.base import ChannelTransform, Metric, TransformConfig
+from vqkv.transforms.roots import FLOOR
 from vqkv.transforms.statistics import moments
 
 
@@ -37,7 +39,9 @@ class ChannelScale(ChannelTransform):
         stat = self.config.stat
         return stat if stat == "query" or stat == "output" else None
 
-    def fit(self, states: States, metric: torch.Tensor | None = None) -> ChannelScale:
+    def fit(
+        self, states: States, metric: torch.Tensor | None = None, pairs: Pairs = ()
+    ) -> ChannelScale:
         """Learn s. Raises StateError where the stat is a metric and none is given."""
         if self.metric is None:
             found = moments(states)

@@ -12,8 +12,11 @@ import torch
 from einops import rearrange
 
 from vqkv.errors import NotFittedError, StateError
+from vqkv.rotation import Pairs
 from vqkv.states import States
-from vqkv.transforms.base import FLOOR, Metric, Transform, TransformConfig
+from vqkv.transforms.base import Metric, Transform, TransformConfig
+from vqkv.transforms.roots import normed, roots
+from vqkv.transforms.statistics import mean_and_covariance
 
 
 class SpectralConfig(TransformConfig):
@@ -63,7 +66,9 @@ class Spectral(Transform):
         channels = heads * head_dim // units
         return 2 * (heads * head_dim + units * channels**2)
 
-    def fit(self, states: States, metric: torch.Tensor | None = None) -> Spectral:
+    def fit(
+        self, states: States, metric: torch.Tensor | None = None, pairs: Pairs = ()
+    ) -> Spectral:
         """Learn μ, W and U, in fp64.
 
         Raises:
@@ -74,9 +79,11 @@ class Spectral(Transform):
                 f"spectral: the metric {self.config.metric!r} is configured, "
                 f"{'none' if metric is None else 'one'} was given"
             )
-        mean, covariance = self._covariance(states)
+        mean, covariance = mean_and_covariance(states, self._rows)
         eye = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device)
-        root, inverse = (eye, eye) if metric is None else _roots(self._joined(metric.double()))
+        root, inverse = (
+            (eye, eye) if metric is None else roots(normed(self._joined(metric.double())))
+        )
         # eigh sorts upwards; a fixed sign keeps artefacts alike across machines.
         vectors = torch.linalg.eigh(root @ covariance @ root).eigenvectors.flip(-1)
         signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
@@ -137,20 +144,6 @@ class Spectral(Transform):
         if not hasattr(self, "matrix_"):
             raise NotFittedError("Spectral has not been fitted: call fit first")
 
-    def _covariance(self, states: States) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean `[H, D]` and covariance `[V, n, n]` of all tokens."""
-        count, total, product = 0, None, None
-        for chunk in states.chunks():
-            rows = self._rows(chunk.double())
-            count += chunk.shape[0]
-            total = chunk.double().sum(0) + (0 if total is None else total)
-            product = rows.transpose(1, 2) @ rows + (0 if product is None else product)
-        if total is None or product is None or not count:
-            raise StateError("there are no tokens to learn from")
-        mean = total / count
-        middle = self._rows(mean.unsqueeze(0))
-        return mean, product / count - middle.transpose(1, 2) @ middle
-
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens `[N, H, D]` as `[V, N, n]`."""
         return rearrange(x, "n h d -> h n d" if self.head_local else "n h d -> 1 n (h d)")
@@ -164,11 +157,3 @@ class Spectral(Transform):
     def _joined(self, metric: torch.Tensor) -> torch.Tensor:
         """A metric per head `[H, D, D]`, as one block-diagonal `[1, C, C]` for the layer scope."""
         return metric if self.head_local else torch.block_diag(*metric).unsqueeze(0)
-
-
-def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square roots of metrics `[V, n, n]` of mean eigenvalue 1, and their inverses."""
-    metric = metric / metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
-    values, vectors = torch.linalg.eigh(metric)
-    root = values.clamp_min(FLOOR * values[:, -1:]).clamp_min(1e-30).sqrt().unsqueeze(1)
-    return (vectors * root) @ vectors.transpose(1, 2), (vectors / root) @ vectors.transpose(1, 2)

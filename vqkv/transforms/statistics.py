@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -50,6 +51,26 @@ def moments(states: States) -> Moments:
     if not found:
         raise StateError("there are no tokens to learn from")
     return reduce(add, found)
+
+
+def mean_and_covariance(
+    states: States, rows: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `[H, D]`, and covariance `[V, n, n]` of what `rows` makes of tokens, `[V, N, n]`.
+
+    `rows` only lays channels out anew. Raises StateError where there are no tokens.
+    """
+    count, total, product = 0, None, None
+    for chunk in states.chunks():
+        wide = rows(chunk.double())
+        count += chunk.shape[0]
+        total = chunk.double().sum(0) + (0 if total is None else total)
+        product = wide.mT @ wide + (0 if product is None else product)
+    if total is None or product is None or not count:
+        raise StateError("there are no tokens to learn from")
+    mean = total / count
+    middle = rows(mean.unsqueeze(0))
+    return mean, product / count - middle.mT @ middle
 
 
 def _of_chunk(x: torch.Tensor) -> Moments:

@@ -1,0 +1,140 @@
+"""Product codes that are chosen together: in a metric, errors of groups add up or cancel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from vqkv.codebooks.assignment import step_for
+from vqkv.codebooks.base import LEARNERS, LearnerChoice
+from vqkv.codebooks.kmeans import KMeansConfig
+from vqkv.errors import StateError
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import encode
+from vqkv.quantizers.base import QuantizerConfig
+from vqkv.quantizers.codebook import CodebookQuantizer
+
+
+class JointProductConfig(QuantizerConfig):
+    """Settings of `JointProductQuantizer`.
+
+    Attributes:
+        code_bits: of each code.
+        learner: of the codewords that learning starts from, group by group.
+        rounds: of learning, over all groups.
+        sweeps: of choosing each group's code anew, when encoding.
+    """
+
+    type: Literal["joint_product"] = "joint_product"
+    code_bits: int = Field(ge=1, le=16)
+    learner: LearnerChoice = KMeansConfig()
+    rounds: int = Field(default=4, ge=1)
+    sweeps: int = Field(default=3, ge=1)
+
+    def bits(self) -> int:
+        """`code_bits`."""
+        return self.code_bits
+
+    @property
+    def couples(self) -> bool:
+        """Always."""
+        return True
+
+
+class JointProductQuantizer(CodebookQuantizer):
+    """Codes `a` that minimise `eᵀ M e`, `e_g = c_{g, a_g} − x_g`, with `M_gg = I` for each group.
+
+    A sweep goes through the groups and gives each the codeword nearest to `x_g − Σ_h e_h M_hg`, the
+    best one as the others are; learning also moves codewords to the means of these targets. Neither
+    can raise the error. Reading is that of a product code.
+
+    State: `codewords`, and `coupling` `[U, n, n]` in fp16, M without its diagonal blocks, where
+    errors of the n channels of a unit were coupled.
+    """
+
+    Config = JointProductConfig
+    config: JointProductConfig
+    coupling_: torch.Tensor
+
+    def couple(self, metric: torch.Tensor) -> None:
+        """Before `fit`: the metric `[U, n, n]` of U units' channels, those of M / U subvectors."""
+        self.coupling_ = metric.to(torch.float16)
+
+    def prepare(self, subspaces: int, dim: int) -> None:
+        """Codewords are always learned: raises NotFittedError."""
+        raise self.needs_fit()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
+        if not hasattr(self, "coupling_"):
+            return super().encode(x)
+        x, books = self._checked(x), self._codewords()
+        codes = torch.zeros(*x.shape[:2], 1, dtype=torch.int32, device=x.device)
+        errors = torch.zeros_like(x)
+        for _ in range(self.config.sweeps):
+            for group in self._groups(len(books)):
+                own = books[group]
+                codes[:, group] = encode(self._targets(x, errors, group), own)
+                errors[:, group] = decode(codes[:, group], own) - x[:, group]
+        return codes
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`codewords`, and `coupling` where there is one."""
+        coupling = {"coupling": self.coupling_} if hasattr(self, "coupling_") else {}
+        return {**super().state(), **coupling}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over `codewords` and `coupling`. Raises StateError where they do not fit."""
+        rest = dict(state)
+        coupling = rest.pop("coupling", None)
+        super().load_state(rest)
+        if coupling is None:
+            return
+        channels = self.codewords_.shape[0] * self.codewords_.shape[3]
+        units = coupling.shape[0] if coupling.ndim == 3 else 0
+        fits = units and coupling.shape[1:] == (channels // units,) * 2
+        if not fits or channels % units or coupling.dtype != torch.float16:
+            raise StateError(
+                f"coupling is float16 [U, n, n] of {channels} channels, given {coupling.dtype} "
+                f"{list(coupling.shape)}"
+            )
+        self.coupling_ = coupling
+
+    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
+        learner = LEARNERS.build(self.config.learner)
+        learner.fit(samples, 2**self.config.code_bits, weights, seed=seed)
+        self.health_ = learner.health_
+        books = learner.codewords_.clone()
+        if hasattr(self, "coupling_"):
+            self._improve(samples, weights, books)
+        self._keep(books)
+
+    def _improve(
+        self, samples: torch.Tensor, weights: torch.Tensor | None, books: torch.Tensor
+    ) -> None:
+        """Learn codewords `[M, 1, K, d]` in place, in rounds over all groups."""
+        step = step_for("auto", samples.device)
+        errors = torch.zeros_like(samples)
+        for _ in range(self.config.rounds):
+            for group in self._groups(len(books)):
+                targets = self._targets(samples, errors, group).contiguous()
+                own = weights if weights is None or weights.ndim == 1 else weights[:, group]
+                found = step(targets, books[group, 0], own).all_reduced()
+                books[group, 0] = found.means(books[group, 0])
+                codes = encode(targets, books[group])
+                errors[:, group] = decode(codes, books[group]) - samples[:, group]
+
+    def _groups(self, subspaces: int) -> list[torch.Tensor]:
+        """Subvectors that are coded at once: group g of every unit."""
+        per_unit = subspaces // len(self.coupling_)
+        return list(torch.arange(subspaces).view(-1, per_unit).T)
+
+    def _targets(self, x: torch.Tensor, errors: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """What the codewords of a group in each unit are to be near to, `[N, U, d]`."""
+        units, dim = len(self.coupling_), x.shape[2]
+        first = int(group[0]) * dim
+        columns = self.coupling_[:, :, first : first + dim].float()  # [U, n, d]
+        pushed = torch.einsum("nui,uid->nud", errors.reshape(len(x), units, -1), columns)
+        return x[:, group] - pushed
