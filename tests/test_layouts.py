@@ -12,7 +12,8 @@ from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.layouts import PAGE_TOKENS, Layout, Segment, SideField, coded_tokens
 from vqkv.quantizers.commutative import Commutative
-from vqkv.scheme import StreamConfig
+from vqkv.rotation import rope_pairs
+from vqkv.scheme import KeysConfig, StreamConfig
 from vqkv.scheme_files import load_scheme, preset_names
 from vqkv.states import States
 
@@ -154,3 +155,41 @@ def test_pages_are_born_full_and_the_tail_holds_the_window(tokens: int, window: 
     assert coded >= 0 and coded % PAGE_TOKENS == 0
     tail = tokens - coded
     assert min(tokens, window) <= tail < window + PAGE_TOKENS
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("name", "bits"), [("fast-2bit", 2), ("fast-1bit", 1)])
+def test_fast_schemes_are_read_by_one_look_up_per_byte(name: str, bits: int, head_dim: int) -> None:
+    geometry = make_geometry(head_dim=head_dim, kv_heads=2, query_heads=4)
+    for (_, stream), codec in KVCompressor(load_scheme(name), geometry).codecs():
+        layout = codec.layout
+        (segment,) = layout.segments
+        assert (segment.stages, segment.code_bits) == (1, 8)
+        assert layout.head_local and layout.side_count == 0
+        assert layout.bytes_per_unit == head_dim * bits // 8
+        assert layout.pairs_whole or stream == "values"
+        codebook_bytes = 2 * segment.groups * segment.codewords * segment.dim
+        assert codebook_bytes <= 512 * head_dim  # 64 KiB of a head at D = 128
+
+
+@pytest.mark.parametrize(
+    ("transforms", "grouping", "whole"),
+    [
+        ([], {"type": "rope_pairs", "dim": 4}, True),
+        ([{"type": "center"}], {"type": "rope_pairs", "dim": 4}, True),
+        ([{"type": "pair_metric", "dim": 4}], {"type": "contiguous", "dim": 4}, True),
+        ([{"type": "pair_metric", "dim": 4}], {"type": "contiguous", "dim": 8}, True),
+        ([{"type": "pair_metric", "dim": 8}], {"type": "contiguous", "dim": 4}, False),
+        ([{"type": "pair_metric", "dim": 4}], {"type": "rope_pairs", "dim": 4}, False),
+        ([{"type": "spectral"}], {"type": "strided", "dim": 4}, False),
+        ([{"type": "spectral"}], {"type": "whole"}, True),
+    ],
+)
+def test_pairs_are_whole_where_no_code_holds_a_part_of_one(
+    transforms: list[dict[str, Any]], grouping: dict[str, Any], whole: bool
+) -> None:
+    quantizer = {"type": "product", "code_bits": 2}
+    config = KeysConfig.model_validate(
+        {"rope": "pre", "transforms": transforms, "grouping": grouping, "quantizer": quantizer}
+    )
+    assert Codec(config, 2, 16, rope_pairs("half", 16)).layout.pairs_whole is whole

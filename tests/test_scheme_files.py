@@ -89,6 +89,8 @@ def test_presets_are_different_schemes() -> None:
         ("cq-8c10b", 1.25, 1.25),
         ("cq-8c8b-fisher", 1.0, 1.0),
         ("cq-8c8b", 1.0, 1.0),
+        ("fast-1bit", 1.0, 1.0),
+        ("fast-2bit", 2.0, 2.0),
         ("gsrq-1", 1.125, 1.25),
         ("kivi-2", 3.0, 3.0),
         ("kivi-4", 5.0, 5.0),
