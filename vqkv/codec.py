@@ -371,8 +371,8 @@ class Codec:
         """The metric of what is coded `[H, D, D]`, without the groups' own blocks."""
         probes = torch.eye(self.head_dim, device=metric.device)
         probes = probes.unsqueeze(1).expand(-1, self.heads, -1)  # [D, H, D]
-        none = probes.new_empty(self.head_dim, 0)
-        back = self._inverse(probes, none) - self._inverse(torch.zeros_like(probes), none)
+        last = self.transforms[-1]  # those before keep the metric
+        back = last.inverse(probes, None) - last.inverse(torch.zeros_like(probes), None)
         rows = back.transpose(0, 1).double()
         coded = (rows @ normed(metric.double()) @ rows.mT).float()
         group = torch.arange(self.head_dim, device=metric.device) // self.config.grouping.dim
