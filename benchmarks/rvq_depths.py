@@ -31,7 +31,7 @@ from vqkv.calibration.partial import StreamFiles
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spooling import capture, wanted_kinds
 from vqkv.compressor import FittedStream
-from vqkv.evaluation.arms import Arms
+from vqkv.evaluation.arms import compressor_arms
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
 from vqkv.scheme import Scheme, merge
@@ -97,7 +97,7 @@ def figures(
     exact: ExactLogits,
 ) -> dict[str, Any]:
     """One compressor on one text."""
-    arms = Arms(model, compressor, "before-use", CONTEXT, exact)
+    arms = compressor_arms(model, compressor, "before-use", CONTEXT, exact)
     scores = Scores.joined(arms.scores(window) for window in windows)
     return {
         "bits_per_value": compressor.bits_per_value,
