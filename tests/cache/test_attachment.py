@@ -20,8 +20,9 @@ from transformers.models.llama import modeling_llama
 from tests.cache.compressors import compressor_for, random_ids
 from tests.tiny_models import tiny_model
 from vqkv.cache import BeforeUseCache, attach
-from vqkv.cache.coded_attention import _visible, coded_attention
+from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
+from vqkv.cache.masks import visible_slots
 from vqkv.cache.rope import RotaryAdapter
 from vqkv.errors import ArtefactError, CacheError, KernelError, ModelError
 from vqkv.kernels import recording
@@ -218,7 +219,7 @@ def test_which_slots_a_query_sees_by_any_form_of_mask(form: str) -> None:
         "float": (torch.where(seen, 0.0, torch.finfo(torch.float32).min), seen),
         "flash": (real, seen),
     }[form]
-    visible = _visible(mask, 2, 5, torch.device("cpu"))
+    visible = visible_slots(mask, 2, 5, torch.device("cpu"))
     assert torch.equal(visible.expand(2, 1, 2, 5), expected)
 
 

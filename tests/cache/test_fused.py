@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.tiny_models import tiny_model
 from vqkv.cache import attach
 from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
+from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.geometry import Geometry
@@ -103,25 +105,40 @@ def test_the_naive_kernel_is_not_chosen_over_decoding_blocks() -> None:
     assert "attend_codes.naive" not in ran
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_masks_that_hide_coded_tokens_are_honoured(hidden: bool) -> None:
-    """As where candidates of a tree see different histories: codes are then decoded."""
+def tree_mask(hidden: range) -> torch.Tensor:
+    """Two queries that do not see each other; the second does not see `hidden` slots either."""
+    mask = torch.ones(1, 1, 2, 202, dtype=torch.bool)
+    mask[..., 0, 201] = mask[..., 1, 200] = False
+    mask[..., 1, hidden] = False
+    return mask
+
+
+def padding_mask(hidden: range) -> torch.Tensor:
+    """As flash attention is given it: of slots alone, causal beside it."""
+    mask = torch.ones(1, 202, dtype=torch.long)
+    mask[:, hidden] = 0
+    return mask
+
+
+@pytest.mark.parametrize("masked", [tree_mask, padding_mask])
+@pytest.mark.parametrize("hidden", [range(0), range(5, 9), range(194, 197)])
+def test_masks_are_honoured(masked: Callable[[range], torch.Tensor], hidden: range) -> None:
+    """Where one hides coded tokens, as of a tree of candidates, codes are decoded."""
     model = tiny_model("llama", max_position_embeddings=1024)
     compressor = byte_compressor(model, "post")
     with attach(model, compressor) as attached, torch.no_grad():
         cache = attached.new_cache()
         model(random_ids(1, 202), past_key_values=cache)
         layer = cache.coded_layers[0]
-        mask = torch.ones(1, 1, 2, 202, dtype=torch.bool)
-        mask[..., 0, 201] = False
-        mask[..., 1, 5:9] = not hidden
+        assert layer.coded == [192]
         query = torch.randn(1, 4, 2, 16, generator=torch.Generator().manual_seed(0))
         with recording() as ran, using(attend_codes="naive"):
-            found, _ = coded_attention(model, query, CodedStates(layer), mask)
-        assert ("attend_codes.naive" in ran) == (not hidden)
+            found, _ = coded_attention(model, query, CodedStates(layer), masked(hidden))
+        assert ("attend_codes.naive" in ran) == (5 not in hidden)
         keys, values = layer.read(0, 202)
+        seen = visible_slots(masked(hidden), 2, 202, query.device)
         expected = torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=True
+            query, keys, values, attn_mask=seen, enable_gqa=True
         )
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=2e-5, rtol=2e-5)
 

@@ -20,6 +20,7 @@ from vqkv.attention import attention_modules, model_type
 from vqkv.cache.commuted import commuting_slots, read_commuting
 from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
+from vqkv.cache.masks import visible_slots
 from vqkv.errors import KernelError
 from vqkv.exchange import AttentionExchange
 from vqkv.kernels.attend import Block, Reading, attend
@@ -30,7 +31,7 @@ BLOCK_TOKENS = 1024
 #: What no kernel here computes: arguments of attention, and the module's attribute for each.
 VARIANTS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks", "position_bias": "position_bias"}
 
-#: Mask functions of transformers whose masks `_visible` can read.
+#: Mask functions of transformers whose masks `visible_slots` can read.
 _MASKS = (sdpa_mask, eager_mask, flash_attention_mask)
 
 
@@ -96,7 +97,7 @@ def coded_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = fused_attention(layer, query, scale, mask)
     if output is None:
-        visible = _visible(mask, query.shape[2], layer.get_seq_length(), query.device)
+        visible = visible_slots(mask, query.shape[2], layer.get_seq_length(), query.device)
         reading = Reading(layer.key_codec.layout, query.shape[1] // layer.key_codec.heads)
         blocks = _blocks(layer, visible, query.shape[2] * reading.readers)
         output = attend(query, blocks, scale, reading)
@@ -109,18 +110,6 @@ def _not_computed(where: str, variant: str) -> KernelError:
         f"{where} attends with {variant}, which attention on codes does not compute: use "
         "read='decode'"
     )
-
-
-def _visible(
-    mask: torch.Tensor | None, queries: int, slots: int, device: torch.device
-) -> torch.Tensor:
-    """Which of the last `queries` slots sees which slot, bool `[.., t, T]`."""
-    if mask is not None and mask.ndim == 4:
-        return mask if mask.dtype == torch.bool else mask == 0
-    # Mask functions leave out plain causal masks, or leave them to the kernel beside padding.
-    last = torch.arange(slots - queries, slots, device=device)
-    causal = torch.arange(slots, device=device) <= last[:, None]
-    return causal if mask is None else causal & mask[:, None, None].bool()
 
 
 def _blocks(layer: VQLayer, visible: torch.Tensor, rows: int) -> Iterator[Block]:

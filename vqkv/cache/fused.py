@@ -7,6 +7,7 @@ import logging
 import torch
 
 from vqkv.cache.layer import ExactTokens, VQLayer
+from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.folding import FoldedLayer
@@ -30,7 +31,11 @@ def fused_attention(
     coded tokens, or positions are not consecutive.
     """
     folded = _folded(layer, query.device)
-    if folded is None or not any(layer.coded) or not _all_visible(layer, mask):
+    if folded is None or not any(layer.coded):
+        return None
+    visible = visible_slots(mask, query.shape[2], layer.get_seq_length(), query.device)
+    # Without a mask attention is causal, and what is coded is older than any query.
+    if mask is not None and not _all_visible(layer, visible):
         return None
     turns = None
     if folded.pairs is not None:
@@ -55,7 +60,7 @@ def fused_attention(
     )
     output, lse = folded.output(part, scaled)
     exact = layer.exact_tokens()
-    block = Block(exact.keys, exact.values, _visible(layer, exact, query.shape[2], mask))
+    block = Block(exact.keys, exact.values, _exact_visible(exact, visible))
     output, _ = merged((output, lse.unsqueeze(-1)), partial(scaled, block))
     return output.to(query.dtype)
 
@@ -94,32 +99,22 @@ def _folded(layer: VQLayer, device: torch.device) -> FoldedLayer | None:
     return None if isinstance(folded, str) else folded
 
 
-def _all_visible(layer: VQLayer, mask: torch.Tensor | None) -> bool:
+def _all_visible(layer: VQLayer, visible: torch.Tensor) -> bool:
     """Whether every query sees all coded tokens; a mask of a tree of candidates may hide some."""
-    if mask is None:
-        return True
-    seen = mask if mask.dtype == torch.bool or mask.ndim == 2 else mask == 0
     rows = [
-        seen[row if len(seen) > 1 else 0, ..., pad : pad + coded]
+        visible[row if len(visible) > 1 else 0, ..., pad : pad + coded]
         for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True))
     ]
     return all(bool(row.all()) for row in rows)
 
 
-def _visible(
-    layer: VQLayer, exact: ExactTokens, queries: int, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Which of the last `queries` slots sees which exact token, `[B, 1 or Q, t, n]`."""
+def _exact_visible(exact: ExactTokens, visible: torch.Tensor) -> torch.Tensor:
+    """Which query sees which exact token, `[B, Q or 1, t, n]`."""
     slots, counts = exact.slots[:, None, None], exact.counts[:, None, None]
-    if mask is not None and mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        seen = seen.expand(len(slots), -1, -1, -1)
-        # Rows with fewer sinks name slots beyond their own; those do not count.
-        index = slots.clamp(max=seen.shape[3] - 1)
-        return seen.gather(3, index.expand(*seen.shape[:3], -1)) & counts
-    length = layer.get_seq_length()
-    last = torch.arange(length - queries, length, device=slots.device)
-    return counts & (slots <= last[:, None])
+    visible = visible.expand(len(slots), -1, -1, -1)
+    # Rows with fewer sinks name slots beyond their own; those do not count.
+    index = slots.clamp(max=visible.shape[3] - 1)
+    return visible.gather(3, index.expand(*visible.shape[:3], -1)) & counts
 
 
 def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
