@@ -22,6 +22,7 @@ def test_the_first_stages_say_an_interval(depth: int, bits: int, seed: int) -> N
     x = values(seed)
     nested = Nested(depth=depth, code_bits=bits)
     codes = nested.encode(x)
+    assert codes.dtype == torch.int32
     for stages in range(1, depth + 1):
         decoded = nested.decode(codes[..., :stages])
         assert bool(((decoded - x).abs() <= 2.0 ** -(stages * bits) / 2 + 1e-6).all())

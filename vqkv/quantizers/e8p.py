@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from vqkv.errors import SchemeError, StateError
-from vqkv.quantizers.base import Quantizer, QuantizerConfig
+from vqkv.errors import SchemeError
+from vqkv.quantizers.base import QuantizerConfig
+from vqkv.quantizers.stateless import StatelessQuantizer
 
 DIM = 8
 
@@ -47,7 +48,7 @@ class E8PConfig(QuantizerConfig):
         return True
 
 
-class E8P(Quantizer):
+class E8P(StatelessQuantizer):
     """`x ≈ s (σ ∘ a + t)`: a pattern a, signs σ and a shift t of all channels by ¼ or −¼.
 
     Patterns are half-integers, 256 of the shortest absolute values of D̂8 = {v ∈ (ℤ + ½)⁸ : Σ v
@@ -59,13 +60,6 @@ class E8P(Quantizer):
     Config = E8PConfig
     config: E8PConfig
 
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        self.health_ = []
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Nothing to set up."""
-        self.health_ = []
-
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, 1]` (int32) of the points nearest to `x` `[N, M, 8]`."""
         rows = x.float().reshape(-1, DIM)
@@ -75,19 +69,6 @@ class E8P(Quantizer):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, M, 8]` (fp32)."""
         return SCALE * _points(codes[..., 0])
-
-    def planned_bytes(self, subspaces: int, dim: int) -> int:
-        """0."""
-        return 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Empty: the grid is fixed."""
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises StateError where there is anything to load."""
-        if state:
-            raise StateError(f"e8p has no state, given {sorted(state)}")
 
 
 def _nearest(x: torch.Tensor) -> torch.Tensor:

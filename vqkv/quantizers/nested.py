@@ -10,8 +10,9 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from vqkv.errors import SchemeError, StateError
-from vqkv.quantizers.base import Quantizer, QuantizerConfig
+from vqkv.errors import SchemeError
+from vqkv.quantizers.base import QuantizerConfig
+from vqkv.quantizers.stateless import StatelessQuantizer
 
 #: Bits of all stages together: fp32 tells that many levels apart, with some to spare.
 MOST_BITS = 16
@@ -49,7 +50,7 @@ class NestedConfig(QuantizerConfig):
         return True
 
 
-class Nested(Quantizer):
+class Nested(StatelessQuantizer):
     """`x ≈ Σ_s c_s K^−s + ½ K^−S`, s from 1 to S: the digits of x in base K = 2^code_bits.
 
     Any first stages decode to the middle of the interval that they say, as a uniform code of so
@@ -60,18 +61,11 @@ class Nested(Quantizer):
     config: NestedConfig
     nested = True
 
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        self.health_ = []
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Nothing to set up."""
-        self.health_ = []
-
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, S]` (int32) of values `[N, M, 1]`; those beyond [0, 1] take its ends."""
         levels = 1 << self.config.depth * self.config.code_bits
         level = (x.float() * levels).floor().clamp(0, levels - 1).int()
-        stages = torch.arange(self.config.depth, device=x.device).flip(0)
+        stages = torch.arange(self.config.depth, dtype=torch.int32, device=x.device).flip(0)
         return (level >> stages * self.config.code_bits) % (1 << self.config.code_bits)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -79,16 +73,3 @@ class Nested(Quantizer):
         step = 2.0 ** -(self.config.code_bits * torch.arange(1, codes.shape[2] + 1).float())
         step = step.to(codes.device)
         return (codes * step).sum(2, keepdim=True) + step[-1] / 2
-
-    def planned_bytes(self, subspaces: int, dim: int) -> int:
-        """0."""
-        return 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Empty: levels follow from the settings."""
-        return {}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises StateError where there is anything to load."""
-        if state:
-            raise StateError(f"nested has no state, given {sorted(state)}")
