@@ -1,6 +1,7 @@
 """Drafts: states from the first stages of stored codes, coarser and from the same bytes.
 
-QuantSpec (arXiv 2502.10424) speculates with such a draft of the cache that verifies it.
+QuantSpec (arXiv 2502.10424) speculates with such a draft of the cache that verifies it. To leave
+stages out of what is stored, see `vqkv.truncation`.
 """
 
 from __future__ import annotations

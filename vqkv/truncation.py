@@ -1,4 +1,7 @@
-"""Fewer stages of residual codebooks, without another fit: stages that are learned in turn nest."""
+"""Fewer stages of residual codebooks, without another fit: stages that are learned in turn nest.
+
+What is left out is not stored either. To store all stages and read fewer, see `vqkv.drafts`.
+"""
 
 from __future__ import annotations
 

@@ -106,9 +106,9 @@ def attach(
         model: a causal language model of transformers.
         compressor: fitted, or data-free.
         read: `"decode"` decodes a layer's history for whatever attention the model uses;
-            `"attend"` lets attention read the codes, for up to 16 query rows at a time. `"auto"`
-            attends where a fused kernel takes every layer's codes and the model lets it, and
-            decodes elsewhere.
+            `"attend"` lets attention read the codes, for up to 16 query rows at a time: by a fused
+            kernel, else block by block. `"auto"` attends where a fused kernel takes every layer's
+            codes and the model lets it, and decodes elsewhere.
 
     Raises:
         ArtefactError: the compressor is for another geometry, norm or RoPE.

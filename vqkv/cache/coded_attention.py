@@ -1,4 +1,11 @@
-"""The attention function that reads codes, and the model's own around it."""
+"""The attention function that reads codes, and the model's own around it.
+
+A layer is read in the first of these ways that takes it:
+
+- all its coded tokens at once by a kernel of `attend_codes`, see `vqkv.cache.fused`;
+- block by block by a kernel of `attend`. Values of a block are decoded, and so are its keys, but
+  where they commute with RoPE and a table pays, see `vqkv.cache.commuted`.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,11 @@ def fused_attention(
 
 
 def not_fused(compressor: KVCompressor, device: torch.device) -> str | None:
-    """Why some layer's codes have to be decoded to be read, or None."""
+    """Why some layer's codes have to be decoded to be read, or None.
+
+    Kernels that attend block by block count as decoding, the one that scores keys from tables too:
+    it leaves out the keys of long texts alone, so it has to be asked for by `read="attend"`.
+    """
     for layer in compressor.geometry.compressed:
         keys, values = (compressor.codec(layer, stream, device).layout for stream in STREAMS)
         reason = _unread(AttendLayout(keys, values), device)

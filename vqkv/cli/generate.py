@@ -38,7 +38,8 @@ def generate(
     read: Annotated[
         Read,
         typer.Option(
-            help="Decode history for attention, or attend on codes; auto: what is faster."
+            help="Decode history for attention, or attend on codes; auto: attend where a fused "
+            "kernel takes them."
         ),
     ] = Read.auto,
     dtype: DTypeOption = DType.auto,

@@ -1,4 +1,8 @@
-"""Attention that reads codes: partial results of coded and exact tokens, merged by log-sum-exp."""
+"""Attention in blocks of tokens, whose partial results are merged by log-sum-exp.
+
+Keys and values are decoded before it; keys that commute with RoPE may come as codes. Kernels that
+are given nothing but codes have a contract of their own, in `vqkv.kernels.attend.codes`.
+"""
 
 from __future__ import annotations
 
