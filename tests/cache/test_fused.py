@@ -77,6 +77,8 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
         found, ran = logits(model, compressor, "attend", sizes, pads)
     layers = len(compressor.geometry.compressed)
     assert ran.count("attend_codes.naive") == 4 * layers and "attend.naive" not in ran
+    # The last step codes no page, so nothing is decoded, predicted values included.
+    assert ran[-layers:] == ["attend_codes.naive"] * layers
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -183,3 +185,12 @@ def test_positions_coded_again_after_a_crop_are_looked_at_again() -> None:
             last = torch.tensor([[166]])
             found[read] = model(ids[:, 196:197], position_ids=last, past_key_values=cache).logits
     torch.testing.assert_close(found["attend"], found["decode"], atol=2e-5, rtol=2e-5)
+
+
+def test_values_predicted_from_keys_are_decoded_where_no_fused_kernel_reads_them() -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "post", **PREDICTED)
+    expected, _ = logits(model, compressor, "decode", (200, 1, 10), (0, 80))
+    found, ran = logits(model, compressor, "attend", (200, 1, 10), (0, 80))
+    assert "attend.naive" in ran and "attend_codes.naive" not in ran
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

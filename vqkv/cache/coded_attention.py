@@ -104,6 +104,7 @@ def coded_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = fused_attention(layer, query, scale, mask)
     if output is None:
+        layer.share_history()
         visible = visible_slots(mask, query.shape[2], layer.get_seq_length(), query.device)
         reading = Reading(layer.key_codec.layout, query.shape[1] // layer.key_codec.heads)
         blocks = _blocks(layer, visible, query.shape[2] * reading.readers)

@@ -105,8 +105,8 @@ class VQLayer(CacheLayerMixin):
         """Take in new states `[B, H, t, D]` and return what attention reads, all T slots.
 
         Old tokens that leave the window are coded first. What is new is always read exactly in
-        the forward that brings it. Where attention reads the codes itself, it gets `CodedStates`
-        and has to call `finish` when it has read them.
+        the forward that brings it. Where attention reads the codes itself, it gets `CodedStates`:
+        it has to call `share_history` before it calls `read`, and `finish` when it is done.
 
         Raises:
             CacheError: another batch or geometry, or pre-RoPE codes without an attached model.
@@ -116,7 +116,9 @@ class VQLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
         old, new = self._length, self._length + key_states.shape[2]
-        self._share_history()
+        if self.index == self._compressor.geometry.compressed[0]:
+            self.rows.decoded.clear()
+        self._share_history(later=True)
         # While candidates may be rolled back, tokens are coded by the length before them.
         self._code(old if self._recording else new, old)
         self._tail_keys = torch.cat([self._tail_keys, key_states], 2)
@@ -124,9 +126,17 @@ class VQLayer(CacheLayerMixin):
         self._length = new
         if self.rows.attend and new - old <= ATTEND_ROWS:
             return CodedStates(self), CodedStates(self)
+        self.share_history()
         read = self.read(0, new)
         self.finish()
         return read
+
+    def share_history(self) -> None:
+        """Decode what only this layer's values are predicted from: `read` finds it there.
+
+        Attention on codes folds that prediction, and does without.
+        """
+        self._share_history(later=False)
 
     def finish(self) -> None:
         """What is new has been read, which ends this layer's part of the forward.
@@ -467,12 +477,11 @@ class VQLayer(CacheLayerMixin):
         if self._compressor.last_use(self.index, stream) is not None:
             self._share(stream, rows, start, stop)
 
-    def _share_history(self) -> None:
-        """Put what streams are predicted from that are yet to come where they will find it."""
-        if self.index == self._compressor.geometry.compressed[0]:
-            self.rows.decoded.clear()
+    def _share_history(self, *, later: bool) -> None:
+        """Put what streams of later layers, or of this one alone, are predicted from in reach."""
         for stream in STREAMS:
-            if self._compressor.last_use(self.index, stream) is not None:
+            last = self._compressor.last_use(self.index, stream)
+            if last is not None and (last > self.index) == later:
                 for rows, _, coded in self._groups():
                     for start in range(0, coded, DECODE_TOKENS):
                         self._share(stream, rows, start, min(start + DECODE_TOKENS, coded))
