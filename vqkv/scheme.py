@@ -299,20 +299,20 @@ class Scheme(Config):
         return self
 
     @model_validator(mode="after")
-    def _scales_over_tokens(self) -> Self:
+    def _runs_of_tokens(self) -> Self:
         for config in self._streams():
             groups = [TRANSFORMS.build(t).token_group for t in config.transforms]
             if max(groups, default=1) == 1:
                 continue
             if not config.data_free:
                 raise ValueError(
-                    "scales over runs of tokens are for streams that learn nothing: windows of "
+                    "transforms over runs of tokens are for streams that learn nothing: windows of "
                     "calibration text do not end with a run; leave out what learns"
                 )
             if self.residency.window == 0:
                 raise ValueError(
-                    "residency.window: scales over runs of tokens need a window in which a run is "
-                    "exact until it is whole, given 0"
+                    "residency.window: transforms over runs of tokens need a window in which a run "
+                    "is exact until it is whole, given 0"
                 )
         return self
 

@@ -106,7 +106,9 @@ class RotaryAdapter:
     def turns(self, layer: int, positions: torch.Tensor, head_dim: int) -> torch.Tensor:
         """(c, s) of every pair at positions `[B, T]`, `[B, T, P, 2]` in fp32, not rounded further.
 
-        A pair (x, y) becomes (c x − s y, c y + s x), in whichever direction the model turns.
+        A pair (x, y) becomes (c x − s y, c y + s x), in whichever direction the model turns. Unlike
+        `tables` they multiply: turning by p and then by o is turning by p + o. A bf16 model's
+        rounded tables differ from them by about as much as its keys are rounded.
         """
         cos, sin = rotary_tables(self.rotary, self._config, layer, positions, torch.float32)
         pairs = torch.tensor(self.pairs(layer), dtype=torch.int64, device=cos.device).view(-1, 2)
