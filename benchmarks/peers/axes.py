@@ -50,8 +50,8 @@ def main() -> None:
                 found.append({"backend": backend, "axes": axes, "kl": float(kl)})
     table = Table("backend", "axis of keys", "axis of values", "KL")
     for row in found:
-        axes = (str(axis) for axis in row["axes"])
-        table.add_row(row["backend"], *axes, f"{row['kl']:.4f}")
+        shown = (str(axis) for axis in row["axes"])
+        table.add_row(row["backend"], *shown, f"{row['kl']:.4f}")
     Console().print(table)
     write(
         arguments.out, {"context": CONTEXT, "bits": BITS, "group": Grouping().size, "rows": found}
