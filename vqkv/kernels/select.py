@@ -64,6 +64,7 @@ KERNELS: Registry[Kernel] = Registry(
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
+        "attend_codes.cpu": "vqkv.kernels.attend.codes_cpu:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
     },

@@ -17,9 +17,7 @@ def encode(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
 
 def refuses(layout: Layout, device: torch.device) -> str | None:
     """It runs on CPUs, where the package was built with a C compiler."""
-    if device.type != "cpu":
-        return f"runs on cpu, not on {device.type}"
-    return native.unavailable_reason()
+    return native.refusal(device)
 
 
 KERNEL = Kernel("encode", "cpu", encode, refuses, speed=10)

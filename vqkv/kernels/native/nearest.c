@@ -1,25 +1,15 @@
 /* Nearest codewords and k-means statistics on CPUs: AVX-512, AVX2 or scalar, chosen at run time.
- *
- * Called through ctypes, which lets go of the interpreter lock; Python threads take row ranges.
  */
-
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define HAVE_X86 1
-#include <immintrin.h>
-#endif
+#include "levels.h"
 
 /* Rows whose subvectors are searched subspace by subspace while they lie in the L2 cache. */
 #define BLOCK_ROWS 512
 #define MAX_LANES 64
-
-enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 
 #define UNROLL 4
 #define NAME(x) x##_scalar
@@ -81,19 +71,6 @@ enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 typedef void (*search_fn)(const float *, int64_t, int64_t, const float *, const float *, int64_t,
                           int64_t, int32_t *, int64_t, float *);
 
-/* The best level of this CPU. */
-int vqkv_best_level(void)
-{
-#ifdef HAVE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return AVX2;
-#endif
-    return SCALAR;
-}
-
 static search_fn search_of(int level)
 {
 #ifdef HAVE_X86
@@ -149,14 +126,4 @@ void vqkv_accumulate(const float *x, const float *words, const int32_t *codes, c
             counts[book] += weight;
             inertia[m] += weight * distance;
         }
-}
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_native", "Called through ctypes; see the package.", -1, NULL,
-    NULL, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__native(void)
-{
-    return PyModule_Create(&module);
 }

@@ -1,0 +1,83 @@
+/* Attention on codes: what a caller hands over, and the state that one thread works with. */
+
+#ifndef VQKV_ATTEND_H
+#define VQKV_ATTEND_H
+
+#include <stdint.h>
+
+#include "levels.h"
+
+#define PAGE 64
+/* Tokens between two steps of the online softmax: few enough that scores and codes stay in the L1
+ * cache, many enough that each slice of a codebook is used often while it lies there. */
+#define TILE 256
+#define TILE_PAGES (TILE / PAGE)
+
+/* Codes [B, H, T, M S] with strides in bytes, or with pages [blocks, H, 64, M S]; `words` is
+ * [H, M, S, K, d], contiguous. `Plane` in attend.py is the same. */
+struct plane {
+    const uint8_t *codes;
+    int64_t row_stride, head_stride, token_stride;
+    const float *words;
+    int64_t groups, stages, size, dim;
+};
+
+/* One call. Part i of `parts` takes the i-th run of a row's tiles. `Attention` in attend.py is the
+ * same. */
+struct attention {
+    struct plane keys, values;
+    int64_t batch, heads, rows, head_dim, parts;
+    const float *query;          /* [B, H, R, D]: R rows of queries on one KV head */
+    const int32_t *start, *stop; /* [B] */
+    const int32_t *pages;        /* [B, P], or NULL */
+    int64_t page_count, blocks;  /* P, and how many blocks there are */
+    const float *page_turns;     /* [B or 1, P, D / 2, 2], or NULL for keys coded after RoPE */
+    int64_t turn_stride;         /* floats from one row to the next, 0 where rows share */
+    const float *offset_turns;   /* [64, D / 2, 2] */
+    const int32_t *pairs;        /* [H, D / 2] */
+    float *output, *lse;         /* [parts, B, H, R, D] and [parts, B, H, R] */
+    float *key_mean;             /* like output, or NULL */
+};
+
+enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3 };
+
+/* Scratch of one thread. */
+struct work {
+    const struct attention *a;
+    int64_t row, head;
+    int64_t begin, end;           /* tokens of the tile that count */
+    uint8_t *keys, *values;       /* [TILE, M S] codes of the tile, zeros where no token is */
+    float *scores;                /* [R, TILE], then weights */
+    float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
+    float *value_sums, *key_sums; /* [R, D] */
+    float *query;                 /* [TILE_PAGES, R, D]: turned back by each page's first position,
+                                     x of all pairs and then y */
+    float *decoded;               /* a page of keys [D, PAGE], or one vector */
+    float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
+    uint32_t *rounded;            /* what attend_bf16.c keeps */
+};
+
+/* How one level computes scores and sums of a tile. */
+struct kernel {
+    void (*prepare)(struct work *w);                   /* for a head */
+    void (*turn)(struct work *w, const float *turns, float *query); /* for a page */
+    void (*scores)(struct work *w, int64_t tokens);
+    void (*softmax)(struct work *w);
+    void (*sums)(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
+};
+
+extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16;
+
+/* What levels have in common: one for each, of which attend_bf16 borrows these. */
+void turn_scalar(struct work *w, const float *turns, float *query);
+void turn_avx2(struct work *w, const float *turns, float *query);
+void turn_avx512(struct work *w, const float *turns, float *query);
+void softmax_scalar(struct work *w);
+void softmax_avx2(struct work *w);
+void softmax_avx512(struct work *w);
+
+/* Floats that attend_bf16 needs, and whether it takes these shapes. */
+int64_t attend_bf16_scratch(const struct attention *a);
+int attend_bf16_takes(const struct attention *a);
+
+#endif

@@ -1,0 +1,142 @@
+"""Attention on codes by the compiled kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from einops import rearrange
+
+from vqkv.errors import KernelError
+from vqkv.kernels.attend.codes import Coded, Partial, Plane
+from vqkv.kernels.native.library import in_ranges, level_number, library
+from vqkv.layouts import PAGE_TOKENS
+
+FAILURES = {
+    1: "no memory for a tile of tokens",
+    2: "a code names no codeword",
+    3: "a page number names no block",
+}
+
+
+class _Plane(ctypes.Structure):
+    """`struct plane` of attend.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "token_stride")),
+        ("words", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("groups", "stages", "size", "dim")),
+    )
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, codewords: torch.Tensor) -> _Plane:
+        """Of tensors that outlive it."""
+        return cls(
+            codes.data_ptr(), *codes.stride()[:3], codewords.data_ptr(), *codewords.shape[1:]
+        )
+
+
+class _Attention(ctypes.Structure):
+    """`struct attention` of attend.h."""
+
+    _fields_ = (
+        ("keys", _Plane),
+        ("values", _Plane),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim", "parts")),
+        *((name, ctypes.c_void_p) for name in ("query", "start", "stop", "pages")),
+        *((name, ctypes.c_int64) for name in ("page_count", "blocks")),
+        ("page_turns", ctypes.c_void_p),
+        ("turn_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("offset_turns", "pairs")),
+        *((name, ctypes.c_void_p) for name in ("output", "lse", "key_mean")),
+    )
+
+
+def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
+    """Attention of queries `[B, Q, t, D]` on coded tokens, all on the CPU.
+
+    Raises:
+        KernelError: bounds beyond the tokens there are, a code that names no codeword, a page
+            number that names no block, or a row of turns that is not there.
+    """
+    batch, queries, length, head_dim = query.shape
+    heads = coded.keys.codewords.shape[0]
+    _check_bounds(coded)
+    # Few rows and heads leave threads idle; then the tokens of each are shared as well.
+    parts = max(1, -(-torch.get_num_threads() // max(1, batch * heads)))
+    q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads).contiguous()
+    rows = q.shape[2]
+    output = q.new_empty(parts, batch, heads, rows, head_dim)
+    key_sums = torch.empty_like(output) if coded.key_sums else None
+    lse = q.new_empty(parts, batch, heads, rows)
+
+    keys, values = (plane.codewords.float().contiguous() for plane in (coded.keys, coded.values))
+    start, stop = coded.start.contiguous(), coded.stop.contiguous()
+    pages = None if coded.pages is None else coded.pages.int().contiguous()
+    turns = None
+    if coded.turns is not None:
+        page, offset, pairs = coded.turns
+        turns = page.float().contiguous(), offset.float().contiguous(), pairs.contiguous()
+    task = _Attention(
+        _Plane.of(coded.keys.codes, keys),
+        _Plane.of(coded.values.codes, values),
+        *(batch, heads, rows, head_dim, parts),
+        *(q.data_ptr(), start.data_ptr(), stop.data_ptr(), _address(pages)),
+        0 if pages is None else pages.shape[1],
+        coded.keys.codes.shape[0],
+        None if turns is None else turns[0].data_ptr(),
+        0 if turns is None or len(turns[0]) == 1 else turns[0].stride(0),
+        *((None, None) if turns is None else (turns[1].data_ptr(), turns[2].data_ptr())),
+        *(output.data_ptr(), lse.data_ptr(), _address(key_sums)),
+    )
+
+    def run(begin: int, end: int) -> int:
+        failure: int = library().vqkv_attend(level_number(), ctypes.byref(task), begin, end)
+        return failure
+
+    failed = max(in_ranges(batch * heads * parts, 1, run), default=0)
+    if failed:
+        raise KernelError(FAILURES[failed])
+
+    def whole(part_means: torch.Tensor) -> torch.Tensor:
+        """Of means of parts, the mean; as `[B, Q, t, D]`."""
+        mean = part_means[0] if parts == 1 else (part_means * share.unsqueeze(-1)).sum(0)
+        return rearrange(mean, "b h (g t) d -> b (h g) t d", t=length)
+
+    total = lse.logsumexp(0)
+    share = torch.exp(lse - total).nan_to_num(0.0)  # a row without tokens: −inf − −inf
+    return Partial(
+        whole(output),
+        rearrange(total, "b h (g t) -> b (h g) t", t=length),
+        None if key_sums is None else whole(key_sums),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check_bounds(coded: Coded) -> None:
+    """Everything that says where to read but the codes and pages themselves."""
+    if not len(coded.stop):
+        return
+    room = coded.keys.codes.shape[2], coded.values.codes.shape[2]
+    if coded.pages is not None:
+        room = (coded.pages.shape[1] * PAGE_TOKENS,) * 2
+    first, last = int(coded.start.min()), int(coded.stop.max())
+    if first < 0 or last > min(room):
+        raise KernelError(
+            f"start and stop lie in 0 to {min(room)}, given {first} to {last}"
+        )
+    if coded.turns is None:
+        return
+    page, _, pairs = coded.turns
+    batch, half = len(coded.stop), page.shape[2]
+    if page.shape[0] not in (1, batch) or page.shape[1] * PAGE_TOKENS < last:
+        raise KernelError(
+            f"turns of pages are [{batch} or 1, {-(-last // PAGE_TOKENS)} or more, {half}, 2], "
+            f"given {list(page.shape)}"
+        )
+    if int(pairs.min()) < 0 or int(pairs.max()) >= half:
+        raise KernelError(f"pairs lie in 0 to {half - 1}, given {pairs.min()} to {pairs.max()}")

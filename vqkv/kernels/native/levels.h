@@ -1,0 +1,16 @@
+/* SIMD levels, ordered; which of them this CPU has is asked at run time. */
+
+#ifndef VQKV_LEVELS_H
+#define VQKV_LEVELS_H
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAVE_X86 1
+#include <immintrin.h>
+#endif
+
+/* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16). */
+enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+
+#define INLINE static inline __attribute__((always_inline))
+
+#endif

@@ -1,0 +1,118 @@
+"""The shared library, its SIMD levels, and threads to share work."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Literal, TypeVar
+
+import torch
+
+from vqkv.errors import KernelError
+
+#: `avx512_bf16` is AVX-512 with products of bfloat16 pairs.
+Level = Literal["scalar", "avx2", "avx512", "avx512_bf16"]
+LEVELS: tuple[Level, ...] = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+R = TypeVar("R")
+
+_forced: list[Level] = []
+
+
+def available() -> bool:
+    """Whether the compiled kernels are there."""
+    return unavailable_reason() is None
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why the compiled kernels are not there, or None."""
+    try:
+        library()
+    except (ImportError, OSError) as error:
+        return f"vqkv was built without a C compiler, or its kernels do not load ({error})"
+    return None
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the compiled kernels do not run on a device, or None."""
+    if device.type != "cpu":
+        return f"runs on cpu, not on {device.type}"
+    return unavailable_reason()
+
+
+def simd_level() -> Level:
+    """The level in use: the best of this CPU, unless a lower one is forced."""
+    return _forced[-1] if _forced else LEVELS[library().vqkv_best_level()]
+
+
+def level_number() -> int:
+    """Of the level in use, as the C code counts."""
+    return LEVELS.index(simd_level())
+
+
+@contextmanager
+def forced_level(level: Level) -> Iterator[None]:
+    """Use a lower level within a block, for tests.
+
+    Raises:
+        KernelError: this CPU does not have it.
+    """
+    best = LEVELS[library().vqkv_best_level()]
+    if LEVELS.index(level) > LEVELS.index(best):
+        raise KernelError(f"this CPU has {best} at best, {level} was asked for")
+    _forced.append(level)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def in_ranges(count: int, least: int, work: Callable[[int, int], R]) -> list[R]:
+    """`work(begin, end)` over ranges of `count` things, one per thread of torch's.
+
+    Args:
+        count: how many things there are.
+        least: things below which another thread costs more than it gives.
+        work: what to do with a range.
+    """
+    threads = max(1, min(torch.get_num_threads(), count // least))
+    edges = [count * i // threads for i in range(threads + 1)]
+    ranges = [(a, b) for a, b in pairwise(edges) if a < b]
+    if len(ranges) <= 1:
+        return [work(*each) for each in ranges]
+    return list(_pool().map(lambda each: work(*each), ranges))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="vqkv")
+
+
+# A forked child has the pool but none of its threads, and would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The shared library. Raises ImportError where it was not built."""
+    module = importlib.import_module("vqkv.kernels.native._native")
+    assert module.__file__ is not None
+    loaded = ctypes.CDLL(module.__file__)
+    number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+    loaded.vqkv_best_level.argtypes = []
+    loaded.vqkv_best_level.restype = number
+    loaded.vqkv_nearest.argtypes = [number, *[pointer] * 3, *[size] * 5, pointer]
+    loaded.vqkv_nearest.restype = number
+    loaded.vqkv_accumulate.argtypes = [*[pointer] * 4, *[size] * 5, *[pointer] * 3]
+    loaded.vqkv_accumulate.restype = None
+    loaded.vqkv_attend.argtypes = [number, pointer, size, size]
+    loaded.vqkv_attend.restype = number
+    return loaded
