@@ -39,7 +39,8 @@ static size_t lay_out(struct work *w, char *memory)
     const struct attention *a = w->a;
     const size_t rows = a->rows, dim = a->head_dim, real = sizeof(float);
     size_t used = 0;
-    w->keys = take(&memory, &used, TILE * a->keys.groups * a->keys.stages);
+    /* Vectors of 16 codes are read, so the last may reach 15 bytes too far. */
+    w->keys = take(&memory, &used, TILE * a->keys.groups * a->keys.stages + 15);
     w->values = take(&memory, &used, TILE * a->values.groups * a->values.stages);
     w->scores = take(&memory, &used, rows * TILE * real);
     w->best = take(&memory, &used, rows * real);
@@ -56,29 +57,33 @@ static size_t lay_out(struct work *w, char *memory)
     return used;
 }
 
+/* Codes of a page of this row and head, or NULL where its block does not exist. */
+static const uint8_t *page_codes(const struct work *w, const struct plane *plane, int64_t page)
+{
+    const struct attention *a = w->a;
+    const uint8_t *codes = plane->codes + w->head * plane->head_stride;
+    if (a->pages == NULL)
+        return codes + w->row * plane->row_stride + page * PAGE * plane->token_stride;
+    const int32_t block = a->pages[w->row * a->page_count + page];
+    return block < 0 || block >= a->blocks ? NULL : codes + block * plane->row_stride;
+}
+
 /* Copies the codes of tokens `first` to `end` of a row, at most a tile. */
 static int copy_codes(const struct work *w, const struct plane *plane, int64_t first, int64_t end,
                       uint8_t *codes)
 {
-    const struct attention *a = w->a;
     const int64_t columns = plane->groups * plane->stages;
-    for (int64_t page = first; page < end; page += PAGE) {
-        const int64_t tokens = end - page < PAGE ? end - page : PAGE;
-        const uint8_t *from = plane->codes + w->head * plane->head_stride;
-        if (a->pages == NULL) {
-            from += w->row * plane->row_stride + page * plane->token_stride;
-        } else {
-            const int32_t block = a->pages[w->row * a->page_count + page / PAGE];
-            if (block < 0 || block >= a->blocks)
-                return BAD_PAGE;
-            from += block * plane->row_stride;
-        }
-        uint8_t *to = codes + (page - first) * columns;
+    for (int64_t t = first; t < end; t += PAGE) {
+        const int64_t tokens = end - t < PAGE ? end - t : PAGE;
+        const uint8_t *from = page_codes(w, plane, t / PAGE);
+        uint8_t *to = codes + (t - first) * columns;
+        if (from == NULL)
+            return BAD_PAGE;
         if (plane->token_stride == columns)
             memcpy(to, from, tokens * columns);
         else
-            for (int64_t t = 0; t < tokens; t++)
-                memcpy(to + t * columns, from + t * plane->token_stride, columns);
+            for (int64_t i = 0; i < tokens; i++)
+                memcpy(to + i * columns, from + i * plane->token_stride, columns);
     }
     const int64_t used = (end - first) * columns;
     memset(codes + used, 0, TILE * columns - used);
@@ -92,17 +97,20 @@ static int copy_codes(const struct work *w, const struct plane *plane, int64_t f
     return 0;
 }
 
-static void turn_queries(struct work *w, const struct kernel *kernel, int64_t first, int64_t end)
+/* Notes where the codes of tokens `first` to `end` lie, at most a tile. */
+static void look_ahead(struct work *w, int64_t first, int64_t end)
 {
-    const struct attention *a = w->a;
-    const int64_t floats = a->rows * a->head_dim;
-    for (int64_t page = first / PAGE; page * PAGE < end; page++) {
-        float *query = w->query + (page - first / PAGE) * floats;
-        if (a->page_turns == NULL)
-            memcpy(query, a->query + (w->row * a->heads + w->head) * floats, floats * sizeof(float));
-        else
-            kernel->turn(w, a->page_turns + w->row * a->turn_stride + page * a->head_dim, query);
-    }
+    const struct plane *planes[2] = {&w->a->keys, &w->a->values};
+    w->next = 2 * TILE_PAGES;
+    for (int64_t t = first; t < end; t += PAGE)
+        for (int i = 0; i < 2; i++) {
+            const int64_t stride = planes[i]->token_stride;
+            const uint8_t *codes = page_codes(w, planes[i], t / PAGE);
+            const int64_t tokens = end - t < PAGE ? end - t : PAGE;
+            if (codes != NULL)
+                w->ahead[--w->next] = (struct run){codes, codes + tokens * stride,
+                                                   stride < 64 ? 64 : stride};
+        }
 }
 
 /* Weighted means of sums [R, D]; zeros where nothing was summed. */
@@ -111,7 +119,7 @@ static void write_means(const struct work *w, const float *sums, float *means)
     for (int64_t r = 0; r < w->a->rows; r++)
         for (int64_t j = 0; j < w->a->head_dim; j++) {
             const int64_t at = r * w->a->head_dim + j;
-            means[at] = w->total[r] > 0.0f || w->total[r] != w->total[r] ? sums[at] / w->total[r] : 0.0f;
+            means[at] = w->total[r] == 0.0f ? 0.0f : sums[at] / w->total[r];
         }
 }
 
@@ -120,7 +128,8 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
 {
     const struct attention *a = w->a;
     const int64_t start = a->start[w->row], stop = a->stop[w->row];
-    const int64_t first_tile = start / TILE, tiles = stop > start ? (stop + TILE - 1) / TILE - first_tile : 0;
+    const int64_t first_tile = start / TILE;
+    const int64_t tiles = stop > start ? (stop + TILE - 1) / TILE - first_tile : 0;
     const int64_t from = first_tile + tiles * part / a->parts;
     const int64_t to = first_tile + tiles * (part + 1) / a->parts;
     for (int64_t r = 0; r < a->rows; r++) {
@@ -129,6 +138,9 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     }
     memset(w->value_sums, 0, a->rows * a->head_dim * sizeof(float));
     memset(w->key_sums, 0, a->rows * a->head_dim * sizeof(float));
+    const float *turns = a->page_turns == NULL ? NULL : a->page_turns + w->row * a->turn_stride;
+    if (turns == NULL)
+        kernel->queries(w, 0, NULL);
     for (int64_t tile = from; tile < to; tile++) {
         const int64_t first = tile * TILE, end = stop < first + TILE ? stop : first + TILE;
         w->begin = start > first ? start - first : 0;
@@ -138,7 +150,10 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
             failed = copy_codes(w, &a->values, first, end, w->values);
         if (failed)
             return failed;
-        turn_queries(w, kernel, first, end);
+        for (int64_t page = 0; turns != NULL && first + page * PAGE < end; page++)
+            kernel->queries(w, page, turns + (first / PAGE + page) * a->head_dim);
+        const int64_t beyond = end + TILE < stop ? end + TILE : stop;
+        look_ahead(w, end, tile + 1 < to ? beyond : end);
         kernel->scores(w, end - first);
         kernel->softmax(w);
         kernel->sums(w, &a->values, w->values, w->value_sums);

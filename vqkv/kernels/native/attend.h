@@ -10,7 +10,7 @@
 #define PAGE 64
 /* Tokens between two steps of the online softmax: few enough that scores and codes stay in the L1
  * cache, many enough that each slice of a codebook is used often while it lies there. */
-#define TILE 256
+#define TILE 512
 #define TILE_PAGES (TILE / PAGE)
 
 /* Codes [B, H, T, M S] with strides in bytes, or with pages [blocks, H, 64, M S]; `words` is
@@ -41,11 +41,19 @@ struct attention {
 
 enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3 };
 
+/* Where the codes of a page lie, from `at` to `end`, a cache line every `step` bytes. */
+struct run {
+    const uint8_t *at, *end;
+    int64_t step;
+};
+
 /* Scratch of one thread. */
 struct work {
     const struct attention *a;
     int64_t row, head;
     int64_t begin, end;           /* tokens of the tile that count */
+    struct run ahead[2 * TILE_PAGES]; /* what the next tile will read, not fetched yet */
+    int next;                     /* of `ahead` */
     uint8_t *keys, *values;       /* [TILE, M S] codes of the tile, zeros where no token is */
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
@@ -59,8 +67,9 @@ struct work {
 
 /* How one level computes scores and sums of a tile. */
 struct kernel {
-    void (*prepare)(struct work *w);                   /* for a head */
-    void (*turn)(struct work *w, const float *turns, float *query); /* for a page */
+    void (*prepare)(struct work *w); /* for a head */
+    /* For page number `page` of a tile; where turns is NULL, page 0 serves all. */
+    void (*queries)(struct work *w, int64_t page, const float *turns);
     void (*scores)(struct work *w, int64_t tokens);
     void (*softmax)(struct work *w);
     void (*sums)(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
@@ -69,12 +78,27 @@ struct kernel {
 extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16;
 
 /* What levels have in common: one for each, of which attend_bf16 borrows these. */
-void turn_scalar(struct work *w, const float *turns, float *query);
-void turn_avx2(struct work *w, const float *turns, float *query);
-void turn_avx512(struct work *w, const float *turns, float *query);
+void queries_scalar(struct work *w, int64_t page, const float *turns);
+void queries_avx2(struct work *w, int64_t page, const float *turns);
+void queries_avx512(struct work *w, int64_t page, const float *turns);
 void softmax_scalar(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
+
+/* Has some cache lines of the next tile fetched while this one is worked on. */
+INLINE void fetch_ahead(struct work *w, int64_t lines)
+{
+    while (lines > 0 && w->next < 2 * TILE_PAGES) {
+        struct run *run = &w->ahead[w->next];
+        if (run->at < run->end) {
+            __builtin_prefetch(run->at);
+            run->at += run->step;
+            lines--;
+        } else {
+            w->next++;
+        }
+    }
+}
 
 /* Floats that attend_bf16 needs, and whether it takes these shapes. */
 int64_t attend_bf16_scratch(const struct attention *a);

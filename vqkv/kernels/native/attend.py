@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 
 from vqkv.errors import KernelError
-from vqkv.kernels.attend.codes import Coded, Partial, Plane
+from vqkv.kernels.attend.codes import Coded, Partial
 from vqkv.kernels.native.library import in_ranges, level_number, library
 from vqkv.layouts import PAGE_TOKENS
 
@@ -68,7 +68,7 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads).contiguous()
     rows = q.shape[2]
     output = q.new_empty(parts, batch, heads, rows, head_dim)
-    key_sums = torch.empty_like(output) if coded.key_sums else None
+    key_sums = q.new_empty(output.shape) if coded.key_sums else None
     lse = q.new_empty(parts, batch, heads, rows)
 
     keys, values = (plane.codewords.float().contiguous() for plane in (coded.keys, coded.values))
@@ -126,9 +126,7 @@ def _check_bounds(coded: Coded) -> None:
         room = (coded.pages.shape[1] * PAGE_TOKENS,) * 2
     first, last = int(coded.start.min()), int(coded.stop.max())
     if first < 0 or last > min(room):
-        raise KernelError(
-            f"start and stop lie in 0 to {min(room)}, given {first} to {last}"
-        )
+        raise KernelError(f"start and stop lie in 0 to {min(room)}, given {first} to {last}")
     if coded.turns is None:
         return
     page, _, pairs = coded.turns

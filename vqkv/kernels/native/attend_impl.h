@@ -65,19 +65,25 @@ TARGET void NAME(softmax)(struct work *w)
     }
 }
 
-/* Queries turned back by a page's first position: x of all pairs, then y. */
-TARGET void NAME(turn)(struct work *w, const float *turns, float *query)
+/* Queries as scores of the tile's page number `page` need them: turned back by the page's first
+ * position, x of all pairs and then y. Without turns as given. */
+TARGET void NAME(queries)(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
-    const int64_t half = a->head_dim / 2;
+    const int64_t half = a->head_dim / 2, floats = a->rows * a->head_dim;
+    const float *given = a->query + (w->row * a->heads + w->head) * floats;
+    float *query = w->query + page * floats;
+    if (turns == NULL) {
+        memcpy(query, given, floats * sizeof(float));
+        return;
+    }
     const int32_t *pairs = a->pairs + w->head * half;
     float *restrict cosine = w->decoded, *restrict sine = cosine + half;
     for (int64_t j = 0; j < half; j++) {
         cosine[j] = turns[2 * pairs[j]];
         sine[j] = turns[2 * pairs[j] + 1];
     }
-    for (int64_t r = 0; r < a->rows; r++) {
-        const float *given = a->query + ((w->row * a->heads + w->head) * a->rows + r) * 2 * half;
+    for (int64_t r = 0; r < a->rows; r++, given += 2 * half) {
         float *restrict x = query + r * 2 * half, *restrict y = x + half;
         for (int64_t j = 0; j < half; j++) {
             x[j] = given[2 * j] * cosine[j] + given[2 * j + 1] * sine[j];
@@ -141,7 +147,8 @@ static TARGET void NAME(scores)(struct work *w, int64_t tokens)
     for (int64_t page = 0; page * PAGE < tokens; page++) {
         NAME(decode_keys)(w, w->keys + page * PAGE * columns);
         for (int64_t r = 0; r < a->rows; r++) {
-            const float *query = w->query + (page * a->rows + r) * a->head_dim;
+            const int64_t turned = a->page_turns == NULL ? 0 : page;
+            const float *query = w->query + (turned * a->rows + r) * a->head_dim;
             float sum[PAGE] = {0};
             for (int64_t j = 0; j < a->head_dim; j++) {
                 const float channel =
@@ -182,7 +189,7 @@ static TARGET void NAME(sums)(struct work *w, const struct plane *plane, const u
     }
 }
 
-const struct kernel NAME(attend) = {NAME(prepare), NAME(turn), NAME(scores), NAME(softmax),
+const struct kernel NAME(attend) = {NAME(prepare), NAME(queries), NAME(scores), NAME(softmax),
                                     NAME(sums)};
 
 #undef NAME

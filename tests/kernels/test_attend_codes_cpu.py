@@ -1,0 +1,182 @@
+"""The compiled kernel of attention on codes against the naive one, at every SIMD level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.coded_cases import Case, problem
+from vqkv.errors import KernelError
+from vqkv.kernels import native, recording, select, using
+from vqkv.kernels.attend.codes import Coded, Partial, attend_codes
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the package was built without a C compiler"
+)
+
+#: Relative RMS of outputs, and absolute error of log-sum-exp: fp32, and bfloat16 operands.
+TOLERANCE: dict[native.Level, tuple[float, float]] = {
+    "scalar": (1e-5, 1e-4),
+    "avx2": (1e-5, 1e-4),
+    "avx512": (1e-5, 1e-4),
+    "avx512_bf16": (2e-2, 5e-2),
+}
+
+CASES = [
+    Case(),
+    Case(rope=False, lengths=(0, 1, 63, 64, 65), sinks=4),
+    Case(lengths=(0, 1, 63, 64, 65), group=1),
+    Case(head_dim=80, group=1, rows=3, lengths=(130, 70)),
+    Case(head_dim=80, rope=False, lengths=(515,)),
+    Case(head_dim=96, group=4, rows=2, lengths=(600, 0), key_sums=True, paged=True),
+    Case(head_dim=128, dim=8, stages=2, group=4, heads=1, key_sums=True),
+    Case(head_dim=128, dim=8, rope=False, group=8, lengths=(1100,), size=100),
+    Case(head_dim=256, dim=16, stages=3, group=4, heads=1, rope=False),
+    Case(head_dim=256, dim=32, group=3, rows=5, lengths=(66,)),
+    Case(dim=2, group=8, rows=2, lengths=(67, 200), paged=True, key_sums=True),
+    Case(head_dim=66, dim=3, rope=False, lengths=(70,), size=7),
+    Case(group=1, rows=16, lengths=(65,)),
+]
+
+
+@pytest.fixture(params=TOLERANCE)
+def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
+    try:
+        with native.forced_level(request.param):
+            yield request.param
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is NaN."""
+    empty: Callable[..., torch.Tensor] = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
+    )
+
+
+def run(kernel: str, case: Case, query: torch.Tensor, coded: Coded) -> Partial:
+    with using(attend_codes=kernel), recording() as ran:
+        found = attend_codes(query, coded, case.layout)
+    assert ran == [f"attend_codes.{kernel}"]
+    return found
+
+
+def assert_same(found: Partial, expected: Partial, level: native.Level) -> None:
+    relative, absolute = TOLERANCE[level]
+    for mine, truth in ((found.output, expected.output), (found.key_mean, expected.key_mean)):
+        if truth is None:
+            assert mine is None
+            continue
+        assert mine is not None and mine.dtype == torch.float32
+        scale = truth.square().mean().sqrt()
+        assert (mine - truth).square().mean().sqrt() <= relative * scale
+    # Exactly where there are no tokens is it −inf, and means zero.
+    assert torch.equal(found.lse.isneginf(), expected.lse.isneginf())
+    assert not found.output[found.lse.isneginf()].any()
+    there = ~expected.lse.isneginf()
+    assert not there.any() or (found.lse - expected.lse)[there].abs().max() <= absolute
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_equals_the_naive_kernel(level: native.Level, case: Case, poisoned: None) -> None:
+    query, coded = problem(case)
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[11]], ids=str)
+def test_threads_share_the_tokens_of_few_heads(
+    level: native.Level, case: Case, poisoned: None
+) -> None:
+    case = replace(case, lengths=(2100, 5, 0), heads=1)
+    query, coded = problem(case)
+    expected = run("naive", case, query, coded)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        found = run("cpu", case, query, coded)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(found, expected, level)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_strides_are_free(level: native.Level, paged: bool) -> None:
+    case = Case(lengths=(130, 70), paged=paged, key_sums=True)
+    query, coded = problem(case)
+    expected = run("naive", case, query, coded)
+
+    def spread(codes: torch.Tensor) -> torch.Tensor:
+        """The same codes, tokens before heads, with codes of others between them."""
+        wide = torch.full((*codes.shape[:3], codes.shape[3] + 5), 255, dtype=torch.uint8)
+        wide[..., 3:-2] = codes
+        return wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 3:-2]
+
+    planes = [plane._replace(codes=spread(plane.codes)) for plane in (coded.keys, coded.values)]
+    coded = coded._replace(keys=planes[0], values=planes[1])
+    assert coded.turns is not None
+    page = coded.turns.page.expand(2, -1, -1, -1).transpose(0, 1).contiguous().transpose(0, 1)
+    coded = coded._replace(turns=coded.turns._replace(page=page))
+    assert_same(run("cpu", case, query, coded), expected, level)
+
+
+def test_rows_may_share_the_turns_of_pages(level: native.Level) -> None:
+    case = Case(lengths=(130, 70))
+    query, coded = problem(case)
+    assert coded.turns is not None
+    coded = coded._replace(turns=coded.turns._replace(page=coded.turns.page[:1]))
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level) -> None:
+    case = Case(lengths=(1200,), rope=False)
+    query, coded = problem(case)
+    query = 300 * query  # scores of some hundreds: one token takes it all
+    found = run("cpu", case, query, coded)
+    assert found.output.isfinite().all()
+    expected = run("naive", case, query, coded).lse
+    torch.testing.assert_close(found.lse, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("stream", ["keys", "values"])
+def test_codes_that_name_no_codeword_are_refused(level: native.Level, stream: str) -> None:
+    case = Case(size=100)
+    query, coded = problem(case)
+    getattr(coded, stream).codes[0, 1, 69, 3] = 100
+    with pytest.raises(KernelError, match="a code names no codeword"):
+        run("cpu", case, query, coded)
+
+
+@pytest.mark.parametrize("block", [-1, 2])
+def test_pages_that_name_no_block_are_refused(level: native.Level, block: int) -> None:
+    case = Case(paged=True)
+    query, coded = problem(case)
+    assert coded.pages is not None
+    coded.pages[0, 1] = block
+    with pytest.raises(KernelError, match="a page number names no block"):
+        run("cpu", case, query, coded)
+
+
+def test_what_points_outside_of_memory_is_refused() -> None:
+    case = Case()
+    query, coded = problem(case)
+    assert coded.turns is not None
+    turns = coded.turns
+    wrong = [
+        (coded._replace(stop=coded.stop + 64), "start and stop lie in 0 to 128, given 0 to 134"),
+        (coded._replace(start=coded.start - 1), "given -1 to 70"),
+        (coded._replace(turns=turns._replace(pairs=turns.pairs + 1)), "pairs lie in 0 to 31"),
+        (coded._replace(turns=turns._replace(page=turns.page[:, :1])), "turns of pages are"),
+    ]
+    for bad, message in wrong:
+        with pytest.raises(KernelError, match=message):
+            run("cpu", case, query, bad)
+
+
+def test_it_is_chosen_on_cpus() -> None:
+    assert select("attend_codes", Case().layout, "cpu").kernel.name == "cpu"
