@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vqkv.errors import StateError
 from vqkv.kernels import KERNELS, recording, select, using
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
 from vqkv.kernels.encode import naive as naive_encode
+from vqkv.kernels.select import Op
 from vqkv.layouts import Layout
 
 CPU = torch.device("cpu")
@@ -108,6 +110,20 @@ def test_decoding_adds_up_one_codeword_per_stage(kernel: str, shape: tuple[int, 
     torch.testing.assert_close(vectors, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_compiled_kernel_is_chosen_where_it_exists() -> None:
-    best = select("encode", Layout.of_codebook(3, 1, 16, 5), CPU).kernel.name
-    assert best == ("cpu" if "cpu" in able("encode") else "naive")
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_the_compiled_kernel_refuses_codes_that_name_no_codeword(wrong: int) -> None:
+    if "cpu" not in able("decode"):
+        pytest.skip("the package was built without a C compiler")
+    _, books = make((1, 3, 1, 16, 5))
+    codes = torch.zeros(4, 3, 1, dtype=torch.int32)
+    codes[2, 1] = wrong
+    with using(decode="cpu"), pytest.raises(StateError, match="codewords 0 to 15, given "):
+        decode(codes, books)
+    with using(decode="cpu"), pytest.raises(StateError, match="agree in M and S"):
+        decode(codes[:, :2], books)
+
+
+@pytest.mark.parametrize("op", ["encode", "decode"])
+def test_the_compiled_kernel_is_chosen_where_it_exists(op: Op) -> None:
+    best = select(op, Layout.of_codebook(3, 1, 16, 5), CPU).kernel.name
+    assert best == ("cpu" if "cpu" in able(op) else "naive")

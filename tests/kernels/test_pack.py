@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqkv.errors import StateError
-from vqkv.kernels import recording, using
+from vqkv.kernels import native, recording, using
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout
 
@@ -84,3 +84,32 @@ def test_the_naive_kernels_run_when_asked_for() -> None:
     with using(pack="naive", unpack="naive"), recording() as ran:
         unpack(pack(random_codes(3, (4,)), 3, LAYOUT), 3, 4, LAYOUT)
     assert ran == ["pack.naive", "unpack.naive"]
+
+
+@pytest.mark.skipif(not native.available(), reason="the package was built without a C compiler")
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 15, 16, 129])
+@pytest.mark.parametrize("bits", range(17))
+def test_the_compiled_kernels_equal_the_naive_ones(bits: int, count: int) -> None:
+    codes = random_codes(bits, (3, 5, count))
+    with using(pack="naive", unpack="naive"):
+        packed = pack(codes, bits, LAYOUT)
+    with using(pack="cpu", unpack="cpu"), recording() as ran:
+        assert torch.equal(pack(codes, bits, LAYOUT), packed)
+        inside = torch.nn.functional.pad(packed, (2, 1), value=255)[..., 2:-1]
+        assert torch.equal(unpack(inside, bits, count, LAYOUT), codes)
+    assert ran == ["pack.cpu", "unpack.cpu"]
+
+
+@pytest.mark.skipif(not native.available(), reason="the package was built without a C compiler")
+def test_threads_pack_the_same() -> None:
+    codes = random_codes(5, (4096, 9))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with using(pack="cpu", unpack="cpu"):
+            packed = pack(codes, 5, LAYOUT)
+            assert torch.equal(unpack(packed, 5, 9, LAYOUT), codes)
+    finally:
+        torch.set_num_threads(threads)
+    with using(pack="naive"):
+        assert torch.equal(pack(codes, 5, LAYOUT), packed)

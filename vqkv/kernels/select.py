@@ -61,12 +61,15 @@ KERNELS: Registry[Kernel] = Registry(
         "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
+        "decode.cpu": "vqkv.kernels.decode.cpu:KERNEL",
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
         "attend_codes.cpu": "vqkv.kernels.attend.codes_cpu:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
+        "pack.cpu": "vqkv.kernels.pack.cpu:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
+        "unpack.cpu": "vqkv.kernels.pack.cpu:UNPACK",
     },
 )
 

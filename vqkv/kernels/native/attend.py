@@ -60,7 +60,7 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         KernelError: bounds beyond the tokens there are, a code that names no codeword, a page
             number that names no block, or a row of turns that is not there.
     """
-    batch, queries, length, head_dim = query.shape
+    batch, _, length, head_dim = query.shape
     heads = coded.keys.codewords.shape[0]
     _check_bounds(coded)
     # Few rows and heads leave threads idle; then the tokens of each are shared as well.

@@ -113,6 +113,12 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_nearest.restype = number
     loaded.vqkv_accumulate.argtypes = [*[pointer] * 4, *[size] * 5, *[pointer] * 3]
     loaded.vqkv_accumulate.restype = None
+    loaded.vqkv_decode.argtypes = [*[pointer] * 2, *[size] * 6, pointer]
+    loaded.vqkv_decode.restype = number
+    loaded.vqkv_pack.argtypes = [pointer, *[size] * 4, pointer]
+    loaded.vqkv_pack.restype = None
+    loaded.vqkv_unpack.argtypes = [pointer, *[size] * 5, pointer]
+    loaded.vqkv_unpack.restype = None
     loaded.vqkv_attend.argtypes = [number, pointer, size, size]
     loaded.vqkv_attend.restype = number
     return loaded

@@ -1,0 +1,18 @@
+"""Look-up of codewords by the compiled CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels import native
+from vqkv.kernels.native.decode import decode
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """It runs on CPUs, where the package was built with a C compiler."""
+    return native.refusal(device)
+
+
+KERNEL = Kernel("decode", "cpu", decode, refuses, speed=10)
