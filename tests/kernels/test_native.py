@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
 )
 
-LEVELS: tuple[native.Level, ...] = ("scalar", "avx2", "avx512")
+LEVELS: tuple[native.Level, ...] = ("scalar", "avx2", "avx512")  # encoding needs no bfloat16
 
 
 @pytest.fixture(params=LEVELS)

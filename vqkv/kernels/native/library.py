@@ -109,7 +109,7 @@ def library() -> ctypes.CDLL:
     number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     loaded.vqkv_best_level.argtypes = []
     loaded.vqkv_best_level.restype = number
-    loaded.vqkv_nearest.argtypes = [number, *[pointer] * 3, *[size] * 5, pointer]
+    loaded.vqkv_nearest.argtypes = [number, *[pointer] * 2, *[size] * 5, pointer]
     loaded.vqkv_nearest.restype = number
     loaded.vqkv_accumulate.argtypes = [*[pointer] * 4, *[size] * 5, *[pointer] * 3]
     loaded.vqkv_accumulate.restype = None

@@ -10,6 +10,8 @@
 /* Rows whose subvectors are searched subspace by subspace while they lie in the L2 cache. */
 #define BLOCK_ROWS 512
 #define MAX_LANES 64
+/* Codewords of which only the least score is kept. */
+#define BLOCK 16
 
 #define UNROLL 4
 #define NAME(x) x##_scalar
@@ -18,8 +20,11 @@
 #define V float
 #define I int32_t
 #define V_LOAD(p) (*(p))
+#define V_STORE(p, a) (*(p) = (a))
 #define V_SET1(a) (a)
 #define V_FNMA(a, b, c) ((c) - (a) * (b))
+#define V_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define V_EQUAL(a, b) ((a) == (b))
 #define V_KEEP_LESS(best, at, score, k) \
     do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
 #define I_SET1(a) (a)
@@ -35,8 +40,11 @@
 #define V __m256
 #define I __m256i
 #define V_LOAD(p) _mm256_loadu_ps(p)
+#define V_STORE(p, a) _mm256_storeu_ps(p, a)
 #define V_SET1(a) _mm256_set1_ps(a)
 #define V_FNMA(a, b, c) _mm256_fnmadd_ps(a, b, c)
+#define V_MIN(a, b) _mm256_min_ps(a, b)
+#define V_EQUAL(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
@@ -47,15 +55,18 @@
 #define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 #include "nearest_impl.h"
 
-#define UNROLL 3
+#define UNROLL 4
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f")))
 #define W 16
 #define V __m512
 #define I __m512i
 #define V_LOAD(p) _mm512_loadu_ps(p)
+#define V_STORE(p, a) _mm512_storeu_ps(p, a)
 #define V_SET1(a) _mm512_set1_ps(a)
 #define V_FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
+#define V_MIN(a, b) _mm512_min_ps(a, b)
+#define V_EQUAL(a, b) _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \
@@ -68,8 +79,8 @@
 
 #endif
 
-typedef void (*search_fn)(const float *, int64_t, int64_t, const float *, const float *, int64_t,
-                          int64_t, int32_t *, int64_t, float *);
+typedef void (*search_fn)(const float *, int64_t, int64_t, const float *, int64_t, int64_t,
+                          int32_t *, int64_t, float *);
 
 static search_fn search_of(int level)
 {
@@ -82,24 +93,42 @@ static search_fn search_of(int level)
     return search_rows_scalar;
 }
 
-/* Codes [N, M] of rows `begin` to `end` of x [N, M, d] in words [M, K, d], both contiguous;
- * half_norms [M, K] is |c|^2 / 2. Returns 0, or -1 where memory ran out. */
-int vqkv_nearest(int level, const float *x, const float *words, const float *half_norms,
-                 int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
-                 int32_t *codes)
+/* Words [K, d] in blocks [d + 1, BLOCK], the last row of a block being |c|^2 / 2: infinite where
+ * there is no codeword. */
+static void arrange(const float *words, int64_t size, int64_t dim, float *book)
+{
+    for (int64_t k = 0; k < (size + BLOCK - 1) / BLOCK * BLOCK; k++) {
+        float *to = book + k / BLOCK * (dim + 1) * BLOCK + k % BLOCK;
+        float square = 0.0f;
+        for (int64_t j = 0; j < dim; j++) {
+            const float channel = k < size ? words[k * dim + j] : 0.0f;
+            to[j * BLOCK] = channel;
+            square += channel * channel;
+        }
+        to[dim * BLOCK] = k < size ? square / 2 : INFINITY;
+    }
+}
+
+/* Codes [N, M] of rows `begin` to `end` of x [N, M, d] in words [M, K, d], both contiguous. Returns
+ * 0, or -1 where memory ran out. */
+int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
+                 int64_t dim, int64_t begin, int64_t end, int32_t *codes)
 {
     const search_fn search = search_of(level);
-    float *scratch = malloc((size_t)dim * MAX_LANES * sizeof(float));
-    if (scratch == NULL)
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK, floats = blocks * (dim + 1) * BLOCK;
+    float *books = malloc((size_t)(subspaces * floats + dim * MAX_LANES) * sizeof(float));
+    if (books == NULL)
         return -1;
+    for (int64_t m = 0; m < subspaces; m++)
+        arrange(words + m * size * dim, size, dim, books + m * floats);
     for (int64_t first = begin; first < end; first += BLOCK_ROWS) {
         const int64_t rows = end - first < BLOCK_ROWS ? end - first : BLOCK_ROWS;
         for (int64_t m = 0; m < subspaces; m++)
-            search(x + (first * subspaces + m) * dim, subspaces * dim, rows,
-                   words + m * size * dim, half_norms + m * size, size, dim,
-                   codes + first * subspaces + m, subspaces, scratch);
+            search(x + (first * subspaces + m) * dim, subspaces * dim, rows, books + m * floats,
+                   blocks, dim, codes + first * subspaces + m, subspaces,
+                   books + subspaces * floats);
     }
-    free(scratch);
+    free(books);
     return 0;
 }
 

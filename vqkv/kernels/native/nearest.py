@@ -30,12 +30,12 @@ def nearest(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
     Raises:
         StateError: wrong type, device or shape.
     """
-    x, codewords, half_norms = _prepared(x, codewords)
+    x, codewords = _prepared(x, codewords)
     codes = torch.empty(x.shape[:2], dtype=torch.int32)
     in_ranges(
         x.shape[0],
         MIN_ROWS,
-        lambda begin, end: _search(x, codewords, half_norms, codes, begin, end),
+        lambda begin, end: _search(x, codewords, codes, begin, end),
     )
     return codes
 
@@ -53,7 +53,7 @@ def assign_accumulate(
     Raises:
         StateError: wrong type, device or shape.
     """
-    x, codewords, half_norms = _prepared(x, codewords)
+    x, codewords = _prepared(x, codewords)
     if weights is not None:
         if weights.ndim == 1:
             weights = weights.unsqueeze(1)
@@ -62,7 +62,7 @@ def assign_accumulate(
     books = codewords.shape
 
     def step(begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _search(x, codewords, half_norms, codes, begin, end)
+        _search(x, codewords, codes, begin, end)
         sums = torch.zeros(books, dtype=torch.float64)
         counts = torch.zeros(books[:2], dtype=torch.float64)
         inertia = torch.zeros(books[0], dtype=torch.float64)
@@ -84,14 +84,13 @@ def assign_accumulate(
 def _search(
     x: torch.Tensor,
     codewords: torch.Tensor,
-    half_norms: torch.Tensor,
     codes: torch.Tensor,
     begin: int,
     end: int,
 ) -> None:
     failed = library().vqkv_nearest(
         level_number(),
-        *(x.data_ptr(), codewords.data_ptr(), half_norms.data_ptr()),
+        *(x.data_ptr(), codewords.data_ptr()),
         *(*codewords.shape, begin, end),
         codes.data_ptr(),
     )
@@ -99,9 +98,7 @@ def _search(
         raise MemoryError("no memory for a block of vectors")
 
 
-def _prepared(
-    x: torch.Tensor, codewords: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prepared(x: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for name, tensor in (("x", x), ("codewords", codewords)):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise StateError(
@@ -117,6 +114,4 @@ def _prepared(
             f"x [N, M, d] and codewords [M, K, d] agree in M and d, and K is positive; given "
             f"{list(x.shape)} and {list(codewords.shape)}"
         )
-    codewords = codewords.contiguous()
-    half_norms = codewords.square().sum(-1).div_(2).contiguous()
-    return x.contiguous(), codewords, half_norms
+    return x.contiguous(), codewords.contiguous()

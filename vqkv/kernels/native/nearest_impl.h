@@ -1,21 +1,26 @@
 /* Nearest codewords at one SIMD level. Included once per level by nearest.c, which defines
  *
  *   NAME(x)     x with the level's suffix        TARGET      the function attribute of the level
- *   W           floats per vector                V, I        vectors of floats and of int32
- *   V_LOAD, V_SET1, V_FNMA(a, b, c) = c - a*b    I_SET1, V_STORE, I_STORE
+ *   W           floats per vector, at most BLOCK UNROLL      vectors of x at a time
+ *   V, I        vectors of floats and of int32   V_LOAD, V_STORE, V_SET1, I_SET1, I_STORE
+ *   V_FNMA(a, b, c) = c - a*b                    V_MIN(a, b) = a < b ? a : b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
+ *   V_EQUAL(a, b): bits of the lanes where a == b
  *
- * Lanes hold different vectors x; a codeword's channels are broadcast. The score of a codeword is
- * |c|^2 / 2 - <x, c>, which orders codewords as the squared distance does. A NaN score is never
- * less, so a vector with NaN gets code 0.
+ * The score of a codeword is |c|^2 / 2 - <x, c>, which orders codewords as the squared distance
+ * does. All blocks of codewords pass by, with different vectors x in the lanes and a codeword's
+ * channels broadcast; only the least score of a block is kept, and which block had the least of
+ * all. Then that block's scores are computed once more, with its codewords in the lanes and in the
+ * same order, so that the least one is found by equality. A NaN score is never less, so a vector
+ * with NaN gets code 0.
  */
 
 #define LANES (UNROLL * W)
 
-/* Best codeword of LANES transposed vectors xt[j * LANES + lane], dim known at compile time:
- * the vectors stay in registers while all codewords pass by. */
-static inline __attribute__((always_inline)) TARGET void NAME(search_small)(
-    const float *xt, const float *words, const float *half_norms, int64_t size, int dim, int32_t *out)
+/* Least scores of LANES transposed vectors xt[j * LANES + lane], and the blocks that have them.
+ * With dim known at compile time the vectors stay in registers while all codewords pass by. */
+INLINE TARGET void NAME(search_small)(const float *xt, const float *book, int64_t blocks, int dim,
+                                      float *least, int32_t *found)
 {
     V x[8][UNROLL], best[UNROLL];
     I at[UNROLL];
@@ -26,27 +31,31 @@ static inline __attribute__((always_inline)) TARGET void NAME(search_small)(
         best[u] = V_SET1(INFINITY);
         at[u] = I_SET1(0);
     }
-    for (int64_t k = 0; k < size; k++) {
-        const float *word = words + k * dim;
-        const V norm = V_SET1(half_norms[k]);
-        const I code = I_SET1((int32_t)k);
-        for (int u = 0; u < UNROLL; u++) {
-            V score = norm;
-            for (int j = 0; j < dim; j++)
-                score = V_FNMA(x[j][u], V_SET1(word[j]), score);
-            V_KEEP_LESS(best[u], at[u], score, code);
-        }
+    for (int64_t b = 0; b < blocks; b++, book += (dim + 1) * BLOCK) {
+        V low[UNROLL];
+        for (int u = 0; u < UNROLL; u++)
+            low[u] = V_SET1(INFINITY);
+        for (int k = 0; k < BLOCK; k++)
+            for (int u = 0; u < UNROLL; u++) {
+                V score = V_SET1(book[dim * BLOCK + k]);
+                for (int j = 0; j < dim; j++)
+                    score = V_FNMA(x[j][u], V_SET1(book[j * BLOCK + k]), score);
+                low[u] = V_MIN(score, low[u]);
+            }
+        for (int u = 0; u < UNROLL; u++)
+            V_KEEP_LESS(best[u], at[u], low[u], I_SET1((int32_t)b));
     }
-    for (int u = 0; u < UNROLL; u++)
-        I_STORE(out + u * W, at[u]);
+    for (int u = 0; u < UNROLL; u++) {
+        V_STORE(least + u * W, best[u]);
+        I_STORE(found + u * W, at[u]);
+    }
 }
 
-/* The same for any dim: a tile of TILE codewords times the block stays in registers while the
- * channels pass by, so each load feeds several multiplications. */
+/* The same for any dim: a tile of codewords times the block stays in registers while the channels
+ * pass by, so each load feeds several multiplications. */
 #define TILE 4
-static TARGET void NAME(search_any)(
-    const float *xt, const float *words, const float *half_norms, int64_t size, int64_t dim,
-    int32_t *out)
+static TARGET void NAME(search_any)(const float *xt, const float *book, int64_t blocks, int64_t dim,
+                                    float *least, int32_t *found)
 {
     V best[UNROLL];
     I at[UNROLL];
@@ -54,49 +63,61 @@ static TARGET void NAME(search_any)(
         best[u] = V_SET1(INFINITY);
         at[u] = I_SET1(0);
     }
-    int64_t k = 0;
-    for (; k + TILE <= size; k += TILE) {
-        V score[TILE][UNROLL];
-        for (int t = 0; t < TILE; t++)
-            for (int u = 0; u < UNROLL; u++)
-                score[t][u] = V_SET1(half_norms[k + t]);
-        for (int64_t j = 0; j < dim; j++) {
-            V x[UNROLL];
-            for (int u = 0; u < UNROLL; u++)
-                x[u] = V_LOAD(xt + j * LANES + u * W);
-            for (int t = 0; t < TILE; t++) {
-                const V channel = V_SET1(words[(k + t) * dim + j]);
+    for (int64_t b = 0; b < blocks; b++, book += (dim + 1) * BLOCK) {
+        V low[UNROLL];
+        for (int u = 0; u < UNROLL; u++)
+            low[u] = V_SET1(INFINITY);
+        for (int k = 0; k < BLOCK; k += TILE) {
+            V score[TILE][UNROLL];
+            for (int t = 0; t < TILE; t++)
                 for (int u = 0; u < UNROLL; u++)
-                    score[t][u] = V_FNMA(x[u], channel, score[t][u]);
+                    score[t][u] = V_SET1(book[dim * BLOCK + k + t]);
+            for (int64_t j = 0; j < dim; j++) {
+                V x[UNROLL];
+                for (int u = 0; u < UNROLL; u++)
+                    x[u] = V_LOAD(xt + j * LANES + u * W);
+                for (int t = 0; t < TILE; t++) {
+                    const V channel = V_SET1(book[j * BLOCK + k + t]);
+                    for (int u = 0; u < UNROLL; u++)
+                        score[t][u] = V_FNMA(x[u], channel, score[t][u]);
+                }
             }
+            for (int t = 0; t < TILE; t++)
+                for (int u = 0; u < UNROLL; u++)
+                    low[u] = V_MIN(score[t][u], low[u]);
         }
-        for (int t = 0; t < TILE; t++) {
-            const I code = I_SET1((int32_t)(k + t));
-            for (int u = 0; u < UNROLL; u++)
-                V_KEEP_LESS(best[u], at[u], score[t][u], code);
-        }
+        for (int u = 0; u < UNROLL; u++)
+            V_KEEP_LESS(best[u], at[u], low[u], I_SET1((int32_t)b));
     }
-    for (; k < size; k++) {
-        const I code = I_SET1((int32_t)k);
-        for (int u = 0; u < UNROLL; u++) {
-            V score = V_SET1(half_norms[k]);
-            for (int64_t j = 0; j < dim; j++)
-                score = V_FNMA(V_LOAD(xt + j * LANES + u * W), V_SET1(words[k * dim + j]), score);
-            V_KEEP_LESS(best[u], at[u], score, code);
-        }
+    for (int u = 0; u < UNROLL; u++) {
+        V_STORE(least + u * W, best[u]);
+        I_STORE(found + u * W, at[u]);
     }
-    for (int u = 0; u < UNROLL; u++)
-        I_STORE(out + u * W, at[u]);
 }
 #undef TILE
 
+/* The first codeword of a block whose score is `least`. */
+INLINE TARGET int32_t NAME(find)(const float *x, const float *block, int64_t dim, float least)
+{
+    for (int k = 0; k < BLOCK; k += W) {
+        V score = V_LOAD(block + dim * BLOCK + k);
+        for (int64_t j = 0; j < dim; j++)
+            score = V_FNMA(V_SET1(x[j]), V_LOAD(block + j * BLOCK + k), score);
+        const uint32_t equal = V_EQUAL(score, V_SET1(least));
+        if (equal)
+            return k + __builtin_ctz(equal);
+    }
+    return 0;
+}
+
 /* Codes of `rows` vectors of one subspace; consecutive vectors lie `stride` floats apart. */
-static TARGET void NAME(search_rows)(
-    const float *x, int64_t stride, int64_t rows, const float *words, const float *half_norms,
-    int64_t size, int64_t dim, int32_t *codes, int64_t code_stride, float *xt)
+INLINE TARGET void NAME(search_all)(const float *x, int64_t stride, int64_t rows, const float *book,
+                                    int64_t blocks, int64_t dim, int small, int32_t *codes,
+                                    int64_t code_stride, float *xt)
 {
     for (int64_t first = 0; first < rows; first += LANES) {
         const int64_t count = rows - first < LANES ? rows - first : LANES;
+        float least[LANES];
         int32_t found[LANES];
         for (int64_t lane = 0; lane < LANES; lane++) {
             /* Lanes past the end repeat the last vector; their codes are dropped. */
@@ -104,17 +125,33 @@ static TARGET void NAME(search_rows)(
             for (int64_t j = 0; j < dim; j++)
                 xt[j * LANES + lane] = row[j];
         }
-        switch (dim) {
-        case 1: NAME(search_small)(xt, words, half_norms, size, 1, found); break;
-        case 2: NAME(search_small)(xt, words, half_norms, size, 2, found); break;
-        case 3: NAME(search_small)(xt, words, half_norms, size, 3, found); break;
-        case 4: NAME(search_small)(xt, words, half_norms, size, 4, found); break;
-        case 8: NAME(search_small)(xt, words, half_norms, size, 8, found); break;
-        default: NAME(search_any)(xt, words, half_norms, size, dim, found);
+        if (small)
+            NAME(search_small)(xt, book, blocks, (int)dim, least, found);
+        else
+            NAME(search_any)(xt, book, blocks, dim, least, found);
+        for (int64_t lane = 0; lane < count; lane++) {
+            const float *block = book + found[lane] * (dim + 1) * BLOCK;
+            const int32_t within = NAME(find)(x + (first + lane) * stride, block, dim, least[lane]);
+            codes[(first + lane) * code_stride] = found[lane] * BLOCK + within;
         }
-        for (int64_t lane = 0; lane < count; lane++)
-            codes[(first + lane) * code_stride] = found[lane];
     }
+}
+
+static TARGET void NAME(search_rows)(const float *x, int64_t stride, int64_t rows,
+                                     const float *book, int64_t blocks, int64_t dim, int32_t *codes,
+                                     int64_t code_stride, float *xt)
+{
+#define SEARCH(dim, small) \
+    NAME(search_all)(x, stride, rows, book, blocks, dim, small, codes, code_stride, xt)
+    switch (dim) {
+    case 1: SEARCH(1, 1); break;
+    case 2: SEARCH(2, 1); break;
+    case 3: SEARCH(3, 1); break;
+    case 4: SEARCH(4, 1); break;
+    case 8: SEARCH(8, 1); break;
+    default: SEARCH(dim, 0);
+    }
+#undef SEARCH
 }
 
 #undef LANES
@@ -125,8 +162,11 @@ static TARGET void NAME(search_rows)(
 #undef V
 #undef I
 #undef V_LOAD
+#undef V_STORE
 #undef V_SET1
 #undef V_FNMA
+#undef V_MIN
 #undef V_KEEP_LESS
+#undef V_EQUAL
 #undef I_SET1
 #undef I_STORE
