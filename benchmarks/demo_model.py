@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write
 from rich.console import Console
 from rich.table import Table
 
 from vqkv import KVCompressor, VQCache, attach, load_model
 from vqkv.calibration import read_text, text_windows
 from vqkv.evaluation.memory import live_storage_bytes
+from vqkv.provenance import write
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text
 
 MEMORY_TOKENS = 4096

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,6 +23,7 @@ from rich.table import Table
 from vqkv.codebooks.kmeans import KMeans
 from vqkv.codebooks.starts import plus_plus
 from vqkv.kernels import native
+from vqkv.provenance import write
 
 TOKENS, SUBSPACES, DIM, CODEWORDS, ITERATIONS, STREAMS = 16384, 48, 4, 256, 20, 60
 

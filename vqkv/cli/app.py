@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vqkv.cli import calibrate, compare, demo, evaluate, generate, inspect, plan, schemes
+from vqkv.cli import bench, calibrate, compare, demo, evaluate, generate, inspect, plan, schemes
 from vqkv.cli.output import fail
 from vqkv.errors import VQKVError
 
@@ -40,3 +40,4 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.add_typer(schemes.app, name="schemes")
+app.add_typer(bench.app, name="bench")

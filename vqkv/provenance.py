@@ -51,14 +51,21 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Of the checkout, with `+` where it has changes; empty outside one."""
+    here = Path(__file__)
 
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return run.stdout.strip() if run.returncode == 0 else ""
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", *arguments], cwd=here.parent, capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
 
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    # An installed package may lie inside of the checkout of something else.
+    if not git("ls-files", here.name):
+        return ""
+    return (git("rev-parse", "HEAD") or "") + ("+" if git("status", "--porcelain") else "")
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What `vqkv bench` measures."""
