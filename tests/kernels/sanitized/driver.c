@@ -1,0 +1,182 @@
+/* Runs every C kernel on awkward sizes, each tensor in an allocation of exactly its size, so that
+ * AddressSanitizer sees one byte too far. Built and run by test_sanitizers.py. Checks only that
+ * nothing reads or writes outside of memory and that what is wrong is refused; other tests check
+ * results. */
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attend.h"
+
+int vqkv_best_level(void);
+int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end);
+int vqkv_decode(const int32_t *codes, const float *words, int64_t books, int64_t stages,
+                int64_t size, int64_t dim, int64_t begin, int64_t end, float *vectors);
+int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
+                 int64_t dim, int64_t begin, int64_t end, int32_t *codes);
+void vqkv_accumulate(const float *x, const float *words, const int32_t *codes, const float *weights,
+                     int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
+                     double *sums, double *counts, double *inertia);
+void vqkv_pack(const int32_t *codes, int64_t count, int64_t bits, int64_t begin, int64_t end,
+               uint8_t *packed);
+void vqkv_unpack(const uint8_t *packed, int64_t stride, int64_t count, int64_t bits, int64_t begin,
+                 int64_t end, int32_t *codes);
+
+static void expect(int holds, const char *what)
+{
+    if (!holds) {
+        fprintf(stderr, "%s\n", what);
+        exit(1);
+    }
+}
+
+static uint32_t state = 1;
+
+static uint32_t random_below(uint32_t bound)
+{
+    state = state * 1664525u + 1013904223u;
+    return (uint32_t)((uint64_t)(state >> 8) * bound >> 24);
+}
+
+static float *floats(int64_t count)
+{
+    float *values = malloc((size_t)count * sizeof(float));
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (float)random_below(2001) / 1000.0f - 1.0f;
+    return values;
+}
+
+static int32_t *integers(int64_t count, uint32_t bound)
+{
+    int32_t *values = malloc((size_t)count * sizeof(int32_t));
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (int32_t)random_below(bound);
+    return values;
+}
+
+static uint8_t *bytes(int64_t count, uint32_t bound)
+{
+    uint8_t *values = malloc((size_t)count);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (uint8_t)random_below(bound);
+    return values;
+}
+
+static void packing(int64_t rows, int64_t count, int64_t bits)
+{
+    const int64_t size = (count * bits + 7) / 8;
+    int32_t *codes = integers(rows * count, 1u << bits), *back = integers(rows * count, 1);
+    uint8_t *packed = bytes(rows * size, 256);
+    vqkv_pack(codes, count, bits, 0, rows, packed);
+    vqkv_unpack(packed, size, count, bits, 0, rows, back);
+    expect(memcmp(codes, back, (size_t)(rows * count) * sizeof(int32_t)) == 0, "codes changed");
+    free(codes);
+    free(back);
+    free(packed);
+}
+
+static void coding(int level, int64_t rows, int64_t books, int64_t size, int64_t dim)
+{
+    float *x = floats(rows * books * dim), *words = floats(books * size * dim);
+    float *vectors = floats(rows * books * dim), *weights = floats(rows * books);
+    int32_t *codes = integers(rows * books, 1);
+    double *sums = calloc((size_t)(books * size * dim), sizeof(double));
+    double *counts = calloc((size_t)(books * size), sizeof(double));
+    double *inertia = calloc((size_t)books, sizeof(double));
+    expect(vqkv_nearest(level, x, words, books, size, dim, 0, rows, codes) == 0, "no memory");
+    for (int64_t i = 0; i < rows * books; i++)
+        expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
+    vqkv_accumulate(x, words, codes, weights, books, size, dim, 0, rows, sums, counts, inertia);
+    expect(!vqkv_decode(codes, words, books, 1, size, dim, 0, rows, vectors), "refused codes");
+    codes[rows * books - 1] = (int32_t)size;
+    expect(vqkv_decode(codes, words, books, 1, size, dim, 0, rows, vectors), "took a bad code");
+    free(x);
+    free(words);
+    free(vectors);
+    free(weights);
+    free(codes);
+    free(sums);
+    free(counts);
+    free(inertia);
+}
+
+/* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page number. */
+static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, int64_t dim,
+                   int64_t stages, uint32_t size, int turned, int paged, int spoil)
+{
+    const int64_t heads = 2, columns = head_dim / dim * stages, pages = (tokens + PAGE - 1) / PAGE;
+    const int64_t room = paged ? pages * PAGE : tokens, half = head_dim / 2;
+    struct attention a = {.batch = 1, .heads = heads, .rows = rows, .head_dim = head_dim};
+    a.parts = 3;
+    float *words = floats(heads * columns * size * dim);
+    uint8_t *codes = bytes(heads * room * columns, size);
+    const int32_t start = tokens > 3 ? 2 : 0, stop = (int32_t)tokens;
+    a.keys = (struct plane){codes, heads * (paged ? PAGE : room) * columns,
+                            (paged ? PAGE : room) * columns, columns, words,
+                            head_dim / dim, stages, size, dim};
+    a.values = a.keys;
+    a.query = floats(heads * rows * head_dim);
+    a.start = &start;
+    a.stop = &stop;
+    int32_t *table = integers(pages, 1), *pairs = integers(heads * half, (uint32_t)half);
+    for (int64_t p = 0; p < pages; p++)
+        table[p] = (int32_t)(pages - 1 - p);
+    float *page_turns = floats(pages * head_dim), *offset_turns = floats(PAGE * head_dim);
+    if (paged) {
+        a.pages = table;
+        a.page_count = a.blocks = pages;
+    }
+    if (turned) {
+        a.page_turns = page_turns;
+        a.offset_turns = offset_turns;
+        a.pairs = pairs;
+    }
+    a.output = floats(a.parts * heads * rows * head_dim);
+    a.key_mean = floats(a.parts * heads * rows * head_dim);
+    a.lse = floats(a.parts * heads * rows);
+    if (spoil == 1)
+        codes[heads * room * columns - 1] = (uint8_t)size;
+    if (spoil == 2)
+        table[pages - 1] = (int32_t)pages;
+    const int expected = spoil == 1 ? BAD_CODE : spoil == 2 ? BAD_PAGE : 0;
+    expect(vqkv_attend(level, &a, 0, heads * a.parts) == expected, "attention's return value");
+    free(words);
+    free(codes);
+    free(table);
+    free(pairs);
+    free(page_turns);
+    free(offset_turns);
+    free((void *)a.query);
+    free(a.output);
+    free(a.key_mean);
+    free(a.lse);
+}
+
+int main(void)
+{
+    for (int64_t bits = 1; bits <= 16; bits++)
+        for (int64_t count = 1; count < 20; count += 3)
+            packing(3, count, bits);
+    static const int64_t shapes[][4] = {
+        {64, 4, 1, 256}, {80, 4, 1, 100}, {96, 8, 1, 256}, {128, 8, 2, 256},
+        {256, 16, 1, 7}, {66, 2, 1, 256}, {66, 3, 1, 5},   {128, 32, 3, 256}};
+    for (int level = SCALAR; level <= vqkv_best_level(); level++) {
+        for (int64_t dim = 1; dim <= 17; dim++)
+            for (int64_t rows = 1; rows < 140; rows += 63)
+                coding(level, rows, 3, 33, dim);
+        for (int i = 0; i < 8; i++)
+            for (int turned = 0; turned < 2; turned++) {
+                const int64_t *s = shapes[i];
+                const int turns = turned && s[1] % 2 == 0;
+                for (int64_t rows = 1; rows < 20; rows += 6)
+                    attend(level, 65, rows, s[0], s[1], s[2], (uint32_t)s[3], turns, turned, 0);
+                attend(level, 1, 3, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
+                attend(level, TILE + 63, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
+                attend(level, 130, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 1, 2);
+            }
+        attend(level, 70, 4, 64, 4, 1, 100, 1, 0, 1);
+    }
+    return 0;
+}

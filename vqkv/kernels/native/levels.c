@@ -1,0 +1,19 @@
+/* Which SIMD levels this CPU has. */
+
+#include "levels.h"
+
+/* The best level of this CPU. */
+int vqkv_best_level(void)
+{
+#ifdef HAVE_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) {
+        const int bf16 = __builtin_cpu_supports("avx512bf16") &&
+                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        return bf16 ? AVX512_BF16 : AVX512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return AVX2;
+#endif
+    return SCALAR;
+}
