@@ -4,6 +4,7 @@
 
 `docs/results.md` is all of it, with peers and what papers published. The README and pages under
 `docs/methods/` have a line `<!-- measured: PRESET ... -->`, which a table of those presets follows.
+`docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
         found[path] = filled(path.read_text(encoding="utf-8"), rows)
     rvq = ROOT / "docs" / "methods" / "rvq.md"
     found[rvq] = with_depths(found[rvq])
+    kernels = ROOT / "docs" / "kernels.md"
+    found[kernels] = with_cpu_kernels(kernels.read_text(encoding="utf-8"))
     readme = ROOT / "README.md"
     found[readme] = filled(readme.read_text(encoding="utf-8"), rows)
     return found
@@ -105,6 +108,30 @@ def filled(page: str, rows: list[dict[str, Any]]) -> str:
 
     pattern = rf"<!-- measured: (.*?) -->(?:.*?{re.escape(END)})?"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
+
+
+def with_cpu_kernels(page: str) -> str:
+    """The page with the figures of the compiled CPU kernels."""
+    data = json.loads((RESULTS / "cpu-kernels.json").read_text(encoding="utf-8"))
+    machine = data["machine"]
+    parts = [
+        "<!-- cpu-kernels -->",
+        f"{machine['cpu']}, {machine['cores']} cores, SIMD level `{data['simd_level']}`, threads: "
+        f"{machine['threads']}; medians over {data['rounds']} rounds in turn "
+        f"([`cpu-kernels.json`](../benchmarks/results/cpu-kernels.json)).",
+    ]
+    for operation in ("encode", "attend", "decode"):
+        names = list(data[operation][0])
+        lines = [[name.replace("_", " ") for name in names], ["---"] * len(names)]
+        lines += [[_figure(value) for value in row.values()] for row in data[operation]]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    text = "\n\n".join([*parts, END])
+    pattern = rf"<!-- cpu-kernels -->(?:.*?{re.escape(END)})?"
+    return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: list[dict[str, Any]], entries: Sequence[dict[str, Any]] | None = None) -> str:

@@ -27,7 +27,8 @@ struct plane {
 struct attention {
     struct plane keys, values;
     int64_t batch, heads, rows, head_dim, parts;
-    const float *query;          /* [B, H, R, D]: R rows of queries on one KV head */
+    const float *query;          /* [B, H, R, D]: R rows of queries on one KV head; where keys are
+                                    turned, x of all pairs and then y */
     const int32_t *start, *stop; /* [B] */
     const int32_t *pages;        /* [B, P], or NULL */
     int64_t page_count, blocks;  /* P, and how many blocks there are */
@@ -58,8 +59,7 @@ struct work {
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
     float *value_sums, *key_sums; /* [R, D] */
-    float *query;                 /* [TILE_PAGES, R, D]: turned back by each page's first position,
-                                     x of all pairs and then y */
+    float *query;                 /* [TILE_PAGES, R, D]: turned back by each page's first position */
     float *decoded;               /* a page of keys [D, PAGE], or one vector */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
     uint32_t *rounded;            /* what attend_bf16.c keeps */

@@ -66,6 +66,8 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     # Few rows and heads leave threads idle; then the tokens of each are shared as well.
     parts = max(1, -(-torch.get_num_threads() // max(1, batch * heads)))
     q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads).contiguous()
+    if coded.turns is not None:  # x of all pairs, then y
+        q = rearrange(q, "b h r (j two) -> b h r (two j)", two=2).contiguous()
     rows = q.shape[2]
     output = q.new_empty(parts, batch, heads, rows, head_dim)
     key_sums = q.new_empty(output.shape) if coded.key_sums else None

@@ -66,7 +66,7 @@ TARGET void NAME(softmax)(struct work *w)
 }
 
 /* Queries as scores of the tile's page number `page` need them: turned back by the page's first
- * position, x of all pairs and then y. Without turns as given. */
+ * position, or without turns as given. */
 TARGET void NAME(queries)(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
@@ -86,8 +86,8 @@ TARGET void NAME(queries)(struct work *w, int64_t page, const float *turns)
     for (int64_t r = 0; r < a->rows; r++, given += 2 * half) {
         float *restrict x = query + r * 2 * half, *restrict y = x + half;
         for (int64_t j = 0; j < half; j++) {
-            x[j] = given[2 * j] * cosine[j] + given[2 * j + 1] * sine[j];
-            y[j] = given[2 * j + 1] * cosine[j] - given[2 * j] * sine[j];
+            x[j] = given[j] * cosine[j] + given[half + j] * sine[j];
+            y[j] = given[half + j] * cosine[j] - given[j] * sine[j];
         }
     }
 }
