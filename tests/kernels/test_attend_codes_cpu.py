@@ -39,6 +39,7 @@ CASES = [
     Case(dim=2, group=8, rows=2, lengths=(67, 200), paged=True, key_sums=True),
     Case(head_dim=66, dim=3, rope=False, lengths=(70,), size=7),
     Case(group=1, rows=16, lengths=(65,)),
+    Case(head_dim=4, lengths=(600,)),
 ]
 
 
@@ -150,6 +151,18 @@ def test_codes_that_name_no_codeword_are_refused(level: native.Level, stream: st
     getattr(coded, stream).codes[0, 1, 69, 3] = 100
     with pytest.raises(KernelError, match="a code names no codeword"):
         run("cpu", case, query, coded)
+
+
+def test_what_lies_before_the_start_is_not_looked_at(level: native.Level) -> None:
+    case = Case(size=100, paged=True, lengths=(200,), sinks=70)
+    query, coded = problem(case)
+    expected = run("naive", case, query, coded)
+    assert coded.pages is not None
+    second = int(coded.pages[0, 1])
+    coded.keys.codes[second, :, :6] = 255
+    coded.values.codes[second, :, :6] = 255
+    coded.pages[0, 0] = -1
+    assert_same(run("cpu", case, query, coded), expected, level)
 
 
 @pytest.mark.parametrize("block", [-1, 2])

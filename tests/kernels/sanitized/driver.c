@@ -102,7 +102,7 @@ static void coding(int level, int64_t rows, int64_t books, int64_t size, int64_t
     free(inertia);
 }
 
-/* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page number. */
+/* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page. */
 static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, int64_t dim,
                    int64_t stages, uint32_t size, int turned, int paged, int spoil)
 {
@@ -161,12 +161,13 @@ int main(void)
             packing(3, count, bits);
     static const int64_t shapes[][4] = {
         {64, 4, 1, 256}, {80, 4, 1, 100}, {96, 8, 1, 256}, {128, 8, 2, 256},
-        {256, 16, 1, 7}, {66, 2, 1, 256}, {66, 3, 1, 5},   {128, 32, 3, 256}};
+        {256, 16, 1, 7}, {66, 2, 1, 256}, {66, 3, 1, 5},   {128, 32, 3, 256},
+        {4, 4, 1, 256}};
     for (int level = SCALAR; level <= vqkv_best_level(); level++) {
         for (int64_t dim = 1; dim <= 17; dim++)
             for (int64_t rows = 1; rows < 140; rows += 63)
                 coding(level, rows, 3, 33, dim);
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 9; i++)
             for (int turned = 0; turned < 2; turned++) {
                 const int64_t *s = shapes[i];
                 const int turns = turned && s[1] % 2 == 0;

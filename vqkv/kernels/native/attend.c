@@ -68,15 +68,16 @@ static const uint8_t *page_codes(const struct work *w, const struct plane *plane
     return block < 0 || block >= a->blocks ? NULL : codes + block * plane->row_stride;
 }
 
-/* Copies the codes of tokens `first` to `end` of a row, at most a tile. */
-static int copy_codes(const struct work *w, const struct plane *plane, int64_t first, int64_t end,
+/* Copies the codes of the tokens that count of the tile that begins at `first`. */
+static int copy_codes(const struct work *w, const struct plane *plane, int64_t first,
                       uint8_t *codes)
 {
-    const int64_t columns = plane->groups * plane->stages;
-    for (int64_t t = first; t < end; t += PAGE) {
-        const int64_t tokens = end - t < PAGE ? end - t : PAGE;
-        const uint8_t *from = page_codes(w, plane, t / PAGE);
-        uint8_t *to = codes + (t - first) * columns;
+    const int64_t columns = plane->groups * plane->stages, room = TILE * columns;
+    const int64_t begin = w->begin * columns, end = w->end * columns;
+    for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE) {
+        const int64_t tokens = w->end - t < PAGE ? w->end - t : PAGE;
+        const uint8_t *from = page_codes(w, plane, (first + t) / PAGE);
+        uint8_t *to = codes + t * columns;
         if (from == NULL)
             return BAD_PAGE;
         if (plane->token_stride == columns)
@@ -85,11 +86,11 @@ static int copy_codes(const struct work *w, const struct plane *plane, int64_t f
             for (int64_t i = 0; i < tokens; i++)
                 memcpy(to + i * columns, from + i * plane->token_stride, columns);
     }
-    const int64_t used = (end - first) * columns;
-    memset(codes + used, 0, TILE * columns - used);
+    memset(codes, 0, begin);
+    memset(codes + end, 0, room - end);
     if (plane->size < 256) {
         uint8_t largest = 0;
-        for (int64_t i = 0; i < used; i++)
+        for (int64_t i = begin; i < end; i++)
             largest = codes[i] > largest ? codes[i] : largest;
         if (largest >= plane->size)
             return BAD_CODE;
@@ -145,9 +146,9 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
         const int64_t first = tile * TILE, end = stop < first + TILE ? stop : first + TILE;
         w->begin = start > first ? start - first : 0;
         w->end = end - first;
-        int failed = copy_codes(w, &a->keys, first, end, w->keys);
+        int failed = copy_codes(w, &a->keys, first, w->keys);
         if (!failed)
-            failed = copy_codes(w, &a->values, first, end, w->values);
+            failed = copy_codes(w, &a->values, first, w->values);
         if (failed)
             return failed;
         for (int64_t page = 0; turns != NULL && first + page * PAGE < end; page++)

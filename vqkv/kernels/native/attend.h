@@ -52,17 +52,17 @@ struct run {
 struct work {
     const struct attention *a;
     int64_t row, head;
-    int64_t begin, end;           /* tokens of the tile that count */
+    int64_t begin, end;               /* tokens of the tile that count */
     struct run ahead[2 * TILE_PAGES]; /* what the next tile will read, not fetched yet */
-    int next;                     /* of `ahead` */
-    uint8_t *keys, *values;       /* [TILE, M S] codes of the tile, zeros where no token is */
+    int next;                         /* of `ahead` */
+    uint8_t *keys, *values;       /* [TILE, M S]: codes of the tile, zeros where no token counts */
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
     float *value_sums, *key_sums; /* [R, D] */
-    float *query;                 /* [TILE_PAGES, R, D]: turned back by each page's first position */
+    float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position */
     float *decoded;               /* a page of keys [D, PAGE], or one vector */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
-    uint32_t *rounded;            /* what attend_bf16.c keeps */
+    void *rounded;                /* what attend_bf16.c keeps */
 };
 
 /* How one level computes scores and sums of a tile. */
@@ -100,7 +100,7 @@ INLINE void fetch_ahead(struct work *w, int64_t lines)
     }
 }
 
-/* Floats that attend_bf16 needs, and whether it takes these shapes. */
+/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes. */
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
 

@@ -86,7 +86,7 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         *(batch, heads, rows, head_dim, parts),
         *(q.data_ptr(), start.data_ptr(), stop.data_ptr(), _address(pages)),
         0 if pages is None else pages.shape[1],
-        coded.keys.codes.shape[0],
+        min(len(coded.keys.codes), len(coded.values.codes)),
         None if turns is None else turns[0].data_ptr(),
         0 if turns is None or len(turns[0]) == 1 else turns[0].stride(0),
         *((None, None) if turns is None else (turns[1].data_ptr(), turns[2].data_ptr())),

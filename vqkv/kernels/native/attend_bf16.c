@@ -210,8 +210,9 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
     const uint8_t *columns[CHUNK];
     for (int64_t i = 0; i < count; i++)
         columns[i] = p->codes + (chunk + i) * QUAD / w->a->keys.dim * stages * TILE;
-    const int64_t lines = (w->a->keys.groups * stages + w->a->values.groups * w->a->values.stages +
-                           real / 2 - 1) / (real / 2);
+    const struct plane *other = &w->a->values;
+    const int64_t bytes = TILE * (w->a->keys.groups * stages + other->groups * other->stages);
+    const int64_t calls = chunked(real) / CHUNK * (TILE / 16), lines = bytes / 64 / calls + 1;
     for (int64_t token = 0; token < tokens; token += 16) {
         fetch_ahead(w, lines);
         const int64_t page = turned ? token / PAGE : 0;
@@ -323,7 +324,7 @@ static TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t toke
         }
 }
 
-/* `call(n)` with the number of rows that remain as a constant, or with a part of it. */
+/* `call(n)` with the number of rows that remain, or a part of it, as a constant; moves `row` on. */
 #define FOR_ROWS(remaining, call) \
     switch (remaining) { \
     case 1: call(1); row += 1; break; \
