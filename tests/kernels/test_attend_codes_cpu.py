@@ -39,7 +39,7 @@ CASES = [
     Case(dim=2, group=8, rows=2, lengths=(67, 200), paged=True, key_sums=True),
     Case(head_dim=66, dim=3, rope=False, lengths=(70,), size=7),
     Case(group=1, rows=16, lengths=(65,)),
-    Case(head_dim=4, lengths=(600,)),
+    Case(head_dim=4, rope=False, lengths=(600,)),
 ]
 
 
