@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -34,6 +33,7 @@ from vqkv.compressor import FittedStream
 from vqkv.evaluation.arms import compressor_arms
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
+from vqkv.provenance import write
 from vqkv.scheme import Scheme, merge
 from vqkv.scheme_files import scheme_from_dict
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text

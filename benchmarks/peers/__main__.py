@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.peers.measure import Bench
 from benchmarks.peers.roster import roster
-from benchmarks.provenance import commit
 from vqkv import load_model
 from vqkv.calibration import read_text
 from vqkv.cli.progress import progress_bars
 from vqkv.evaluation.compare import Settings, provenance
 from vqkv.evaluation.exact import ExactLogits
+from vqkv.provenance import commit
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text
 
 

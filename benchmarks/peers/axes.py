@@ -18,12 +18,12 @@ from rich.table import Table
 
 from benchmarks.peers.cache import opener
 from benchmarks.peers.quantized_cache import OTHER_AXIS, Grouping, QuantizedCachePeer
-from benchmarks.provenance import write
 from vqkv import load_model
 from vqkv.calibration import calibration_windows, read_text
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
+from vqkv.provenance import write
 from vqkv.texts import CALIBRATION_MIX, bundled_text
 
 CONTEXT, SINKS, BITS = 512, 4, 2
