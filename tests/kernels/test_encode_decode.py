@@ -110,6 +110,17 @@ def test_decoding_adds_up_one_codeword_per_stage(kernel: str, shape: tuple[int, 
     torch.testing.assert_close(vectors, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [4, 8])
+def test_outputs_larger_than_the_caches_decode_the_same(dim: int) -> None:
+    if "cpu" not in able("decode"):
+        pytest.skip("the package was built without a C compiler")
+    books = make((1, 1, 1, 256, dim))[1]
+    codes = torch.arange(2**23 // (4 * dim) + 5, dtype=torch.int32).remainder(256)[:, None, None]
+    with using(decode="cpu"):
+        vectors = decode(codes, books)
+    assert torch.equal(vectors[:, 0], books[0, 0][codes[:, 0, 0].long()])
+
+
 @pytest.mark.parametrize("wrong", [-1, 16])
 def test_the_compiled_kernel_refuses_codes_that_name_no_codeword(wrong: int) -> None:
     if "cpu" not in able("decode"):
