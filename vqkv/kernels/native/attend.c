@@ -98,15 +98,24 @@ static int copy_codes(const struct work *w, const struct plane *plane, int64_t f
     return 0;
 }
 
-/* Notes where the codes of tokens `first` to `end` lie, at most a tile. */
-static void look_ahead(struct work *w, int64_t first, int64_t end)
+/* Notes where the codes of tokens `first` to `end` lie, at most a tile, and the share of the next
+ * head's codewords that falls to tile i of n. */
+static void look_ahead(struct work *w, int64_t first, int64_t end, int64_t i, int64_t n)
 {
-    const struct plane *planes[2] = {&w->a->keys, &w->a->values};
-    w->next = 2 * TILE_PAGES;
+    const struct attention *a = w->a;
+    const struct plane *planes[2] = {&a->keys, &a->values};
+    w->next = RUNS;
+    for (int p = 0; p < 2 && w->head + 1 < a->heads; p++) {
+        const int64_t floats = planes[p]->groups * planes[p]->stages * planes[p]->size *
+                               planes[p]->dim;
+        const float *words = planes[p]->words + (w->head + 1) * floats;
+        w->ahead[--w->next] = (struct run){(const uint8_t *)(words + floats * i / n),
+                                           (const uint8_t *)(words + floats * (i + 1) / n), 64};
+    }
     for (int64_t t = first; t < end; t += PAGE)
-        for (int i = 0; i < 2; i++) {
-            const int64_t stride = planes[i]->token_stride;
-            const uint8_t *codes = page_codes(w, planes[i], t / PAGE);
+        for (int p = 0; p < 2; p++) {
+            const int64_t stride = planes[p]->token_stride;
+            const uint8_t *codes = page_codes(w, planes[p], t / PAGE);
             const int64_t tokens = end - t < PAGE ? end - t : PAGE;
             if (codes != NULL)
                 w->ahead[--w->next] = (struct run){codes, codes + tokens * stride,
@@ -154,7 +163,7 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
         for (int64_t page = 0; turns != NULL && first + page * PAGE < end; page++)
             kernel->queries(w, page, turns + (first / PAGE + page) * a->head_dim);
         const int64_t beyond = end + TILE < stop ? end + TILE : stop;
-        look_ahead(w, end, tile + 1 < to ? beyond : end);
+        look_ahead(w, end, tile + 1 < to ? beyond : end, tile - from, to - from);
         kernel->scores(w, end - first);
         kernel->softmax(w);
         kernel->sums(w, &a->values, w->values, w->value_sums);

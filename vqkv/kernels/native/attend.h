@@ -42,18 +42,21 @@ struct attention {
 
 enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3 };
 
-/* Where the codes of a page lie, from `at` to `end`, a cache line every `step` bytes. */
+/* Memory to be fetched, from `at` to `end`, a cache line every `step` bytes. */
 struct run {
     const uint8_t *at, *end;
     int64_t step;
 };
+
+/* Of a tile the codes of keys and values by page, and a share of the next head's codewords. */
+#define RUNS (2 * TILE_PAGES + 2)
 
 /* Scratch of one thread. */
 struct work {
     const struct attention *a;
     int64_t row, head;
     int64_t begin, end;               /* tokens of the tile that count */
-    struct run ahead[2 * TILE_PAGES]; /* what the next tile will read, not fetched yet */
+    struct run ahead[RUNS];           /* what will be read next, not fetched yet */
     int next;                         /* of `ahead` */
     uint8_t *keys, *values;       /* [TILE, M S]: codes of the tile, zeros where no token counts */
     float *scores;                /* [R, TILE], then weights */
@@ -85,10 +88,10 @@ void softmax_scalar(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
 
-/* Has some cache lines of the next tile fetched while this one is worked on. */
+/* Has some cache lines of `ahead` fetched while a tile is worked on. */
 INLINE void fetch_ahead(struct work *w, int64_t lines)
 {
-    while (lines > 0 && w->next < 2 * TILE_PAGES) {
+    while (lines > 0 && w->next < RUNS) {
         struct run *run = &w->ahead[w->next];
         if (run->at < run->end) {
             __builtin_prefetch(run->at);
