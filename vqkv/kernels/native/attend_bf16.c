@@ -140,13 +140,12 @@ static TARGET void queries(struct work *w, int64_t page, const float *turns)
             first[quad] = pair(query[4 * quad], query[4 * quad + 1]);
             second[quad] = pair(query[4 * quad + 2], query[4 * quad + 3]);
         }
-        for (int64_t quad = 0; quad < real && turns != NULL; quad += 4) {
-            const __mmask8 some = real - quad < 4 ? (1 << (real - quad)) - 1 : 15;
-            const __mmask8 floats = real - quad < 4 ? (1 << 2 * (real - quad)) - 1 : 255;
-            const __m256 x = _mm256_maskz_loadu_ps(floats, query + 2 * quad);
-            const __m256 y = _mm256_maskz_loadu_ps(floats, query + 2 * (real + quad));
-            _mm_mask_storeu_epi32(first + quad, some, (__m128i)_mm256_cvtneps_pbh(x));
-            _mm_mask_storeu_epi32(second + quad, some, (__m128i)_mm256_cvtneps_pbh(y));
+        /* Whole vectors: what lies beyond the last quad is not used. */
+        for (int64_t quad = 0; quad < real && turns != NULL; quad += 8) {
+            const __m512 x = _mm512_loadu_ps(query + 2 * quad);
+            const __m512 y = _mm512_loadu_ps(query + 2 * (real + quad));
+            _mm256_storeu_si256((__m256i *)(first + quad), (__m256i)_mm512_cvtneps_pbh(x));
+            _mm256_storeu_si256((__m256i *)(second + quad), (__m256i)_mm512_cvtneps_pbh(y));
         }
     }
 }
