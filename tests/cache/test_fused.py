@@ -10,14 +10,14 @@ import torch
 
 from tests.cache.compressors import ModelStates, compressor_for, random_ids, scheme_dict
 from tests.tiny_models import tiny_model
-from vqkv.cache import attach
+from vqkv.cache import attach, fused
 from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
 from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.geometry import Geometry
-from vqkv.kernels import recording, using
+from vqkv.kernels import native, recording, using
 from vqkv.scheme_files import scheme_from_dict
 
 QUANTIZER = {"type": "product", "code_bits": 8, "learner": {"type": "kmeans", "iterations": 2}}
@@ -187,10 +187,31 @@ def test_positions_coded_again_after_a_crop_are_looked_at_again() -> None:
     torch.testing.assert_close(found["attend"], found["decode"], atol=2e-5, rtol=2e-5)
 
 
-def test_values_predicted_from_keys_are_decoded_where_no_fused_kernel_reads_them() -> None:
+def test_values_predicted_from_keys_are_decoded_where_no_fused_kernel_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "_unread", lambda layout, device: "there is none")
     model = tiny_model("llama", max_position_embeddings=1024)
     compressor = byte_compressor(model, "post", **PREDICTED)
     expected, _ = logits(model, compressor, "decode", (200, 1, 10), (0, 80))
     found, ran = logits(model, compressor, "attend", (200, 1, 10), (0, 80))
-    assert "attend.naive" in ran and "attend_codes.naive" not in ran
+    assert "attend.naive" in ran and not any("attend_codes" in name for name in ran)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(not native.available(), reason="the package was built without a C compiler")
+@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("family", ["llama", "llama-yarn"])
+def test_compiled_reads_are_decoded_reads(family: str, rope: str) -> None:
+    model = tiny_model(family, max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))
+    sizes, pads = (200, 1, 1, 10, 1), (10, 0, 80)
+    expected, _ = logits(model, compressor, "decode", sizes, pads)
+    with using(attend_codes="cpu"):
+        found, ran = logits(model, compressor, "auto", sizes, pads)
+        with native.forced_level("scalar"):
+            exact, _ = logits(model, compressor, "auto", sizes, pads)
+    assert "attend_codes.cpu" in ran and "attend.naive" not in ran
+    torch.testing.assert_close(exact, expected, atol=2e-5, rtol=2e-5)
+    # bfloat16 operands, where this CPU has products of them
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
