@@ -31,7 +31,8 @@ class Kernel:
 
     `refuses(layout, device)`, given what `select` was given, returns None where the kernel can run
     and else the reason. Among those that can run the highest `speed` is chosen. A kernel that
-    accepts and then fails raises; nothing falls back in silence.
+    accepts and then fails raises; nothing falls back in silence. On the device types of
+    `only_asked_for_on` it has to be asked for by `using`.
     """
 
     op: Op
@@ -39,6 +40,7 @@ class Kernel:
     run: Callable[..., Any]
     refuses: Callable[[Any, torch.device], str | None]
     speed: int
+    only_asked_for_on: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for recorder in _recorders.get():
@@ -64,6 +66,7 @@ KERNELS: Registry[Kernel] = Registry(
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
+        "attend_codes.triton": "vqkv.kernels.attend.codes_triton:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
     },
@@ -106,6 +109,8 @@ def _select(
             refused[name] = str(error)
             continue
         reason = kernel.refuses(layout, device)
+        if reason is None and forced is None and device_type in kernel.only_asked_for_on:
+            reason = f"runs on {device_type} only when asked for"
         if reason is None:
             able.append(kernel)
         else:

@@ -1,0 +1,152 @@
+"""Triton kernels as `torch.library` custom ops, for torch.compile and CUDA graphs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vqkv.kernels.gpu.attend import attend_split, merge_splits
+from vqkv.kernels.gpu.configs import (
+    RESIDENT,
+    RESIDENT_TURNED,
+    AttendConfig,
+    Words,
+    block_rows,
+    split_count,
+    word_bytes,
+)
+from vqkv.layouts import PAGE_TOKENS
+
+
+@torch.library.custom_op("vqkv::attend_codes", mutates_args=(), device_types=("cuda", "cpu"))
+def attend_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    key_books: Tensor,
+    value_codes: Tensor,
+    value_books: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    pages: Tensor | None,
+    page_turns: Tensor | None,
+    offset_turns: Tensor | None,
+    pairs: Tensor | None,
+    key_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and key means (empty unless asked for) of `attend.codes.Coded`."""
+    batch, queries, length, head_dim = query.shape
+    heads = key_books.shape[0]
+    rows = queries // heads * length
+    query = query.float().contiguous() if query.device.type == "cpu" else query.contiguous()
+    key_codes, keys = _words(key_codes, key_books)
+    value_codes, values = _words(value_codes, value_books)
+    config = AttendConfig(
+        head_dim,
+        block_rows(rows),
+        keys,
+        values,
+        paged=pages is not None,
+        rope=page_turns is not None,
+        key_sums=key_sums,
+    )
+    blocks = -(-rows // config.rows)
+    count = -(-key_codes.shape[2] // PAGE_TOKENS) if pages is None else pages.shape[1]
+    splits = split_count(
+        batch * heads * blocks,
+        count,
+        _multiprocessors(query.device),
+        RESIDENT_TURNED if config.rope else RESIDENT,
+    )
+    # What a launch does not read may be any tensor.
+    page_turns = query if page_turns is None else page_turns.float().contiguous()
+    offset_turns = query if offset_turns is None else offset_turns.float().contiguous()
+    parts = query.new_empty((splits, *query.shape), dtype=torch.float32)
+    part_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
+    part_means = torch.empty_like(parts) if key_sums else parts.new_empty(0)
+    attend_split[heads * blocks, splits, batch](
+        query,
+        key_codes,
+        key_books.half().contiguous(),
+        value_codes,
+        value_books.half().contiguous(),
+        start,
+        stop,
+        start if pages is None else pages.contiguous(),
+        page_turns,
+        offset_turns,
+        start if pairs is None else pairs.contiguous(),
+        parts,
+        part_lse,
+        part_means if key_sums else parts,
+        *key_codes.stride()[:3],
+        *value_codes.stride()[:3],
+        count,
+        page_turns[0].numel() if page_turns.shape[0] > 1 else 0,
+        heads,
+        rows,
+        splits,
+        **config.constants(),
+        **config.options(),
+    )
+    if splits == 1:
+        return parts[0], part_lse[0], part_means[0] if key_sums else part_means
+    output, lse = parts.new_empty(query.shape), parts.new_empty(query.shape[:3])
+    means = torch.empty_like(output) if key_sums else parts.new_empty(0)
+    merge_splits[(lse.numel(),)](
+        parts,
+        part_lse,
+        part_means if key_sums else parts,
+        output,
+        lse,
+        means if key_sums else output,
+        lse.numel(),
+        D=head_dim,
+        SPLITS=splits,
+        KEY_SUMS=key_sums,
+        num_warps=1,
+    )
+    return output, lse, means
+
+
+@attend_codes.register_fake
+def _(
+    query: Tensor,
+    key_codes: Tensor,
+    key_books: Tensor,
+    value_codes: Tensor,
+    value_books: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    pages: Tensor | None,
+    page_turns: Tensor | None,
+    offset_turns: Tensor | None,
+    pairs: Tensor | None,
+    key_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = query.new_empty(query.shape, dtype=torch.float32)
+    return (
+        output,
+        output.new_empty(query.shape[:3]),
+        output.new_empty(query.shape if key_sums else 0),
+    )
+
+
+def _words(codes: Tensor, books: Tensor) -> tuple[Tensor, Words]:
+    """How to read a plane; codes that lie askew are copied."""
+    _, subvectors, stages, size, dim = books.shape
+    width = subvectors * stages
+    word = word_bytes(stages, width, codes.data_ptr(), *codes.stride()[:3])
+    if not word:
+        codes = codes.clone(memory_format=torch.contiguous_format)
+        word = word_bytes(stages, width)
+    return codes, Words(subvectors, stages, size, dim, word)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
