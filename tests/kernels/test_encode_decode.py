@@ -73,6 +73,14 @@ def test_codewords_encode_to_themselves(kernel: str) -> None:
     assert torch.equal(codes[..., 0].long(), torch.arange(50)[:, None].expand(50, 3))
 
 
+@pytest.mark.parametrize("power", [-20, 20])
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_units_do_not_matter(kernel: str, power: int) -> None:
+    x, books = make((20, 2, 2, 30, 4))
+    with using(encode=kernel):
+        assert torch.equal(encode(x * 2.0**power, books * 2.0**power), encode(x, books))
+
+
 @pytest.mark.parametrize("kernel", able("encode"))
 def test_no_tokens_have_no_codes(kernel: str) -> None:
     _, books = make((1, 3, 2, 8, 4))

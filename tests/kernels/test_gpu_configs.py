@@ -22,7 +22,7 @@ def test_one_sequence_fills_the_gpu_and_many_are_not_split() -> None:
 
 @pytest.mark.parametrize("rows, block", [(1, 16), (17, 32), (128, 32)])
 def test_query_rows_are_padded_and_cut(rows: int, block: int) -> None:
-    assert block_rows(rows) == block
+    assert block_rows(rows, 128) == block
 
 
 def test_words_divide_what_they_are_read_from() -> None:

@@ -19,7 +19,9 @@ from vqkv.registry import Registry, did_you_mean
 
 log = logging.getLogger(__name__)
 
-Op = Literal["encode", "decode", "attend", "attend_codes", "pack", "unpack"]
+Op = Literal[
+    "encode", "encode_pair", "decode", "decode_codes", "attend", "attend_codes", "pack", "unpack"
+]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("vqkv_forced_kernels", default={})  # noqa: B039
 _recorders: ContextVar[tuple[list[str], ...]] = ContextVar("vqkv_recorders", default=())
@@ -62,7 +64,13 @@ KERNELS: Registry[Kernel] = Registry(
     {
         "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
+        "encode.triton": "vqkv.kernels.encode.triton:KERNEL",
+        "encode_pair.naive": "vqkv.kernels.encode.pair_naive:KERNEL",
+        "encode_pair.triton": "vqkv.kernels.encode.pair_triton:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
+        "decode.triton": "vqkv.kernels.decode.triton:KERNEL",
+        "decode_codes.naive": "vqkv.kernels.decode.codes_naive:KERNEL",
+        "decode_codes.triton": "vqkv.kernels.decode.codes_triton:KERNEL",
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",

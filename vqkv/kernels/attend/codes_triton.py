@@ -6,19 +6,16 @@ import torch
 
 from vqkv.kernels import gpu
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Partial, unfit
+from vqkv.kernels.gpu.configs import odd_shape
 from vqkv.kernels.select import Kernel
-
-DIMS = (2, 4, 8, 16, 32)
-STAGES = (1, 2, 4)
-HEAD_DIMS = range(16, 257)
 
 
 def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     """Products in fp16 with fp32 sums; softmax in fp32. Codewords of fp32 are converted a call."""
-    from vqkv.kernels.gpu import ops
+    from vqkv.kernels.gpu import attend_ops
 
     turns = (None, None, None) if coded.turns is None else coded.turns
-    output, lse, key_mean = ops.attend_codes(
+    output, lse, key_mean = attend_ops.attend_codes(
         query,
         *coded.keys,
         *coded.values,
@@ -32,20 +29,12 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
 
 
 def refuses(layout: AttendLayout, device: torch.device) -> str | None:
-    """Besides the contract's conditions: dims and stages that registers can hold side by side."""
+    """Besides the contract's conditions, shapes that registers hold."""
     reason = gpu.unavailable_reason(device) or unfit(layout)
     if reason is not None:
         return reason
-    for name, stream in (("keys", layout.keys), ("values", layout.values)):
-        segment = stream.segments[0]
-        if segment.dim not in DIMS or segment.stages not in STAGES:
-            return (
-                f"{name}: subvectors of {segment.dim} channels in {segment.stages} stages; "
-                f"{DIMS} channels in {STAGES} stages are read"
-            )
-        if stream.head_dim not in HEAD_DIMS:
-            return f"{name}: head dim {stream.head_dim} is not within 16 to 256"
-    return None
+    odd = {name: odd_shape(stream) for name, stream in layout._asdict().items()}
+    return next((f"{name}: {reason}" for name, reason in odd.items() if reason), None)
 
 
 KERNEL = Kernel(

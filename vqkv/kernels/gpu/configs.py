@@ -6,10 +6,18 @@ run time.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-#: Query rows of a program: the least that wgmma takes well, and the most that registers hold.
-LEAST_ROWS, MOST_ROWS = 16, 32
+from vqkv.layouts import PAGE_TOKENS, Layout
+
+#: What kernels that read codes take: channels of a codeword, stages, head dims.
+DIMS, STAGES, HEAD_DIMS = (2, 4, 8, 16, 32), (1, 2, 4), range(16, 257)
+#: Query rows of a program: fewer are no wgmma, and more do not fit into registers.
+LEAST_ROWS, MOST_ROWS, MOST_ROWS_OF_WIDE_HEADS = 16, 32, 16
+#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes.
+KEPT = 160
+#: With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
+NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
 LEAST_PAGES = 2
 MOST_SPLITS = 128
@@ -26,6 +34,12 @@ class Words:
     codewords: int
     dim: int
     word: int
+
+    @property
+    def width(self) -> int:
+        """Channels in registers: words are padded to a power of two."""
+        words = self.subvectors * self.stages // self.word
+        return (1 << (words - 1).bit_length()) * (self.word // self.stages) * self.dim
 
     def constants(self, prefix: str) -> dict[str, int]:
         """Compile-time arguments of a kernel."""
@@ -45,9 +59,6 @@ class AttendConfig:
     paged: bool = False
     rope: bool = False
     key_sums: bool = False
-    num_warps: int = 4
-    # With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
-    num_stages: int = 1
 
     def constants(self) -> dict[str, int]:
         """Compile-time arguments of `attend_split`."""
@@ -62,8 +73,63 @@ class AttendConfig:
         }
 
     def options(self) -> dict[str, int]:
+        """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
+        sums = self.values.width * self.rows + self.keys.width * self.rows * self.key_sums
+        page = self.keys.width * PAGE_TOKENS // 2  # fp16: two a register
+        turning = self.keys.width * self.rows + page if self.rope else 0
+        kept = (sums + turning + page) // 128
+        return {"num_warps": 4 if kept < KEPT else 8, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """One compiled variant of the nearest codewords of one stream."""
+
+    stages: int
+    codewords: int
+    dim: int
+    vectors: int
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `encode_codes`."""
+        return {
+            "S": self.stages,
+            "K": self.codewords,
+            "DIM": self.dim,
+            "VECTORS": self.vectors,
+        }
+
+    def options(self) -> dict[str, int]:
+        """Of the compiler: scores of a block fill half of its threads' registers."""
+        return {"num_warps": 8 if self.vectors == 128 else 4, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One compiled variant of pages of codes to states."""
+
+    head_dim: int
+    words: Words
+    paged: bool = False
+    rope: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `decode_pages`."""
+        words = self.words
+        return {
+            "D": self.head_dim,
+            "M": words.subvectors,
+            "S": words.stages,
+            "K": words.codewords,
+            "DIM": words.dim,
+            "WORD": words.word,
+            "PAGED": self.paged,
+            "ROPE": self.rope,
+        }
+
+    def options(self) -> dict[str, int]:
         """Of the compiler."""
-        return {name: asdict(self)[name] for name in ("num_warps", "num_stages")}
+        return {"num_warps": 4, "num_stages": NUM_STAGES}
 
 
 def word_bytes(stages: int, *aligned: int) -> int:
@@ -74,10 +140,28 @@ def word_bytes(stages: int, *aligned: int) -> int:
     return 0
 
 
-def block_rows(rows: int) -> int:
+def odd_shape(layout: Layout) -> str | None:
+    """Why the kernels that read codes do not take a stream's shape, or None."""
+    segment = layout.segments[0]
+    if segment.dim not in DIMS or segment.stages not in STAGES:
+        return (
+            f"subvectors of {segment.dim} channels in {segment.stages} stages; "
+            f"{DIMS} channels in {STAGES} stages are read"
+        )
+    if layout.head_dim not in HEAD_DIMS:
+        return f"head dim {layout.head_dim} is not within 16 to 256"
+    return None
+
+
+def block_rows(rows: int, head_dim: int) -> int:
     """Query rows of a program, a power of two, where a KV head has `rows`."""
-    padded = 1 << (rows - 1).bit_length()
-    return min(max(padded, LEAST_ROWS), MOST_ROWS)
+    most = MOST_ROWS if head_dim <= 128 else MOST_ROWS_OF_WIDE_HEADS
+    return min(max(1 << (rows - 1).bit_length(), LEAST_ROWS), most)
+
+
+def block_vectors(vectors: int) -> int:
+    """Vectors of a program that looks for nearest codewords."""
+    return 128 if vectors > 64 else 16
 
 
 def split_count(programs: int, pages: int, multiprocessors: int, resident: int) -> int:

@@ -1,8 +1,6 @@
-"""Triton kernels as `torch.library` custom ops, for torch.compile and CUDA graphs."""
+"""Attention on codes as a `torch.library` custom op, for torch.compile and CUDA graphs."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,11 +10,10 @@ from vqkv.kernels.gpu.configs import (
     RESIDENT,
     RESIDENT_TURNED,
     AttendConfig,
-    Words,
     block_rows,
     split_count,
-    word_bytes,
 )
+from vqkv.kernels.gpu.tensors import half, multiprocessors, readable, words
 from vqkv.layouts import PAGE_TOKENS
 
 
@@ -39,12 +36,12 @@ def attend_codes(
     batch, queries, length, head_dim = query.shape
     heads = key_books.shape[0]
     rows = queries // heads * length
-    query = query.float().contiguous() if query.device.type == "cpu" else query.contiguous()
-    key_codes, keys = _words(key_codes, key_books)
-    value_codes, values = _words(value_codes, value_books)
+    query = readable(query)
+    key_codes, keys = words(key_codes, key_books)
+    value_codes, values = words(value_codes, value_books)
     config = AttendConfig(
         head_dim,
-        block_rows(rows),
+        block_rows(rows, head_dim),
         keys,
         values,
         paged=pages is not None,
@@ -56,21 +53,21 @@ def attend_codes(
     splits = split_count(
         batch * heads * blocks,
         count,
-        _multiprocessors(query.device),
+        multiprocessors(query.device),
         RESIDENT_TURNED if config.rope else RESIDENT,
     )
     # What a launch does not read may be any tensor.
-    page_turns = query if page_turns is None else page_turns.float().contiguous()
-    offset_turns = query if offset_turns is None else offset_turns.float().contiguous()
+    page_turns = query if page_turns is None else readable(page_turns)
+    offset_turns = query if offset_turns is None else readable(offset_turns)
     parts = query.new_empty((splits, *query.shape), dtype=torch.float32)
     part_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
     part_means = torch.empty_like(parts) if key_sums else parts.new_empty(0)
     attend_split[heads * blocks, splits, batch](
         query,
         key_codes,
-        key_books.half().contiguous(),
+        half(key_books),
         value_codes,
-        value_books.half().contiguous(),
+        half(value_books),
         start,
         stop,
         start if pages is None else pages.contiguous(),
@@ -131,22 +128,3 @@ def _(
         output.new_empty(query.shape[:3]),
         output.new_empty(query.shape if key_sums else 0),
     )
-
-
-def _words(codes: Tensor, books: Tensor) -> tuple[Tensor, Words]:
-    """How to read a plane; codes that lie askew are copied."""
-    _, subvectors, stages, size, dim = books.shape
-    width = subvectors * stages
-    word = word_bytes(stages, width, codes.data_ptr(), *codes.stride()[:3])
-    if not word:
-        codes = codes.clone(memory_format=torch.contiguous_format)
-        word = word_bytes(stages, width)
-    return codes, Words(subvectors, stages, size, dim, word)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where kernels are interpreted."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

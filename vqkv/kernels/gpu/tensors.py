@@ -1,0 +1,39 @@
+"""Tensors as kernels read them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vqkv.kernels.gpu.configs import Words, word_bytes
+
+
+def readable(x: Tensor) -> Tensor:
+    """Contiguous, and on a CPU in fp32: Triton's interpreter takes bf16 for integers."""
+    return (x.float() if x.device.type == "cpu" else x).contiguous()
+
+
+def half(codewords: Tensor) -> Tensor:
+    """As matrix instructions take them; no copy where a cache keeps them so."""
+    return codewords.half().contiguous()
+
+
+def words(codes: Tensor, codewords: Tensor) -> tuple[Tensor, Words]:
+    """Codes `[.., .., .., M · S]` and how to read them; a copy where they lie askew."""
+    _, subvectors, stages, size, dim = codewords.shape
+    width = subvectors * stages
+    word = word_bytes(stages, width, codes.data_ptr(), *codes.stride()[:3])
+    if not word:
+        codes = codes.clone(memory_format=torch.contiguous_format)
+        word = word_bytes(stages, width)
+    return codes, Words(subvectors, stages, size, dim, word)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
