@@ -22,7 +22,8 @@ def test_one_sequence_fills_the_gpu_and_many_are_not_split() -> None:
 
 @pytest.mark.parametrize("rows, block", [(1, 16), (17, 32), (128, 32)])
 def test_query_rows_are_padded_and_cut(rows: int, block: int) -> None:
-    assert block_rows(rows, 128) == block
+    assert block_rows(rows, 128, 90) == block
+    assert block_rows(rows, 256, 90) == block_rows(rows, 128, 80) == 16
 
 
 def test_words_divide_what_they_are_read_from() -> None:

@@ -13,7 +13,7 @@ from vqkv.kernels.gpu.configs import (
     block_rows,
     split_count,
 )
-from vqkv.kernels.gpu.tensors import half, multiprocessors, readable, words
+from vqkv.kernels.gpu.tensors import capability, half, multiprocessors, readable, words
 from vqkv.layouts import PAGE_TOKENS
 
 
@@ -41,7 +41,7 @@ def attend_codes(
     value_codes, values = words(value_codes, value_books)
     config = AttendConfig(
         head_dim,
-        block_rows(rows, head_dim),
+        block_rows(rows, head_dim, capability(query.device)),
         keys,
         values,
         paged=pages is not None,
@@ -85,7 +85,7 @@ def attend_codes(
         rows,
         splits,
         **config.constants(),
-        **config.options(),
+        **config.options(capability(query.device)),
     )
     if splits == 1:
         return parts[0], part_lse[0], part_means[0] if key_sums else part_means

@@ -13,9 +13,11 @@ from vqkv.layouts import PAGE_TOKENS, Layout
 #: What kernels that read codes take: channels of a codeword, stages, head dims.
 DIMS, STAGES, HEAD_DIMS = (2, 4, 8, 16, 32), (1, 2, 4), range(16, 257)
 #: Query rows of a program: fewer are no wgmma, and more do not fit into registers.
-LEAST_ROWS, MOST_ROWS, MOST_ROWS_OF_WIDE_HEADS = 16, 32, 16
-#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes.
-KEPT = 160
+LEAST_ROWS, MOST_ROWS = 16, 32
+#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes;
+#: before Hopper, operands of products take registers too.
+KEPT, KEPT_BEFORE_HOPPER = 160, 112
+HOPPER = 90
 #: With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
 NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
@@ -72,13 +74,14 @@ class AttendConfig:
             "KEY_SUMS": self.key_sums,
         }
 
-    def options(self) -> dict[str, int]:
+    def options(self, capability: int) -> dict[str, int]:
         """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
         sums = self.values.width * self.rows + self.keys.width * self.rows * self.key_sums
         page = self.keys.width * PAGE_TOKENS // 2  # fp16: two a register
         turning = self.keys.width * self.rows + page if self.rope else 0
         kept = (sums + turning + page) // 128
-        return {"num_warps": 4 if kept < KEPT else 8, "num_stages": NUM_STAGES}
+        most = KEPT if capability >= HOPPER else KEPT_BEFORE_HOPPER
+        return {"num_warps": 4 if kept < most else 8, "num_stages": NUM_STAGES}
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class EncodeConfig:
             "VECTORS": self.vectors,
         }
 
-    def options(self) -> dict[str, int]:
+    def options(self, capability: int) -> dict[str, int]:
         """Of the compiler: scores of a block fill half of its threads' registers."""
         return {"num_warps": 8 if self.vectors == 128 else 4, "num_stages": NUM_STAGES}
 
@@ -127,7 +130,7 @@ class DecodeConfig:
             "ROPE": self.rope,
         }
 
-    def options(self) -> dict[str, int]:
+    def options(self, capability: int) -> dict[str, int]:
         """Of the compiler."""
         return {"num_warps": 4, "num_stages": NUM_STAGES}
 
@@ -153,9 +156,10 @@ def odd_shape(layout: Layout) -> str | None:
     return None
 
 
-def block_rows(rows: int, head_dim: int) -> int:
+def block_rows(rows: int, head_dim: int, capability: int) -> int:
     """Query rows of a program, a power of two, where a KV head has `rows`."""
-    most = MOST_ROWS if head_dim <= 128 else MOST_ROWS_OF_WIDE_HEADS
+    roomy = head_dim <= 128 and capability >= HOPPER
+    most = MOST_ROWS if roomy else LEAST_ROWS
     return min(max(1 << (rows - 1).bit_length(), LEAST_ROWS), most)
 
 

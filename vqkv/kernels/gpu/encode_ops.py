@@ -8,7 +8,7 @@ from torch import Tensor
 from vqkv.kernels.gpu.configs import EncodeConfig, block_vectors
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
-from vqkv.kernels.gpu.tensors import readable
+from vqkv.kernels.gpu.tensors import capability, readable
 
 
 @torch.library.custom_op("vqkv::encode", mutates_args=(), device_types=("cuda", "cpu"))
@@ -26,7 +26,7 @@ def encode(x: Tensor, codewords: Tensor) -> Tensor:
             vectors,
             subvectors,
             **config.constants(),
-            **config.options(),
+            **config.options(capability(codes.device)),
         )
     return codes
 
@@ -63,7 +63,7 @@ def encode_pair(
             *key_codewords.shape[1:],
             *value_codewords.shape[1:],
             config.vectors,
-            **config.options(),
+            **config.options(capability(keys.device)),
         )
     return key_codes, value_codes
 

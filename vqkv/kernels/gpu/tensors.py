@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vqkv.kernels.gpu.configs import Words, word_bytes
+from vqkv.kernels.gpu.configs import HOPPER, Words, word_bytes
 
 
 def readable(x: Tensor) -> Tensor:
@@ -37,3 +37,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Of a GPU, such as 80 or 90; a Hopper's where kernels are interpreted."""
+    if device.type != "cuda":
+        return HOPPER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
