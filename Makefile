@@ -21,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # One thread a worker: more would only make the workers wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: env test test-suite test-oldest demo shootout peers lint format docs clean
+.PHONY: env test test-suite test-oldest demo shootout peers bench-gpu bench-gpu-dry lint format docs clean
 
 env: $(ENV_DONE)
 
@@ -77,6 +77,17 @@ $(PEERS_DONE): $(ENV_DONE)
 
 peers: $(PEERS_DONE)
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
+
+# Ten minutes of an H100 or H200, with whatever python3 there has a CUDA build of torch.
+GPU_PYTHON ?= $(BIN)/python
+GPU_NAME ?= gpu
+
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu-$(GPU_NAME).json
+
+# The same in Triton's interpreter at toy sizes: that it runs and is right, not how fast.
+bench-gpu-dry: env
+	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry.json
 
 docs: env
 	$(BIN)/python tools/config_reference.py

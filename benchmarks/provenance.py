@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    *("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy"),
+    *("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy", "triton"),
     *("optimum-quanto", "hqq"),
 )
 
@@ -50,7 +51,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with `+` where it has changes; empty outside one."""
+    """Of the checkout, with `+` where it has changes; empty outside one, or without git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(

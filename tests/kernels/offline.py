@@ -23,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.kernels.sass import Disassembly
-from vqkv.kernels.gpu.attend import attend_split
+from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import AttendConfig, DecodeConfig, EncodeConfig, Words
-from vqkv.kernels.gpu.decode import decode_pages
-from vqkv.kernels.gpu.encode import encode_codes
+from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
+from vqkv.kernels.gpu.encode import encode_codes, encode_pair
 from vqkv.kernels.gpu.shipped import Config, shipped
 from vqkv.layouts import PAGE_TOKENS
 
@@ -38,40 +38,63 @@ KERNELS: dict[type, Any] = {
     EncodeConfig: encode_codes,
     DecodeConfig: decode_pages,
 }
-#: Types of pointers that differ from fp32.
+#: Types of pointers.
 POINTERS = {
-    "x": "*fp16",
-    "states": "*fp16",
+    **dict.fromkeys(("x", "key_x", "value_x", "states"), "*fp16"),
     **dict.fromkeys(("codes", "key_codes", "value_codes"), "*u8"),
     **dict.fromkeys(("books", "key_books", "value_books"), "*fp16"),
     **dict.fromkeys(("start", "stop", "pages", "pairs"), "*i32"),
     **dict.fromkeys(("query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"),
+    **dict.fromkeys(("merged", "merged_lse", "merged_key_mean", "decoded"), "*fp32"),
 }
 
 
 def compiled(config: Config, capability: int) -> Any:
     """A kernel for a GPU, as a launch with aligned tensors would have it."""
     kernel, constants = KERNELS[type(config)], config.constants()
+    if isinstance(config, EncodeConfig):
+        whole_lines = False
+    else:
+        token = config.keys if isinstance(config, AttendConfig) else config.words
+        whole_lines = token.subvectors * token.stages % 16 == 0
+    return build(kernel, constants, config.options(capability), capability, whole_lines)
+
+
+def build(
+    kernel: Any,
+    constants: dict[str, int],
+    options: dict[str, int],
+    capability: int,
+    whole_lines: bool = False,
+) -> Any:
+    """Compile with aligned pointers, and strides divisible by 16 where tokens are `whole_lines`."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         signature[name] = POINTERS.get(name, "i32")
-        if name in POINTERS or _whole_lines(name, config):
+        stride = name.endswith(("_row", "_head", "_token"))
+        if name in POINTERS or (stride and whole_lines):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=config.options(capability)
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _whole_lines(name: str, config: Config) -> bool:
-    """Whether a launch finds a stride divisible by 16, for which Triton has another variant."""
-    if isinstance(config, EncodeConfig):
-        return False
-    token = config.keys if isinstance(config, AttendConfig) else config.words
-    return name.endswith(("_row", "_head", "_token")) and token.subvectors * token.stages % 16 == 0
+def build_helpers(capability: int) -> None:
+    """Compile what has no budget: small kernels, and one whose integer arguments are all 1, for
+    which Triton has a variant too."""
+    pair = {"KS": 1, "KK": 256, "KD": 4, "VS": 2, "VK": 256, "VD": 8, "VECTORS": 16}
+    shape = {"S": 1, "K": 256, "DIM": 4, "ROWS": 64}
+    for kernel, constants in (
+        (merge_splits, {"D": 128, "SPLITS": 66, "KEY_SUMS": True}),
+        (decode_vectors, shape),
+        (encode_pair, pair),
+    ):
+        build(kernel, constants, {"num_warps": 4}, capability)
+    config = shipped(capability)["attend/80/d4/rope"]
+    ones = {name: 1 for name in attend_split.arg_names if name not in POINTERS}
+    build(attend_split, ones | config.constants(), config.options(capability), capability)
 
 
 def report(config: Config, capability: int) -> dict[str, Any]:
@@ -127,6 +150,7 @@ def main() -> None:
     """Print reports by GPU and name."""
     reports: dict[str, Any] = {"triton": triton.__version__}
     for capability in CAPABILITIES:
+        build_helpers(capability)
         reports[f"sm_{capability}"] = {
             name: report(config, capability) for name, config in shipped(capability).items()
         }

@@ -159,24 +159,33 @@ def merge_splits(
 
     Splits that saw no token weigh nothing, whatever their output.
     """
+    TILE: tl.constexpr = min(16, triton.next_power_of_2(SPLITS))
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, triton.next_power_of_2(SPLITS))
-    part = tl.load(lse + split * rows + row, mask=split < SPLITS, other=float("-inf"))
-    top = tl.max(part, 0)
-    weight = tl.where(part == float("-inf"), 0.0, tl.exp(part - top))
-    whole = tl.sum(weight, 0)
+    parts = tl.load(lse + split * rows + row, mask=split < SPLITS, other=float("-inf"))
+    top = tl.max(parts, 0)
+    whole = tl.sum(_weights(parts, top), 0)
     whole = tl.where(whole > 0, whole, 1.0)
     tl.store(merged_lse + row, top + tl.log(whole))
     channel = tl.arange(0, triton.next_power_of_2(D))
-    total = tl.zeros([channel.shape[0]], tl.float32)
-    key_total = tl.zeros([channel.shape[0]], tl.float32)
-    for index in range(SPLITS):
-        part = tl.load(lse + index * rows + row)
-        weight = tl.where(part == float("-inf"), 0.0, tl.exp(part - top)) / whole
-        place = (index * rows + row) * D + channel
-        total += weight * tl.load(output + place, mask=channel < D, other=0.0)
+    total = tl.zeros([TILE, channel.shape[0]], tl.float32)
+    key_total = tl.zeros([TILE, channel.shape[0]], tl.float32)
+    for first in range(0, SPLITS, TILE):
+        index = first + tl.arange(0, TILE)
+        part = tl.load(lse + index * rows + row, mask=index < SPLITS, other=float("-inf"))
+        weight = _weights(part, top)[:, None]
+        place = (index * rows + row)[:, None] * D + channel[None, :]
+        real = (index < SPLITS)[:, None] & (channel < D)[None, :]
+        total += weight * tl.load(output + place, mask=real, other=0.0)
         if KEY_SUMS:
-            key_total += weight * tl.load(key_mean + place, mask=channel < D, other=0.0)
-    tl.store(merged + row * D + channel, total, mask=channel < D)
+            key_total += weight * tl.load(key_mean + place, mask=real, other=0.0)
+    place = row * D + channel
+    tl.store(merged + place, tl.sum(total, 0) / whole, mask=channel < D)
     if KEY_SUMS:
-        tl.store(merged_key_mean + row * D + channel, key_total, mask=channel < D)
+        tl.store(merged_key_mean + place, tl.sum(key_total, 0) / whole, mask=channel < D)
+
+
+@triton.jit
+def _weights(lse, top):
+    """Of splits, in units of the largest; where no split has tokens all are 0."""
+    return tl.where(lse == float("-inf"), 0.0, tl.exp(lse - top))

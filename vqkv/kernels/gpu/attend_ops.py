@@ -102,7 +102,7 @@ def attend_codes(
         D=head_dim,
         SPLITS=splits,
         KEY_SUMS=key_sums,
-        num_warps=1,
+        num_warps=4,
     )
     return output, lse, means
 

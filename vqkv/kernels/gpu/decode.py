@@ -12,7 +12,7 @@ PAGE = tl.constexpr(64)
 
 @triton.jit
 def decode_vectors(
-    codes, books, vectors, rows, subvectors,
+    codes, books, decoded, rows, subvectors,
     S: tl.constexpr, K: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Vectors `[N, M, d]` (fp32) of `codes` `[N, M, S]` under `books` `[M, S, K, d]`.
@@ -29,7 +29,7 @@ def decode_vectors(
         word = ((row % subvectors) * S + stage) * K + code
         found = tl.load(books + word[:, None] * DIM + channel, mask=real, other=0.0)
         total += found.to(tl.float32)
-    tl.store(vectors + row[:, None] * DIM + channel, total, mask=real)
+    tl.store(decoded + row[:, None] * DIM + channel, total, mask=real)
 
 
 @triton.jit
