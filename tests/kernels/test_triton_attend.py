@@ -88,6 +88,8 @@ def test_queries_and_codewords_of_other_types() -> None:
     )
     assert_equal_up_to_fp16(*both(query.half(), coded, case))
     assert_equal_up_to_fp16(*both(query.bfloat16(), coded, case))
+    coded.keys.codewords.mul_(-1)  # what was converted before no longer counts
+    assert_equal_up_to_fp16(*both(query, coded, case))
 
 
 def test_it_compiles_as_one_graph() -> None:

@@ -11,7 +11,7 @@ from vqkv.kernels.select import Kernel
 
 
 def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
-    """Products in fp16 with fp32 sums; softmax in fp32. Codewords of fp32 are converted a call."""
+    """Products in fp16 with fp32 sums; softmax in fp32. fp32 codewords are converted once."""
     from vqkv.kernels.gpu import attend_ops
 
     turns = (None, None, None) if coded.turns is None else coded.turns

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqkv.kernels.gpu.configs import HOPPER, Words, word_bytes
+
+#: Codewords, the version of them that was converted, and the result.
+_halves: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
 
 
 def readable(x: Tensor) -> Tensor:
@@ -16,8 +21,14 @@ def readable(x: Tensor) -> Tensor:
 
 
 def half(codewords: Tensor) -> Tensor:
-    """As matrix instructions take them; no copy where a cache keeps them so."""
-    return codewords.half().contiguous()
+    """In fp16, as matrix instructions take them; converted once for each tensor, not each call."""
+    if codewords.dtype == torch.float16:
+        return codewords.contiguous()
+    version = 0 if codewords.is_inference() else codewords._version  # inference has none
+    held = _halves.get(codewords)
+    if held is None or held[0] != version:
+        _halves[codewords] = held = (version, codewords.half().contiguous())
+    return held[1]
 
 
 def words(codes: Tensor, codewords: Tensor) -> tuple[Tensor, Words]:
