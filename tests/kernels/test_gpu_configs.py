@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqkv.kernels.gpu.configs import MOST_SPLITS, block_rows, split_count, word_bytes
+from vqkv.kernels.gpu.shipped import shipped
 
 POSITIVE = st.integers(1, 4096)
 
@@ -30,3 +31,11 @@ def test_words_divide_what_they_are_read_from() -> None:
     assert word_bytes(1, 32, 64) == 4
     assert word_bytes(1, 30, 64) == 2
     assert word_bytes(2, 33) == 0
+
+
+def test_more_kept_values_leave_fewer_programs() -> None:
+    plain, turned, wide = (
+        shipped(90)[f"attend/{name}"].resident(90)  # type: ignore[union-attr]
+        for name in ("128/d4", "128/d4/rope/key-sums", "256/d4/rope/key-sums")
+    )
+    assert (plain, turned, wide) == (3, 2, 1)

@@ -21,7 +21,7 @@ def attend_split(
     query, key_codes, key_books, value_codes, value_books, start, stop, pages, page_turns,
     offset_turns, pairs, output, lse, key_mean,
     key_row, key_head, key_token, value_row, value_head, value_token, pages_row, turns_row,
-    heads, rows, splits,
+    batches, heads, rows, splits, processors,
     D: tl.constexpr, ROWS: tl.constexpr,
     KM: tl.constexpr, KS: tl.constexpr, KK: tl.constexpr, KD: tl.constexpr, KWORD: tl.constexpr,
     VM: tl.constexpr, VS: tl.constexpr, VK: tl.constexpr, VD: tl.constexpr, VWORD: tl.constexpr,
@@ -29,13 +29,16 @@ def attend_split(
 ):  # fmt: skip
     """One split of one KV head of one row of the batch.
 
-    Grid: (H · blocks of query rows, splits, B). Heads come first, so that programs that run at the
-    same time read different pages, and few heads' codebooks meet in one L1 cache.
+    Grid: H · blocks of query rows · B · splits. A GPU deals programs out to its multiprocessors in
+    turn; those that meet on one get neighbouring work, so that it holds one head's codebooks in L1.
     """
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads
-    split = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    shared, left = tl.num_programs(0) // processors, tl.num_programs(0) % processors
+    turn_of, dealt_to = tl.program_id(0) // processors, tl.program_id(0) % processors
+    work = dealt_to * shared + tl.minimum(dealt_to, left) + turn_of
+    split = work % splits
+    batch = (work // splits % batches).to(tl.int64)
+    head = work // (splits * batches) % heads
+    block = work // (splits * batches * heads)
     begin = tl.load(start + batch)
     end = tl.load(stop + batch)
 
@@ -57,10 +60,11 @@ def attend_split(
         pair = tl.arange(0, HALF)
         pair_there = pair < D // 2
         which = tl.load(pairs + head * (D // 2) + pair, mask=pair_there, other=0)
-        even = row[None, :] * D + 2 * pair[:, None]
-        there = row_there[None, :] & pair_there[:, None]
-        q_even = tl.load(query + even, mask=there, other=0.0).to(tl.float32) * LOG2_E
-        q_odd = tl.load(query + even + 1, mask=there, other=0.0).to(tl.float32) * LOG2_E
+        channel = tl.arange(0, KEY_WIDTH)
+        there = row_there[None, :] & (channel < D)[:, None]
+        rows_q = tl.load(query + row[None, :] * D + channel[:, None], mask=there, other=0.0)
+        rows_q = rows_q.to(tl.float32) * LOG2_E
+        q_even, q_odd = tl.split(rows_q.reshape(HALF, 2, ROWS).permute(0, 2, 1))
         page_turns += batch * turns_row
         # Of every pair in the order of `look_up`; the same in every page.
         coded_pair = (
@@ -102,9 +106,9 @@ def attend_split(
             key_page = key_codes + batch * key_row + first_slot * key_token
             value_page = value_codes + batch * value_row + first_slot * value_token
         key_words = load_words(key_page, key_token, present, PAGE, KM * KS, KWORD)
-        value_words = load_words(value_page, value_token, present, PAGE, VM * VS, VWORD)
-
         keys = look_up(key_words, key_books, KK, KS, KM, KD, KWORD)
+        # Asked for here, codes of values arrive while codewords of keys do.
+        value_words = load_words(value_page, value_token, present, PAGE, VM * VS, VWORD)
         if ROPE:
             page_angle = page_turns + (page * (D // 2) + which) * 2
             c = tl.load(page_angle)[:, None]
@@ -135,7 +139,7 @@ def attend_split(
     weight = tl.sum(weight, 0)
     weight = tl.where(weight > 0, weight, 1.0)  # no token: zeros, and top is -inf
     inverse = 1 / weight
-    place = ((split * tl.num_programs(2) + batch) * heads + head) * rows + row
+    place = ((split * batches + batch) * heads + head) * rows + row
     tl.store(lse + place, (top + tl.log2(weight)) * LN_2, mask=row_there)
     _store(output, place, total * inverse[None, :], row_there, D)
     if KEY_SUMS:

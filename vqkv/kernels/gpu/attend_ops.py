@@ -7,8 +7,6 @@ from torch import Tensor
 
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import (
-    RESIDENT,
-    RESIDENT_TURNED,
     AttendConfig,
     block_rows,
     split_count,
@@ -50,11 +48,12 @@ def attend_codes(
     )
     blocks = -(-rows // config.rows)
     count = -(-key_codes.shape[2] // PAGE_TOKENS) if pages is None else pages.shape[1]
+    processors = multiprocessors(query.device)
     splits = split_count(
         batch * heads * blocks,
         count,
-        multiprocessors(query.device),
-        RESIDENT_TURNED if config.rope else RESIDENT,
+        processors,
+        config.resident(capability(query.device)),
     )
     # What a launch does not read may be any tensor.
     page_turns = query if page_turns is None else readable(page_turns)
@@ -62,7 +61,7 @@ def attend_codes(
     parts = query.new_empty((splits, *query.shape), dtype=torch.float32)
     part_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
     part_means = torch.empty_like(parts) if key_sums else parts.new_empty(0)
-    attend_split[heads * blocks, splits, batch](
+    attend_split[(heads * blocks * batch * splits,)](
         query,
         key_codes,
         half(key_books),
@@ -81,9 +80,11 @@ def attend_codes(
         *value_codes.stride()[:3],
         count,
         page_turns[0].numel() if page_turns.shape[0] > 1 else 0,
+        batch,
         heads,
         rows,
         splits,
+        processors,
         **config.constants(),
         **config.options(capability(query.device)),
     )

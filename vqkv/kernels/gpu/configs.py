@@ -23,8 +23,11 @@ NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
 LEAST_PAGES = 2
 MOST_SPLITS = 128
-#: Programs that a multiprocessor holds at a time, by registers: 128 threads of 128 to 168.
-RESIDENT, RESIDENT_TURNED = 4, 3
+#: Registers of a thread beside those kept, about, and of a multiprocessor.
+PASSING, REGISTERS = 100, 65536
+#: At most this many let a third program of 128 threads onto a multiprocessor. The compiler, left
+#: alone, takes a few more for keys turned in registers; of these (D, d) it spills none when told.
+THREE_FIT, TOLD = 168, ((128, 4), (128, 8))
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,28 @@ class AttendConfig:
 
     def options(self, capability: int) -> dict[str, int]:
         """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
+        most = KEPT if capability >= HOPPER else KEPT_BEFORE_HOPPER
+        options = {"num_warps": 4 if self._kept() < most else 8, "num_stages": NUM_STAGES}
+        if capability >= HOPPER and self._told():
+            options["maxnreg"] = THREE_FIT
+        return options
+
+    def resident(self, capability: int) -> int:
+        """Programs that a multiprocessor holds at a time, by registers, about."""
+        warps = self.options(capability)["num_warps"]
+        each = THREE_FIT if self._told() else self._kept() * 4 // warps + PASSING
+        return max(1, REGISTERS // (32 * warps * each))
+
+    def _kept(self) -> int:
+        """32-bit values that a thread of 128 keeps through the loop."""
         sums = self.values.width * self.rows + self.keys.width * self.rows * self.key_sums
         page = self.keys.width * PAGE_TOKENS // 2  # fp16: two a register
         turning = self.keys.width * self.rows + page if self.rope else 0
-        kept = (sums + turning + page) // 128
-        most = KEPT if capability >= HOPPER else KEPT_BEFORE_HOPPER
-        return {"num_warps": 4 if kept < most else 8, "num_stages": NUM_STAGES}
+        return (sums + turning + page) // 128
+
+    def _told(self) -> bool:
+        plain = self.keys.stages == 1 and not self.key_sums and self.rows == LEAST_ROWS
+        return self.rope and plain and (self.head_dim, self.keys.dim) in TOLD
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def words(codes: Tensor, codewords: Tensor) -> tuple[Tensor, Words]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where kernels are interpreted."""
+    """Of a GPU; a few where kernels are interpreted."""
     if device.type != "cuda":
-        return 1
+        return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
