@@ -84,7 +84,7 @@ def build(
 def build_helpers(capability: int) -> None:
     """Compile what has no budget: small kernels, and one whose integer arguments are all 1, for
     which Triton has a variant too."""
-    pair = {"KS": 1, "KK": 256, "KD": 4, "VS": 2, "VK": 256, "VD": 8, "VECTORS": 16}
+    pair = {"KS": 1, "KK": 256, "KD": 4, "VS": 2, "VK": 256, "VD": 8, "VECTORS": 16, "BLOCKS": 1}
     shape = {"S": 1, "K": 256, "DIM": 4, "ROWS": 64}
     for kernel, constants in (
         (merge_splits, {"D": 128, "SPLITS": 66, "KEY_SUMS": True}),

@@ -79,6 +79,8 @@ def test_the_page_tells_what_was_reached() -> None:
     for row, name in TOLD.items():
         hopper, ampere = (BUDGETS[sm][name]["instructions"] for sm in ("sm_90", "sm_80"))
         assert f"| {row} | {hopper} | {ampere} |" in page
+    encode = BUDGETS["sm_90"]["encode/d4"]["instructions"]
+    assert f"issues {encode} instructions per vector" in page
 
 
 def test_loops_and_loads_are_counted() -> None:

@@ -111,6 +111,7 @@ class EncodeConfig:
     codewords: int
     dim: int
     vectors: int
+    blocks: int
 
     def constants(self) -> dict[str, int]:
         """Compile-time arguments of `encode_codes`."""
@@ -119,11 +120,12 @@ class EncodeConfig:
             "K": self.codewords,
             "DIM": self.dim,
             "VECTORS": self.vectors,
+            "BLOCKS": self.blocks,
         }
 
     def options(self, capability: int) -> dict[str, int]:
-        """Of the compiler: scores of a block fill half of its threads' registers."""
-        return {"num_warps": 8 if self.vectors == 128 else 4, "num_stages": NUM_STAGES}
+        """Of the compiler."""
+        return {"num_warps": 4, "num_stages": NUM_STAGES}
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,13 @@ def block_rows(rows: int, head_dim: int, capability: int) -> int:
     return min(max(1 << (rows - 1).bit_length(), LEAST_ROWS), most)
 
 
-def block_vectors(vectors: int) -> int:
-    """Vectors of a program that looks for nearest codewords."""
-    return 128 if vectors > 64 else 16
+def encode_blocks(vectors: int) -> tuple[int, int]:
+    """Vectors of a block, and blocks of a program, that looks for nearest codewords.
+
+    A program prepares its codewords once for all its blocks; scores of more vectors than 64 do not
+    fit into registers.
+    """
+    return (64, 8 if vectors >= 1024 else 1) if vectors > 16 else (16, 1)
 
 
 def split_count(programs: int, pages: int, multiprocessors: int, resident: int) -> int:

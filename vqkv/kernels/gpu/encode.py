@@ -19,12 +19,13 @@ REACH = tl.constexpr(60000.0)
 def encode_codes(
     x, books, codes, vectors, subvectors,
     S: tl.constexpr, K: tl.constexpr, DIM: tl.constexpr, VECTORS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Codes `[N, M, S]` of `x` `[N, M, d]` under `books` `[M, S, K, d]`, greedy over stages.
 
-    Grid: (blocks of vectors, M).
+    Grid: (runs of `BLOCKS` blocks of `VECTORS` vectors, M).
     """
-    _encode(x, books, codes, vectors, subvectors, S, K, DIM, VECTORS)
+    _encode(x, books, codes, vectors, subvectors, S, K, DIM, VECTORS, BLOCKS)
 
 
 @triton.jit
@@ -32,71 +33,79 @@ def encode_pair(
     key_x, key_books, key_codes, key_vectors, key_subvectors,
     value_x, value_books, value_codes, value_vectors, value_subvectors,
     KS: tl.constexpr, KK: tl.constexpr, KD: tl.constexpr,
-    VS: tl.constexpr, VK: tl.constexpr, VD: tl.constexpr, VECTORS: tl.constexpr,
+    VS: tl.constexpr, VK: tl.constexpr, VD: tl.constexpr,
+    VECTORS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values in one launch. Grid: (blocks of vectors, the larger M, 2)."""
+    """Keys and values in one launch. Grid: (runs of blocks, the larger M, 2)."""
     if tl.program_id(2) == 0:
         if tl.program_id(1) < key_subvectors:
-            _encode(key_x, key_books, key_codes, key_vectors, key_subvectors, KS, KK, KD, VECTORS)
+            _encode(
+                key_x, key_books, key_codes, key_vectors, key_subvectors,
+                KS, KK, KD, VECTORS, BLOCKS,
+            )  # fmt: skip
     else:
         if tl.program_id(1) < value_subvectors:
             _encode(
                 value_x, value_books, value_codes, value_vectors, value_subvectors,
-                VS, VK, VD, VECTORS,
+                VS, VK, VD, VECTORS, BLOCKS,
             )  # fmt: skip
 
 
 @triton.jit
 def _encode(x, books, codes, vectors, subvectors, S: tl.constexpr, K: tl.constexpr,
-            DIM: tl.constexpr, VECTORS: tl.constexpr):  # fmt: skip
+            DIM: tl.constexpr, VECTORS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    # Codewords whose scores are held at a time.
+    SIZE: tl.constexpr = min(256, max(16, triton.next_power_of_2(K)))
     DEPTH: tl.constexpr = max(16, triton.next_power_of_2(3 * DIM + 2))
-    vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
+    ONE: tl.constexpr = S == 1 and K <= SIZE
     subvector = tl.program_id(1)
-    there = vector < vectors
-    row = vector * subvectors + subvector
+    books += subvector * (S * K * DIM)
     lane = tl.arange(0, DEPTH)[None, :]
-    real = there[:, None] & (lane < 3 * DIM)
     channel = lane % DIM
-    # Three times side by side, as the product takes it.
-    residual = tl.load(x + row[:, None] * DIM + channel, mask=real, other=0.0).to(tl.float32)
-    for stage in tl.static_range(S):
-        book = books + (subvector * S + stage) * (K * DIM)
-        code = _nearest(residual, book, K, DIM)
-        tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
-        if stage + 1 < S:
-            found = tl.load(book + code[:, None] * DIM + channel, mask=real, other=0.0)
-            residual -= found.to(tl.float32)
+    if ONE:  # all codewords stay for all blocks
+        words, unit = _words(books, tl.arange(0, SIZE), K, DIM, DEPTH)
+    for block in range(BLOCKS):
+        first = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * VECTORS
+        vector = first + tl.arange(0, VECTORS)
+        there = vector < vectors
+        row = vector * subvectors + subvector
+        real = there[:, None] & (lane < 3 * DIM)
+        # Three times side by side, as the product takes it.
+        residual = tl.load(x + row[:, None] * DIM + channel, mask=real, other=0.0).to(tl.float32)
+        for stage in tl.static_range(S):
+            book = books + stage * (K * DIM)
+            if ONE:
+                _, code = _best(residual, words, unit, tl.arange(0, SIZE), K, DIM, SIZE)
+            else:
+                code = _nearest(residual, book, K, DIM, SIZE)
+            tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
+            if stage + 1 < S:
+                found = tl.load(book + code[:, None] * DIM + channel, mask=real, other=0.0)
+                residual -= found.to(tl.float32)
 
 
 @triton.jit
-def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr):
-    """The lowest of the nearest codewords' codes, by the largest x·c − ‖c‖²/2."""
-    # Codewords whose scores are held at a time.
-    SIZE: tl.constexpr = min(256, max(16, triton.next_power_of_2(K)))
+def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """The lowest of the nearest codewords' codes, `SIZE` codewords at a time."""
     best = tl.full([residual.shape[0]], float("-inf"), tl.float32)
     code = tl.zeros([residual.shape[0]], tl.int32)
     for first in range(0, K, SIZE):
         word = first + tl.arange(0, SIZE)
-        scores, unit = _scores(residual, book, word, K, DIM)
-        if K % SIZE:
-            scores = tl.where((word < K)[None, :], scores, float("-inf"))
-        top = tl.max(scores, 1)
-        found = tl.min(tl.where(scores == top[:, None], word[None, :], K), 1)
-        top *= unit * unit
+        words, unit = _words(book, word, K, DIM, residual.shape[1])
+        top, found = _best(residual, words, unit, word, K, DIM, SIZE)
         code = tl.where(top > best, found, code)
         best = tl.maximum(best, top)
     return code
 
 
 @triton.jit
-def _scores(residual, book, word, K: tl.constexpr, DIM: tl.constexpr):
-    """Scores `[vectors, words]` in squares of a unit, and the unit."""
-    lane = tl.arange(0, residual.shape[1])[None, :]
+def _words(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """Codewords as a product takes them, `[words, depth]`, in a power of two as unit."""
+    lane = tl.arange(0, DEPTH)[None, :]
     real = (word < K)[:, None] & (lane < 3 * DIM)
     words = tl.load(book + word[:, None] * DIM + lane % DIM, mask=real, other=0.0).to(tl.float32)
     longest = tl.max(tl.max(tl.abs(words), 1), 0)
     unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(longest, 1e-12))))
-
     words /= unit
     high = words.to(tl.float16)
     low = (words - high.to(tl.float32)).to(tl.float16)
@@ -105,11 +114,21 @@ def _scores(residual, book, word, K: tl.constexpr, DIM: tl.constexpr):
     norm_low = (half_norm - norm_high.to(tl.float32)).to(tl.float16)
     words = tl.where(lane < 2 * DIM, high, low)
     words = tl.where(lane == 3 * DIM, -norm_high, words)
-    words = tl.where(lane == 3 * DIM + 1, -norm_low, words)
+    return tl.where(lane == 3 * DIM + 1, -norm_low, words), unit
 
+
+@triton.jit
+def _best(residual, words, unit, word, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """The largest x·c − ‖c‖²/2 of each vector, and the lowest code that has it."""
+    lane = tl.arange(0, residual.shape[1])[None, :]
     x = tl.minimum(tl.maximum(residual / unit, -REACH), REACH)
     high = x.to(tl.float16)
     low = (x - high.to(tl.float32)).to(tl.float16)
     x = tl.where((lane >= DIM) & (lane < 2 * DIM), low, high)
     x = tl.where((lane == 3 * DIM) | (lane == 3 * DIM + 1), 1.0, x)
-    return tl.dot(x.to(tl.float16), tl.trans(words)), unit
+    scores = tl.dot(x.to(tl.float16), tl.trans(words))
+    if K % SIZE:
+        scores = tl.where((word < K)[None, :], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    found = tl.min(tl.where(scores == top[:, None], word[None, :], K), 1)
+    return top * unit * unit, found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkv.kernels.gpu.configs import EncodeConfig, block_vectors
+from vqkv.kernels.gpu.configs import EncodeConfig, encode_blocks
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
 from vqkv.kernels.gpu.tensors import capability, readable
@@ -18,8 +18,8 @@ def encode(x: Tensor, codewords: Tensor) -> Tensor:
     stages, size = codewords.shape[1:3]
     codes = torch.empty(vectors, subvectors, stages, dtype=torch.int32, device=x.device)
     if codes.numel():
-        config = EncodeConfig(stages, size, dim, block_vectors(vectors))
-        encode_codes[-(-vectors // config.vectors), subvectors](
+        config = EncodeConfig(stages, size, dim, *encode_blocks(vectors))
+        encode_codes[-(-vectors // (config.vectors * config.blocks)), subvectors](
             readable(x),
             readable(codewords),
             codes,
@@ -49,9 +49,9 @@ def encode_pair(
     vectors = max(keys.shape[0], values.shape[0])
     if vectors:
         stages, size, dim = key_codewords.shape[1:]
-        config = EncodeConfig(stages, size, dim, block_vectors(vectors))
-        blocks = -(-vectors // config.vectors)
-        encode_pair_kernel[blocks, max(keys.shape[1], values.shape[1]), 2](
+        config = EncodeConfig(stages, size, dim, *encode_blocks(vectors))
+        runs = -(-vectors // (config.vectors * config.blocks))
+        encode_pair_kernel[runs, max(keys.shape[1], values.shape[1]), 2](
             readable(keys),
             readable(key_codewords),
             key_codes,
@@ -63,6 +63,7 @@ def encode_pair(
             *key_codewords.shape[1:],
             *value_codewords.shape[1:],
             config.vectors,
+            config.blocks,
             **config.options(capability(keys.device)),
         )
     return key_codes, value_codes
