@@ -27,7 +27,7 @@ def attend_split(
     VM: tl.constexpr, VS: tl.constexpr, VK: tl.constexpr, VD: tl.constexpr, VWORD: tl.constexpr,
     PAGED: tl.constexpr, ROPE: tl.constexpr, KEY_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head of one row of the batch.
+    """One split of one KV head of one row of the batch; a row's own pages are split evenly.
 
     Grid: H · blocks of query rows · B · splits. A GPU deals programs out to its multiprocessors in
     turn; those that meet on one get neighbouring work, so that it holds one head's codebooks in L1.
@@ -90,7 +90,7 @@ def attend_split(
     high = tl.minimum(low + share, first + count)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([PAGE, ROWS], tl.float32)  # its tokens are added up after the loop alone
+    weight = tl.zeros([PAGE, ROWS], tl.float32)  # added up over tokens after the loop
     total = tl.zeros([VALUE_WIDTH, ROWS], tl.float32)
     if KEY_SUMS:
         key_total = tl.zeros([KEY_WIDTH, ROWS], tl.float32)

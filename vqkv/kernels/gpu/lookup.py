@@ -33,7 +33,9 @@ def load_words(
     mask = present[None, :]
     if PADDED != WORDS:
         mask = mask & (word < WORDS)
-    return tl.load(pointer + token * (stride // WORD) + word, mask=mask, other=0)
+    # Past L1, where the codebooks are: codes are read once.
+    place = pointer + token * (stride // WORD) + word
+    return tl.load(place, mask=mask, other=0, cache_modifier=".cg")
 
 
 @triton.jit
