@@ -30,7 +30,7 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float | None:
         for _ in range(repeats):
             for call in calls:
                 call()
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

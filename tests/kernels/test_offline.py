@@ -23,20 +23,25 @@ CASES = [(capability, name) for capability in CAPABILITIES for name in shipped(c
 CEILINGS = {"attend/128/d4": 29, "attend/128/d8": 24}
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, Any]:
-    """Of the kernels as they are; in a process of its own, since this one interprets kernels."""
+def printed_by(module: str) -> Any:
+    """JSON from a process that compiles kernels, where this one interprets them."""
     if not gpu.installed():
         pytest.skip("Triton is not installed")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.offline"],
+        [sys.executable, "-m", module],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """Of the kernels as they are."""
+    found: dict[str, Any] = printed_by("tests.kernels.offline")
     if found["triton"] != BUDGETS["triton"]:
         pytest.skip(f"budgets are of Triton {BUDGETS['triton']}, this is {found['triton']}")
     return found
@@ -52,6 +57,14 @@ def test_a_kernel_keeps_its_budget(reports: dict[str, Any], capability: int, nam
     assert report["past_l1"] == 0
     assert report["wide_loads"] >= report["gathers"], "a codeword is read by one load"
     assert report["matrix"] == budget["matrix"]
+
+
+@pytest.mark.slow
+def test_launches_compile() -> None:
+    assert set(printed_by("tests.kernels.launches")) == {
+        *("attend_split", "merge_splits", "encode_codes", "encode_pair"),
+        *("decode_vectors", "decode_pages", "exact_split", "gather"),
+    }
 
 
 def test_budgets_are_what_was_asked_for() -> None:

@@ -110,6 +110,13 @@ def test_a_cpu_gets_it_only_when_asked_for() -> None:
     assert select("attend_codes", layout, "cuda").kernel.name == "triton"
 
 
+def test_a_cpu_without_the_interpreter_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    reason = gpu.unavailable_reason(torch.device("cpu"))
+    assert reason is not None and "runs on cuda, not on cpu; TRITON_INTERPRET=1" in reason
+    assert gpu.unavailable_reason(torch.device("cuda")) is None
+
+
 def test_shapes_that_it_cannot_read_say_why() -> None:
     for case, message in (
         (Case(dim=1, rope=False), "subvectors of 1 channels"),
