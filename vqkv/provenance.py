@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    *("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy"),
+    *("vqkv", "torch", "transformers", "faiss-cpu", "scikit-learn", "numpy", "triton"),
     *("optimum-quanto", "hqq"),
 )
 
@@ -50,22 +51,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with `+` where it has changes; empty outside one."""
+    """Of the checkout, with `+` where it has changes; empty outside one, or without git."""
+    if shutil.which("git") is None:
+        return ""
     here = Path(__file__)
 
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", *arguments], cwd=here.parent, capture_output=True, text=True
-            )
-        except FileNotFoundError:
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else ""
 
     # An installed package may lie inside of the checkout of something else.
     if not git("ls-files", here.name):
         return ""
-    return (git("rev-parse", "HEAD") or "") + ("+" if git("status", "--porcelain") else "")
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.geometry import Geometry
-from vqkv.kernels import native, recording, using
+from vqkv.kernels import gpu, native, recording, using
 from vqkv.scheme_files import scheme_from_dict
 
 QUANTIZER = {"type": "product", "code_bits": 8, "learner": {"type": "kmeans", "iterations": 2}}
@@ -80,6 +80,19 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     # The last step codes no page, so nothing is decoded, predicted values included.
     assert ran[-layers:] == ["attend_codes.naive"] * layers
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(not gpu.installed(), reason="Triton is not installed")
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_a_model_reads_codes_in_triton(rope: str) -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **PREDICTED)
+    sizes, pads = (200, 1), (10, 80)
+    expected, _ = logits(model, compressor, "decode", sizes, pads)
+    with using(attend_codes="triton"):
+        found, ran = logits(model, compressor, "attend", sizes, pads)
+    assert ran.count("attend_codes.triton") == len(compressor.geometry.compressed)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_auto_attends_where_a_kernel_takes_the_codes() -> None:

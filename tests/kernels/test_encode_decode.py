@@ -19,6 +19,8 @@ SHAPES = [
     (17, 2, 3, 7, 4),
     (9, 5, 2, 256, 1),
     (40, 1, 8, 33, 32),
+    (1100, 2, 1, 16, 2),
+    (70, 1, 2, 300, 3),
 ]
 
 
@@ -73,6 +75,14 @@ def test_codewords_encode_to_themselves(kernel: str) -> None:
     with using(encode=kernel):
         codes = encode(books[:, 0].transpose(0, 1), books)
     assert torch.equal(codes[..., 0].long(), torch.arange(50)[:, None].expand(50, 3))
+
+
+@pytest.mark.parametrize("power", [-20, 20])
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_units_do_not_matter(kernel: str, power: int) -> None:
+    x, books = make((20, 2, 2, 30, 4))
+    with using(encode=kernel):
+        assert torch.equal(encode(x * 2.0**power, books * 2.0**power), encode(x, books))
 
 
 @pytest.mark.parametrize("kernel", able("encode"))

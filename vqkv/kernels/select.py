@@ -19,7 +19,9 @@ from vqkv.registry import Registry, did_you_mean
 
 log = logging.getLogger(__name__)
 
-Op = Literal["encode", "decode", "attend", "attend_codes", "pack", "unpack"]
+Op = Literal[
+    "encode", "encode_pair", "decode", "decode_codes", "attend", "attend_codes", "pack", "unpack"
+]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("vqkv_forced_kernels", default={})  # noqa: B039
 _recorders: ContextVar[tuple[list[str], ...]] = ContextVar("vqkv_recorders", default=())
@@ -31,7 +33,8 @@ class Kernel:
 
     `refuses(layout, device)`, given what `select` was given, returns None where the kernel can run
     and else the reason. Among those that can run the highest `speed` is chosen. A kernel that
-    accepts and then fails raises; nothing falls back in silence.
+    accepts and then fails raises; nothing falls back in silence. On the device types of
+    `only_asked_for_on` it has to be asked for by `using`.
     """
 
     op: Op
@@ -39,6 +42,7 @@ class Kernel:
     run: Callable[..., Any]
     refuses: Callable[[Any, torch.device], str | None]
     speed: int
+    only_asked_for_on: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for recorder in _recorders.get():
@@ -60,12 +64,19 @@ KERNELS: Registry[Kernel] = Registry(
     {
         "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
+        "encode.triton": "vqkv.kernels.encode.triton:KERNEL",
+        "encode_pair.naive": "vqkv.kernels.encode.pair_naive:KERNEL",
+        "encode_pair.triton": "vqkv.kernels.encode.pair_triton:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",
         "decode.cpu": "vqkv.kernels.decode.cpu:KERNEL",
+        "decode.triton": "vqkv.kernels.decode.triton:KERNEL",
+        "decode_codes.naive": "vqkv.kernels.decode.codes_naive:KERNEL",
+        "decode_codes.triton": "vqkv.kernels.decode.codes_triton:KERNEL",
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
         "attend_codes.cpu": "vqkv.kernels.attend.codes_cpu:KERNEL",
+        "attend_codes.triton": "vqkv.kernels.attend.codes_triton:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "pack.cpu": "vqkv.kernels.pack.cpu:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
@@ -110,6 +121,8 @@ def _select(
             refused[name] = str(error)
             continue
         reason = kernel.refuses(layout, device)
+        if reason is None and forced is None and device_type in kernel.only_asked_for_on:
+            reason = f"runs on {device_type} only when asked for"
         if reason is None:
             able.append(kernel)
         else:

@@ -1,0 +1,57 @@
+"""Times by CUDA graphs and events, over buffers that no cache still holds."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+ROUNDS = 7
+#: Calls that one graph holds at least, so that starting it costs little.
+CALLS = 8
+
+
+def microseconds(calls: Sequence[Callable[[], Any]]) -> float | None:
+    """Median time of one of `calls`, each on data of its own; None where there is no GPU.
+
+    All calls are captured into one graph, which runs a few times.
+    """
+    repeats = -(-CALLS // len(calls))
+    for call in calls:
+        call()
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    times: list[float] = []
+    for _ in range(ROUNDS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / (repeats * len(calls)))
+    return statistics.median(times[1:])
+
+
+def copies(bytes_read: int, cold_bytes: int) -> int:
+    """How many sets of buffers one call after the other reads, for the first to be cold again."""
+    return min(64, max(1, -(-cold_bytes // max(bytes_read, 1))))
+
+
+def gpu() -> dict[str, str]:
+    """Name, driver and clocks of the GPU as they are now; nothing where there is none."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw")
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    run = subprocess.run(query, capture_output=True, text=True, check=True)
+    values = run.stdout.splitlines()[0].split(", ")
+    return dict(zip(fields, values, strict=True))

@@ -1,0 +1,71 @@
+"""What a compiled kernel issues, read from its disassembly."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+_LABEL = re.compile(r"^(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One of the disassembly; `opcode` with its modifiers."""
+
+    opcode: str
+    operands: str
+
+    def starts(self, *opcodes: str) -> bool:
+        """Whether it is one of these, whatever the modifiers."""
+        return self.opcode.split(".")[0] in opcodes
+
+
+class Disassembly:
+    """The text that `nvdisasm -c` prints of one kernel."""
+
+    def __init__(self, text: str) -> None:
+        self.instructions: list[Instruction] = []
+        self._labels: dict[str, int] = {}
+        for line in text.splitlines():
+            label, instruction = _LABEL.match(line), _INSTRUCTION.match(line)
+            if label:
+                self._labels[label[1]] = len(self.instructions)
+            elif instruction and instruction[1] != "NOP":
+                self.instructions.append(Instruction(instruction[1], instruction[2]))
+
+    @cached_property
+    def main_loop(self) -> list[Instruction]:
+        """The longest loop with matrix instructions; all instructions where there is none."""
+        loops = [
+            self.instructions[self._labels[target[1]] : index + 1]
+            for index, instruction in enumerate(self.instructions)
+            if instruction.starts("BRA") and (target := _TARGET.search(instruction.operands))
+        ]
+        matrix = [loop for loop in loops if any(i.starts("HGMMA", "HMMA") for i in loop)]
+        return max(matrix, key=len, default=self.instructions)
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to local memory."""
+        return sum(i.starts("LDL", "STL") for i in self.instructions)
+
+    @property
+    def past_l1(self) -> int:
+        """Copies that skip L1, as Triton's pipelining makes of wide gathers."""
+        return sum("BYPASS" in i.opcode for i in self.instructions)
+
+    def count(self, *opcodes: str) -> int:
+        """Of instructions in the main loop."""
+        return sum(i.starts(*opcodes) for i in self.main_loop)
+
+    def global_loads(self) -> Counter[int]:
+        """How many loads of how many bytes a thread the main loop has."""
+        loads = (i.opcode for i in self.main_loop if i.starts("LDG"))
+        widths = (_WIDTH.search(opcode) for opcode in loads)
+        return Counter(4 if width is None else _BYTES[width[1]] for width in widths)

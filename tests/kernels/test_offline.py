@@ -1,0 +1,118 @@
+"""Every shipped kernel compiles for GPUs that are not here, within its budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.sass import Disassembly
+from vqkv.kernels import gpu
+from vqkv.kernels.gpu.shipped import shipped
+
+#: What each kernel reached; `python -m tests.kernels.offline` renews them.
+BUDGETS: dict[str, Any] = json.loads(Path(__file__).with_name("budgets.json").read_text())
+CAPABILITIES = (80, 90)
+CASES = [(capability, name) for capability in CAPABILITIES for name in shipped(capability)]
+#: Warp instructions per token and head that the flagships may issue at most, whatever was reached.
+CEILINGS = {"attend/128/d4": 29, "attend/128/d8": 24}
+
+
+def printed_by(module: str) -> Any:
+    """JSON from a process that compiles kernels, where this one interprets them."""
+    if not gpu.installed():
+        pytest.skip("Triton is not installed")
+    run = subprocess.run(
+        [sys.executable, "-m", module],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """Of the kernels as they are."""
+    found: dict[str, Any] = printed_by("tests.kernels.offline")
+    if found["triton"] != BUDGETS["triton"]:
+        pytest.skip(f"budgets are of Triton {BUDGETS['triton']}, this is {found['triton']}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability, name", CASES)
+def test_a_kernel_keeps_its_budget(reports: dict[str, Any], capability: int, name: str) -> None:
+    report = reports[f"sm_{capability}"][name]
+    budget = BUDGETS[f"sm_{capability}"][name]
+    for what in ("instructions", "registers", "shared_bytes", "spills"):
+        assert report[what] <= budget[what], what
+    assert report["past_l1"] == 0
+    assert report["wide_loads"] >= report["gathers"], "a codeword is read by one load"
+    assert report["matrix"] == budget["matrix"]
+
+
+@pytest.mark.slow
+def test_launches_compile() -> None:
+    assert set(printed_by("tests.kernels.launches")) == {
+        *("attend_split", "merge_splits", "encode_codes", "encode_pair"),
+        *("decode_vectors", "decode_pages", "exact_split", "gather"),
+    }
+
+
+def test_budgets_are_what_was_asked_for() -> None:
+    for name, ceiling in CEILINGS.items():
+        assert BUDGETS["sm_90"][name]["instructions"] <= ceiling
+    for capability, name in CASES:
+        budget = BUDGETS[f"sm_{capability}"][name]
+        assert capability == 80 or budget["spills"] == 0
+        assert name.startswith("decode") or budget["matrix"] is not None
+
+
+#: Rows of the table in docs/kernels.md.
+TOLD = {
+    "d = 2 (4 bits)": "attend/128/d2",
+    "d = 4 (2 bits)": "attend/128/d4",
+    "the same, paged": "attend/128/d4/paged",
+    "the same, and sums of keys": "attend/128/d4/rope/key-sums",
+    "d = 8 (1 bit)": "attend/128/d8",
+    "d = 8, two stages (2 bits)": "attend/128/d8/two-stages",
+}
+
+
+def test_the_page_tells_what_was_reached() -> None:
+    page = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
+    for row, name in TOLD.items():
+        hopper, ampere = (BUDGETS[sm][name]["instructions"] for sm in ("sm_90", "sm_80"))
+        assert f"| {row} | {hopper} | {ampere} |" in page
+    encode = BUDGETS["sm_90"]["encode/d4"]["instructions"]
+    assert f"issues {encode} instructions per vector" in page
+
+
+def test_loops_and_loads_are_counted() -> None:
+    sass = Disassembly(
+        """
+        /*0000*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+.L_x_1:
+        /*0010*/                   LDG.E.64 R4, desc[UR6][R2.64] ;
+        /*0020*/              @!P0 LDG.E R6, desc[UR6][R2.64] ;
+        /*0030*/                   HGMMA.64x16x16.F32 R24, gdesc[UR8], R24 ;
+        /*0040*/                   STL [R1], R4 ;
+        /*0050*/              @P1  BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR6][R2.64] ;
+        /*0070*/                   BRA `(.L_x_2);
+        /*0080*/                   NOP;
+"""
+    )
+    assert len(sass.instructions) == 8
+    assert len(sass.main_loop) == 5
+    assert sass.global_loads() == {8: 1, 4: 1}
+    assert (sass.spills, sass.past_l1, sass.count("HGMMA")) == (1, 1, 1)

@@ -1,0 +1,37 @@
+"""The GPU benchmark, end to end in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vqkv.kernels import gpu
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu.installed(), reason="Triton is not installed")
+def test_every_part_runs_and_is_right(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(out.read_text())
+    assert figures["complete"] and figures["versions"]["triton"]
+    assert {"ceilings", "gathers", "capacity"} <= figures.keys()
+    assert all(row["finite"] for row in figures["step"])
+    assert max(row["gap"] for row in figures["encode"]) < 1e-4
+    attended = {row["arm"]: row["error"] for row in figures["attend"]}
+    assert {"d4", "d4-rope-key-sums", "d8-x2", "fp16-split-kv", "sdpa-math"} <= attended.keys()
+    assert max(attended.values()) < 2e-3

@@ -1,0 +1,210 @@
+"""How kernels are launched: static rules from shapes alone, since CUDA graphs fix a launch.
+
+Figures behind the rules come from offline compilation, see `docs/kernels.md`; nothing is tuned at
+run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqkv.layouts import PAGE_TOKENS, Layout
+
+#: What kernels that read codes take: channels of a codeword, stages, head dims.
+DIMS, STAGES, HEAD_DIMS = (2, 4, 8, 16, 32), (1, 2, 4), range(16, 257)
+#: Query rows of a program: fewer are no wgmma, and more do not fit into registers.
+LEAST_ROWS, MOST_ROWS = 16, 32
+#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes;
+#: before Hopper, operands of products take registers too.
+KEPT, KEPT_BEFORE_HOPPER = 160, 112
+HOPPER = 90
+#: With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
+NUM_STAGES = 1
+#: Pages below which a split costs more than it gives.
+LEAST_PAGES = 2
+MOST_SPLITS = 128
+#: Registers of a thread beside those kept, about, and of a multiprocessor.
+PASSING, REGISTERS = 100, 65536
+#: At most this many let a third program of 128 threads onto a multiprocessor. The compiler, left
+#: alone, takes a few more for keys turned in registers; of these (D, d) it spills none when told.
+THREE_FIT, TOLD = 168, ((128, 4), (128, 8))
+
+
+@dataclass(frozen=True)
+class Words:
+    """How codes of one stream are read: M, S, K, d, and the bytes read at once."""
+
+    subvectors: int
+    stages: int
+    codewords: int
+    dim: int
+    word: int
+
+    @property
+    def width(self) -> int:
+        """Channels in registers: words are padded to a power of two."""
+        words = self.subvectors * self.stages // self.word
+        return (1 << (words - 1).bit_length()) * (self.word // self.stages) * self.dim
+
+    def constants(self, prefix: str) -> dict[str, int]:
+        """Compile-time arguments of a kernel."""
+        names = ("M", "S", "K", "D", "WORD")
+        values = (self.subvectors, self.stages, self.codewords, self.dim, self.word)
+        return {prefix + name: value for name, value in zip(names, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """One compiled variant of split-KV attention on codes."""
+
+    head_dim: int
+    rows: int
+    keys: Words
+    values: Words
+    paged: bool = False
+    rope: bool = False
+    key_sums: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `attend_split`."""
+        return {
+            "D": self.head_dim,
+            "ROWS": self.rows,
+            **self.keys.constants("K"),
+            **self.values.constants("V"),
+            "PAGED": self.paged,
+            "ROPE": self.rope,
+            "KEY_SUMS": self.key_sums,
+        }
+
+    def options(self, capability: int) -> dict[str, int]:
+        """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
+        most = KEPT if capability >= HOPPER else KEPT_BEFORE_HOPPER
+        options = {"num_warps": 4 if self._kept() < most else 8, "num_stages": NUM_STAGES}
+        if capability >= HOPPER and self._told():
+            options["maxnreg"] = THREE_FIT
+        return options
+
+    def resident(self, capability: int) -> int:
+        """Programs that a multiprocessor holds at a time, by registers, about."""
+        warps = self.options(capability)["num_warps"]
+        each = THREE_FIT if self._told() else self._kept() * 4 // warps + PASSING
+        return max(1, REGISTERS // (32 * warps * each))
+
+    def _kept(self) -> int:
+        """32-bit values that a thread of 128 keeps through the loop."""
+        sums = self.values.width * self.rows + self.keys.width * self.rows * self.key_sums
+        page = self.keys.width * PAGE_TOKENS // 2  # fp16: two a register
+        turning = self.keys.width * self.rows + page if self.rope else 0
+        return (sums + turning + page) // 128
+
+    def _told(self) -> bool:
+        plain = self.keys.stages == 1 and not self.key_sums and self.rows == LEAST_ROWS
+        return self.rope and plain and (self.head_dim, self.keys.dim) in TOLD
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """One compiled variant of the nearest codewords of one stream."""
+
+    stages: int
+    codewords: int
+    dim: int
+    vectors: int
+    blocks: int
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `encode_codes`."""
+        return {
+            "S": self.stages,
+            "K": self.codewords,
+            "DIM": self.dim,
+            "VECTORS": self.vectors,
+            "BLOCKS": self.blocks,
+        }
+
+    def options(self, capability: int) -> dict[str, int]:
+        """Of the compiler."""
+        return {"num_warps": 4, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One compiled variant of pages of codes to states."""
+
+    head_dim: int
+    words: Words
+    paged: bool = False
+    rope: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `decode_pages`."""
+        words = self.words
+        return {
+            "D": self.head_dim,
+            "M": words.subvectors,
+            "S": words.stages,
+            "K": words.codewords,
+            "DIM": words.dim,
+            "WORD": words.word,
+            "PAGED": self.paged,
+            "ROPE": self.rope,
+        }
+
+    def options(self, capability: int) -> dict[str, int]:
+        """Of the compiler."""
+        return {"num_warps": 4, "num_stages": NUM_STAGES}
+
+
+def word_bytes(stages: int, *aligned: int) -> int:
+    """Bytes read at once: 4, 2 or 1, that divide every one of `aligned`, and whole subvectors."""
+    for word in (4, 2, 1):
+        if word % stages == 0 and all(number % word == 0 for number in aligned):
+            return word
+    return 0
+
+
+def odd_shape(layout: Layout) -> str | None:
+    """Why the kernels that read codes do not take a stream's shape, or None."""
+    segment = layout.segments[0]
+    if segment.dim not in DIMS or segment.stages not in STAGES:
+        return (
+            f"subvectors of {segment.dim} channels in {segment.stages} stages; "
+            f"{DIMS} channels in {STAGES} stages are read"
+        )
+    if layout.head_dim not in HEAD_DIMS:
+        return f"head dim {layout.head_dim} is not within 16 to 256"
+    return None
+
+
+def block_rows(rows: int, head_dim: int, capability: int) -> int:
+    """Query rows of a program, a power of two, where a KV head has `rows`."""
+    roomy = head_dim <= 128 and capability >= HOPPER
+    most = MOST_ROWS if roomy else LEAST_ROWS
+    return min(max(1 << (rows - 1).bit_length(), LEAST_ROWS), most)
+
+
+def encode_blocks(vectors: int) -> tuple[int, int]:
+    """Vectors of a block, and blocks of a program, that looks for nearest codewords.
+
+    A program prepares its codewords once for all its blocks; scores of more vectors than 64 do not
+    fit into registers.
+    """
+    return (64, 8 if vectors >= 1024 else 1) if vectors > 16 else (16, 1)
+
+
+def split_count(programs: int, pages: int, multiprocessors: int, resident: int) -> int:
+    """Into how many splits the pages of each of `programs` go.
+
+    The fewest that keep the GPU within a tenth as full as any number does: splits cost partial
+    results, and a last wave of few programs leaves multiprocessors idle.
+    """
+    slots = multiprocessors * resident
+    most = max(1, min(pages // LEAST_PAGES, MOST_SPLITS))
+
+    def fullness(splits: int) -> float:
+        waves = -(-programs * splits // slots)
+        return programs * splits / (waves * slots)
+
+    best = max(fullness(splits) for splits in range(1, most + 1))
+    return next(s for s in range(1, most + 1) if fullness(s) >= 0.9 * best)

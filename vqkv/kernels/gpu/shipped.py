@@ -1,0 +1,75 @@
+"""The variants that are compiled and held to budgets before a release.
+
+Others are compiled when they are first needed: head dims, dims and stages are free within what
+`configs.odd_shape` allows. The names are those of the budgets.
+"""
+
+from __future__ import annotations
+
+from vqkv.kernels.gpu.configs import (
+    HOPPER,
+    LEAST_ROWS,
+    AttendConfig,
+    DecodeConfig,
+    EncodeConfig,
+    Words,
+    word_bytes,
+)
+
+Config = AttendConfig | EncodeConfig | DecodeConfig
+
+
+def words(head_dim: int, dim: int, stages: int) -> Words:
+    """Of 256 codewords, codes of a token right after those of the one before it."""
+    width = head_dim // dim * stages
+    return Words(head_dim // dim, stages, 256, dim, word_bytes(stages, width))
+
+
+def attend(
+    head_dim: int,
+    dim: int,
+    stages: int = 1,
+    rows: int = LEAST_ROWS,
+    paged: bool = False,
+    rope: bool = False,
+    key_sums: bool = False,
+) -> AttendConfig:
+    """Keys and values coded alike."""
+    plane = words(head_dim, dim, stages)
+    return AttendConfig(head_dim, rows, plane, plane, paged=paged, rope=rope, key_sums=key_sums)
+
+
+_EVERYWHERE: dict[str, Config] = {
+    "attend/128/d2": attend(128, 2),
+    "attend/128/d4": attend(128, 4),
+    "attend/128/d4/paged": attend(128, 4, paged=True),
+    "attend/128/d4/rope": attend(128, 4, rope=True),
+    "attend/128/d4/rope/paged": attend(128, 4, rope=True, paged=True),
+    "attend/128/d4/rope/key-sums": attend(128, 4, rope=True, key_sums=True),
+    "attend/128/d8": attend(128, 8),
+    "attend/128/d8/rope": attend(128, 8, rope=True),
+    "attend/128/d8/two-stages": attend(128, 8, stages=2),
+    "attend/128/d8/two-stages/rope": attend(128, 8, stages=2, rope=True),
+    "attend/64/d4": attend(64, 4),
+    "attend/64/d4/rope/key-sums": attend(64, 4, rope=True, key_sums=True),
+    "attend/80/d4/rope": attend(80, 4, rope=True),
+    "attend/256/d4": attend(256, 4),
+    "attend/256/d4/rope/key-sums": attend(256, 4, rope=True, key_sums=True),
+    "encode/d2": EncodeConfig(1, 256, 2, 64, 8),
+    "encode/d4": EncodeConfig(1, 256, 4, 64, 8),
+    "encode/d4/16-vectors": EncodeConfig(1, 256, 4, 16, 1),
+    "encode/d8": EncodeConfig(1, 256, 8, 64, 8),
+    "encode/d8/two-stages": EncodeConfig(2, 256, 8, 64, 8),
+    "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
+    "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
+}
+
+_FROM_HOPPER: dict[str, Config] = {
+    "attend/128/d4/32-rows": attend(128, 4, rows=32),
+    "attend/128/d4/rope/key-sums/32-rows": attend(128, 4, rows=32, rope=True, key_sums=True),
+}
+
+
+def shipped(capability: int) -> dict[str, Config]:
+    """For a GPU of this compute capability."""
+    return _EVERYWHERE | (_FROM_HOPPER if capability >= HOPPER else {})
