@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -398,3 +399,26 @@ def test_tensors_that_do_not_fit_are_refused(geometry: Geometry) -> None:
     with pytest.raises(StateError, match="keys of layer 1: state holds 'codewords' alone, given"):
         empty.load_tensors(without, {})
     assert not empty.fitted
+
+
+class WeighedStates(RandomStates):
+    """Also says what errors cost."""
+
+    def metric(self, layer: int, stream: Stream, kind: Any) -> torch.Tensor:
+        dim = self.geometry.head_dim
+        root = torch.randn(self.geometry.kv_heads, dim, dim, dtype=torch.float64)
+        return root @ root.mT + torch.eye(dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["fast-2bit", "fast-1bit", "spectral-2"])
+def test_presets_learned_in_a_metric_come_back_from_their_artefact(
+    name: str, tmp_path: Path
+) -> None:
+    geometry = make_geometry()
+    states = WeighedStates(geometry, tokens=400)
+    compressor = KVCompressor(load_scheme(name), geometry).fit(states)
+    assert compressor.planned_side_bytes() == compressor.nbytes()
+    compressor.save_pretrained(tmp_path / "artefact")
+    again = KVCompressor.from_pretrained(tmp_path / "artefact")
+    x = states.tensor(0, "keys").transpose(0, 1)[None]
+    assert torch.equal(again.encode(0, "keys", x).codes, compressor.encode(0, "keys", x).codes)

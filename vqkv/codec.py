@@ -258,11 +258,9 @@ class Codec:
             planned += 8 * self.heads * self.head_dim  # the order, int64
         if codebooks:
             planned += sum(
-                quantizer.planned_bytes(segment.books, segment.dim)
+                self._quantizer_bytes(quantizer, segment)
                 for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True)
             )
-            if any(quantizer.config.couples for quantizer in self.quantizers):
-                planned += 2 * self.heads * self.head_dim**2
         return planned
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> Codec:
@@ -417,9 +415,16 @@ class Codec:
                     f"there are {segment.books} codebooks of dim {segment.dim}, "
                     f"given {books.shape[0]} of dim {books.shape[3]}"
                 )
-            _check_bytes(quantizer, segment.books, segment.dim, "codebooks of dim")
+            what = f"{segment.books} codebooks of dim {segment.dim}"
+            _check_bytes(quantizer, self._quantizer_bytes(quantizer, segment), what)
         for part in self._learning():
-            _check_bytes(part, self.heads, self.head_dim, "heads of dim")
+            planned = part.planned_bytes(self.heads, self.head_dim)
+            _check_bytes(part, planned, f"{self.heads} heads of dim {self.head_dim}")
+
+    def _quantizer_bytes(self, quantizer: Quantizer, segment: Segment) -> int:
+        """What a quantizer's state takes: codebooks, and in fp16 how errors of a head couple."""
+        coupling = 2 * self.heads * self.head_dim**2 if quantizer.config.couples else 0
+        return quantizer.planned_bytes(segment.books, segment.dim) + coupling
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):
@@ -526,14 +531,14 @@ def _transformed(transform: Transform, x: torch.Tensor) -> torch.Tensor:
     return transform.forward(x)[0]
 
 
-def _check_bytes(part: Predictor | Transform | Quantizer, count: int, dim: int, unit: str) -> None:
-    """Raises StateError where a part holds other than the bytes that it plans."""
+def _check_bytes(part: Predictor | Transform | Quantizer, planned: int, what: str) -> None:
+    """Raises StateError where a part holds other than the bytes that it plans for `what`."""
     state = part.state()
-    held, planned = sum(tensor.nbytes for tensor in state.values()), part.planned_bytes(count, dim)
+    held = sum(tensor.nbytes for tensor in state.values())
     if held != planned:
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         raise StateError(
-            f"{part.config.type}: its tensors take {planned} bytes for {count} {unit} {dim}, "  # type: ignore[union-attr]
+            f"{part.config.type}: its tensors take {planned} bytes for {what}, "  # type: ignore[union-attr]
             f"given {held} bytes in {shapes}"
         )
 
