@@ -75,7 +75,7 @@ def test_folded_attention_is_attention_on_decoded_states(chain: str) -> None:
         Plane(value_codes.codes.transpose(0, 1)[None], folded.values.codewords),
         start=torch.zeros(1, dtype=torch.int32),
         stop=torch.full((1,), TOKENS, dtype=torch.int32),
-        key_sums=folded.from_keys is not None,
+        key_sums=folded.predicts,
     )
     layouts = AttendLayout(*(compressor.codec(0, s).layout for s in ("keys", "values")))
     with using(attend_codes="naive"):
@@ -89,13 +89,14 @@ def test_diagonal_maps_go_into_the_codewords_and_rotations_do_not() -> None:
     for chain, dense in (("scaled", False), ("strided", False), ("rotated", True)):
         folded = fitted(*CHAINS[chain]).folded(0)
         assert isinstance(folded, FoldedLayer)
-        assert (folded.keys.matrix is not None) == dense
+        assert (folded.keys.order is None) == dense
         assert (folded.keys.mean is not None) == dense
 
 
 def test_pairs_stay_neighbours_before_rope() -> None:
     folded = fitted({"rope": "pre", "grouping": {"type": "rope_pairs", "dim": 4}}, {}).folded(0)
     assert isinstance(folded, FoldedLayer) and folded.pairs is not None
+    assert folded.keys.order is not None
     # Half-split pairs (0, 8), (1, 9), ...
     assert folded.keys.order[0].tolist() == [c for i in range(8) for c in (i, i + 8)]
     assert folded.pairs[0].tolist() == list(range(8))
@@ -115,7 +116,7 @@ def test_codes_of_whole_pairs_in_a_metric_become_plain_channels() -> None:
     compressor = fitted(keys, {})
     folded = compressor.folded(0)
     assert isinstance(folded, FoldedLayer)
-    assert folded.keys.matrix is None and folded.keys.mean is None
+    assert folded.keys.order is not None and folded.keys.mean is None
     states = RandomStates(compressor.geometry, TOKENS).tensor(0, "keys").transpose(0, 1)[None]
     encoded = compressor.encode(0, "keys", states)
     expected = compressor.decode(0, "keys", encoded)[0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 from vqkv.codec import Codec
 from vqkv.drafts import DraftCodec
@@ -32,65 +33,63 @@ class FoldedStream:
 
     Attributes:
         codewords: `[H, M, S, K, d]` in fp32.
-        order: `[H, D]`: the head's channel that each coded one is, where `matrix` is None.
-        matrix: `[H, D, D]`: coded channels to the head's; None where that is `order` alone.
-        mean: `[H, D]`, added by it; None with `order`.
+        matrix: `[H, D, D]`: coded channels to the head's.
+        mean: `[H, D]`, added by it; None where there is none left.
+        order: `[H, D]`: the head's channel that each coded one is, where `matrix` only reorders.
     """
 
     codewords: torch.Tensor
-    order: torch.Tensor
-    matrix: torch.Tensor | None
+    matrix: torch.Tensor
     mean: torch.Tensor | None
-
-    def back(self, z: torch.Tensor) -> torch.Tensor:
-        """Means of coded channels `[B, Q, t, D]` as means of states."""
-        group = z.shape[1] // len(self.order)
-        if self.matrix is None:
-            back = torch.empty_like(z)
-            order = self.order.repeat_interleave(group, 0)[None, :, None]
-            return back.scatter_(3, order.expand_as(z), z)
-        back = z @ self.matrix.repeat_interleave(group, 0)
-        return back if self.mean is None else back + _per_query(self.mean, group)
+    order: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """Both streams of a layer.
+    """Both streams of a layer, and what stands before and after attention on their codes.
 
     Attributes:
         pairs: `[H, D / 2]` (int32): the RoPE pair, or the pair of channels beyond them, at coded
             channels 2j and 2j + 1; None for keys coded after RoPE.
-        from_keys: `[H, D, D]`: what a head's keys predict of its values; None where nothing does.
-        bias: `[H, D]` of that prediction.
+        output_map: `[H, Z, D]`: means of coded values to the output; where values are predicted
+            from keys, Z = 2 D and means of coded keys follow those of values.
+        output_bias: `[H, D]`, added by it; None where there is none.
     """
 
     keys: FoldedStream
     values: FoldedStream
     pairs: torch.Tensor | None
-    from_keys: torch.Tensor | None
-    bias: torch.Tensor | None
+    output_map: torch.Tensor
+    output_bias: torch.Tensor | None
+
+    @property
+    def predicts(self) -> bool:
+        """Values are predicted from the keys."""
+        return self.output_map.shape[1] > self.output_map.shape[2]
 
     def query(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, Q, t, D]` in the keys' coded order."""
-        keys = self.keys
-        group = query.shape[1] // len(keys.order)
-        if keys.matrix is not None:
-            return query @ keys.matrix.transpose(1, 2).repeat_interleave(group, 0)
-        order = keys.order.repeat_interleave(group, 0)[None, :, None]
-        return query.gather(3, order.expand_as(query))
+        """Queries `[B, Q, t, D]` in the keys' coded channels."""
+        return _grouped(query, self.keys.matrix.mT)
 
     def output(self, partial: Partial, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention output `[B, Q, t, D]` and log-sum-exp `[B, Q, t]` over the coded tokens."""
-        group = query.shape[1] // len(self.values.order)
-        output, lse = self.values.back(partial.output), partial.lse
+        means, lse = partial.output, partial.lse
         if self.keys.mean is not None:
-            lse = lse + (query * _per_query(self.keys.mean, group)).sum(3)
-        if self.from_keys is not None and self.bias is not None:
+            lse = lse + _grouped(query, self.keys.mean.unsqueeze(2)).squeeze(3)
+        if self.predicts:
             assert partial.key_mean is not None
-            keys = self.keys.back(partial.key_mean)
-            output = output + keys @ self.from_keys.repeat_interleave(group, 0)
-            output = output + _per_query(self.bias, group)
+            means = torch.cat([means, partial.key_mean], 3)
+        output = _grouped(means, self.output_map)
+        if self.output_bias is not None:
+            group = output.shape[1] // len(self.output_bias)
+            output = output + self.output_bias.repeat_interleave(group, 0)[None, :, None]
         return output, lse
+
+
+def _grouped(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """`[B, Q, t, n]` through the map `[H, n, m]` of each query head's KV head."""
+    rows = rearrange(x, "b (h g) t n -> b h (g t) n", h=len(maps))
+    return rearrange(rows @ maps, "b h (g t) m -> b (h g) t m", t=x.shape[2])
 
 
 def fold(keys: Codec, values: Codec) -> FoldedLayer:
@@ -108,9 +107,17 @@ def fold(keys: Codec, values: Codec) -> FoldedLayer:
         folded_values = _fold_stream(values, None)
     except NotFoldable as reason:
         raise NotFoldable(f"values: {reason}") from reason
-    from_keys, bias = _prediction(values)
-    pairs = _pair_rows(folded_keys.order, _units(keys)) if pre else None
-    return FoldedLayer(folded_keys, folded_values, pairs, from_keys, bias)
+    order = folded_keys.order
+    pairs = _pair_rows(order, _units(keys)) if pre and order is not None else None
+    output_map, bias = folded_values.matrix, folded_values.mean
+    prediction = _prediction(values)
+    if prediction is not None:
+        weight, offset = prediction
+        output_map = torch.cat([output_map, folded_keys.matrix @ weight], 1)
+        bias = offset if bias is None else bias + offset
+        if folded_keys.mean is not None:
+            bias = bias + (folded_keys.mean.unsqueeze(1) @ weight).squeeze(1)
+    return FoldedLayer(folded_keys, folded_values, pairs, output_map, bias)
 
 
 def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
@@ -130,7 +137,7 @@ def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
     if len(found) < heads:
         if units is not None:
             raise NotFoldable("coded before RoPE behind a map that mixes channels of several codes")
-        return FoldedStream(codewords, order, matrix, mean)
+        return FoldedStream(codewords, matrix, mean, None)
     order = torch.stack(found)  # [H, D]
     # Rows of one subvector, and only the channels that they reach: [H, M, d, d].
     index = order[:, None].expand(-1, groups * dim, -1)
@@ -138,7 +145,8 @@ def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
     blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
     moved = torch.einsum("hmskd,hmde->hmske", codewords, blocks)
     moved[:, :, 0] += mean.gather(1, order).view(heads, groups, 1, dim)
-    return FoldedStream(moved.contiguous(), order, None, None)
+    reorder = torch.nn.functional.one_hot(order, codec.head_dim).float()
+    return FoldedStream(moved.contiguous(), reorder, None, order)
 
 
 def _places(matrix: torch.Tensor, dim: int, units: torch.Tensor | None) -> torch.Tensor | None:
@@ -188,11 +196,11 @@ def _undone(codec: Codec, z: torch.Tensor) -> torch.Tensor:
     return z.float()
 
 
-def _prediction(values: Codec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What a layer's keys predict of its values, `k ↦ k B + β`."""
+def _prediction(values: Codec) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a layer's keys predict of its values, `k ↦ k B + β`, B `[H, D, D]` and β `[H, D]`."""
     predictor = values.predictor
     if predictor is None:
-        return None, None
+        return None
     probes = torch.eye(values.head_dim, device=values.order_.device)
     probes = probes.unsqueeze(1).expand(-1, values.heads, -1)
     bias = predictor.predict([torch.zeros_like(probes[:1])])
@@ -210,8 +218,3 @@ def _pair_rows(order: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
     row = torch.empty(units.numel(), dtype=torch.int32, device=order.device)
     row[units[:, 0]] = torch.arange(len(units), dtype=torch.int32, device=order.device)
     return row[order[:, 0::2]]
-
-
-def _per_query(x: torch.Tensor, group: int) -> torch.Tensor:
-    """`[H, D]` for query heads, `[1, Q, 1, D]`."""
-    return x.repeat_interleave(group, 0)[None, :, None]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 
-from vqkv.cache.layer import ExactTokens, VQLayer
+from vqkv.cache.layer import VQLayer
 from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
@@ -22,6 +23,23 @@ from vqkv.scheme import STREAMS
 log = logging.getLogger(__name__)
 
 
+class _View(NamedTuple):
+    """What the layers of one forward have in common, for one mask.
+
+    Attributes:
+        state: what it was made from; another one makes another view.
+        start: `[B]` (int32): the first coded token that no sink stands for.
+        stop: `[B]` (int32): coded tokens.
+        exact: which query sees which exact token, `[B, Q or 1, t, n]`; None where codes have to be
+            decoded, since a mask hides some.
+    """
+
+    state: tuple[object, ...]
+    start: torch.Tensor
+    stop: torch.Tensor
+    exact: torch.Tensor | None
+
+
 def fused_attention(
     layer: VQLayer, query: torch.Tensor, scaling: float, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -33,17 +51,10 @@ def fused_attention(
     folded = _folded(layer, query.device)
     if folded is None or not any(layer.coded):
         return None
-    visible = visible_slots(mask, query.shape[2], layer.get_seq_length(), query.device)
-    # Without a mask attention is causal, and what is coded is older than any query.
-    if mask is not None and not _all_visible(layer, visible):
+    view = _view(layer, query.shape[2], mask)
+    tables = None if folded.pairs is None else _tables(layer)
+    if view.exact is None or (tables is None and folded.pairs is not None):
         return None
-    turns = None
-    if folded.pairs is not None:
-        tables = _tables(layer)
-        if tables is None:
-            return None
-        turns = Turns(*tables, folded.pairs)
-    coded, device = layer.coded, query.device
     keys, values = layer.stores
     scaled = query.float() * scaling
     part = attend_codes(
@@ -51,18 +62,40 @@ def fused_attention(
         Coded(
             Plane(keys.codes, folded.keys.codewords),
             Plane(values.codes, folded.values.codewords),
-            start=torch.tensor([min(layer.sinks, n) for n in coded], dtype=torch.int32).to(device),
-            stop=torch.tensor(coded, dtype=torch.int32).to(device),
-            turns=turns,
-            key_sums=folded.from_keys is not None,
+            start=view.start,
+            stop=view.stop,
+            turns=None if tables is None or folded.pairs is None else Turns(*tables, folded.pairs),
+            key_sums=folded.predicts,
         ),
         _layout(layer),
     )
     output, lse = folded.output(part, scaled)
-    exact = layer.exact_tokens()
-    block = Block(exact.keys, exact.values, _exact_visible(exact, visible))
-    output, _ = merged((output, lse.unsqueeze(-1)), partial(scaled, block))
+    exact = partial(scaled, Block(*layer.exact_states(), view.exact))
+    output, _ = merged((output, lse.unsqueeze(-1)), exact)
     return output.to(query.dtype)
+
+
+def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
+    """Made by the first layer of a forward, found again by the others."""
+    slots = layer.get_seq_length()
+    # The mask itself is part of it: compared by identity, and kept so that no other takes its id.
+    state = (mask, queries, slots, layer.tail_start, tuple(layer.coded), tuple(layer.pads))
+    held = layer.rows.shared.get(str(layer.device))
+    if held is not None and held.state[0] is mask and held.state[1:] == state[1:]:
+        found: _View = held
+        return found
+    visible = visible_slots(mask, queries, slots, layer.device)
+    # Without a mask attention is causal, and what is coded is older than any query.
+    hidden = mask is not None and not _all_visible(layer, visible)
+    coded = torch.tensor(layer.coded, dtype=torch.int32)
+    view = _View(
+        state,
+        coded.clamp(max=layer.sinks).to(layer.device),
+        coded.to(layer.device),
+        None if hidden else _exact_visible(*layer.exact_slots(), visible),
+    )
+    layer.rows.shared[str(layer.device)] = view
+    return view
 
 
 def not_fused(compressor: KVCompressor, device: torch.device) -> str | None:
@@ -112,13 +145,14 @@ def _all_visible(layer: VQLayer, visible: torch.Tensor) -> bool:
     return all(bool(row.all()) for row in rows)
 
 
-def _exact_visible(exact: ExactTokens, visible: torch.Tensor) -> torch.Tensor:
+def _exact_visible(
+    slots: torch.Tensor, counts: torch.Tensor, visible: torch.Tensor
+) -> torch.Tensor:
     """Which query sees which exact token, `[B, Q or 1, t, n]`."""
-    slots, counts = exact.slots[:, None, None], exact.counts[:, None, None]
     visible = visible.expand(len(slots), -1, -1, -1)
     # Rows with fewer sinks name slots beyond their own; those do not count.
-    index = slots.clamp(max=visible.shape[3] - 1)
-    return visible.gather(3, index.expand(*visible.shape[:3], -1)) & counts
+    index = slots.clamp(max=visible.shape[3] - 1)[:, None, None]
+    return visible.gather(3, index.expand(*visible.shape[:3], -1)) & counts[:, None, None]
 
 
 def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -127,9 +161,9 @@ def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
     assert rotary is not None and layer.rows.positions is not None  # the layer has seen to it
     key = (rotary.kind(layer.index), str(layer.device))
     coded = (tuple(layer.coded), tuple(layer.pads))
-    held = layer.rows.turns.get(key)
+    held = layer.rows.shared.get(key)
     if held is None or held[0] != coded:
-        layer.rows.turns[key] = held = (coded, _computed_tables(layer))
+        layer.rows.shared[key] = held = (coded, _computed_tables(layer))
     tables: tuple[torch.Tensor, torch.Tensor] | None = held[1]
     return tables
 

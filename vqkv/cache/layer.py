@@ -9,7 +9,7 @@ sinks are as the model gave them, after RoPE.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -38,19 +38,6 @@ class CodedStates:
 
     def __init__(self, layer: VQLayer) -> None:
         self.layer = layer
-
-
-class ExactTokens(NamedTuple):
-    """Tokens that are kept as they are: keys and values `[B, H, n, D]`, keys after RoPE.
-
-    `slots` `[B, n]` says where each one stands, `counts` `[B, n]` whether it is one: rows differ in
-    how many they have.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    slots: torch.Tensor
-    counts: torch.Tensor
 
 
 class VQLayer(CacheLayerMixin):
@@ -279,15 +266,23 @@ class VQLayer(CacheLayerMixin):
             values[rows] = self._read_values(rows, start - pad, stop - pad).to(self.dtype)
         return values
 
-    def exact_tokens(self) -> ExactTokens:
-        """Sinks and tail, of all rows side by side."""
+    def exact_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys after RoPE and values `[B, H, n, D]` of sinks and tail, of all rows side by side."""
+        return (
+            torch.cat([self._sink_keys, self._tail_keys], 2),
+            torch.cat([self._sink_values, self._tail_values], 2),
+        )
+
+    def exact_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each of `exact_states` stands, `[B, n]`, and whether it counts, bool `[B, n]`.
+
+        Rows differ in how many exact tokens they have.
+        """
         pads = torch.tensor(self._pads(), device=self.device)[:, None]
         coded = torch.tensor(self.coded, device=self.device)[:, None]
         sinks = torch.arange(self._sink_keys.shape[2], device=self.device)
         tail = torch.arange(self._tail_start, self._length, device=self.device)
-        return ExactTokens(
-            torch.cat([self._sink_keys, self._tail_keys], 2),
-            torch.cat([self._sink_values, self._tail_values], 2),
+        return (
             torch.cat([pads + sinks, tail.expand(len(pads), -1)], 1),
             torch.cat([sinks < coded.clamp(max=self.sinks), tail >= pads + coded], 1),
         )
@@ -296,6 +291,11 @@ class VQLayer(CacheLayerMixin):
     def stores(self) -> tuple[PageStore, PageStore]:
         """Coded keys and values."""
         return self._keys, self._values
+
+    @property
+    def tail_start(self) -> int:
+        """The slot of the tail's first entry, exact in some row."""
+        return self._tail_start
 
     @property
     def pads(self) -> list[int]:

@@ -22,7 +22,7 @@ class Rows:
         rotary: the attached model's rotary embedding; None while no model is attached.
         attend: the attached model's attention reads codes.
         decoded: reconstructions that the running forward shares.
-        turns: tables of coded tokens that layers share, see `vqkv.cache.fused`.
+        shared: what layers share that read codes, see `vqkv.cache.fused`.
     """
 
     pads: list[int] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Rows:
     rotary: RotaryAdapter | None = None
     attend: bool = False
     decoded: Decoded = field(default_factory=Decoded)
-    turns: dict[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> int:
@@ -66,13 +66,13 @@ class Rows:
 
     def crop(self, length: int) -> None:
         """Forget slots from `length` on."""
-        self.turns.clear()
+        self.shared.clear()
         if self.positions is not None:
             self.positions = self.positions[:, :length].clone()  # frees the rest's memory
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
-        self.turns.clear()
+        self.shared.clear()
         if self.positions is not None:
             self.positions = self.positions[rows.to(self.positions.device)]
         if self.pads:
@@ -82,7 +82,7 @@ class Rows:
         """Forget all rows."""
         self.pads, self.positions = [], None
         self.decoded.clear()
-        self.turns.clear()
+        self.shared.clear()
 
     @property
     def nbytes(self) -> int:

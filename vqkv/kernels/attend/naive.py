@@ -22,9 +22,8 @@ Score = Callable[[torch.Tensor, torch.Tensor | CommutingKeys], torch.Tensor]
 def products(q: torch.Tensor, keys: torch.Tensor | CommutingKeys) -> torch.Tensor:
     """Scores `[B, Q, t, n]` of queries `[B, Q, t, D]` and keys `[B, H, n, D]`, decoded if coded."""
     keys = keys.decoded() if isinstance(keys, CommutingKeys) else keys.float()
-    grouped = rearrange(q, "b (h g) t d -> b h g t d", h=keys.shape[1])
-    scores = torch.einsum("bhgtd,bhnd->bhgtn", grouped, keys)
-    return rearrange(scores, "b h g t n -> b (h g) t n")
+    grouped = rearrange(q, "b (h g) t d -> b h (g t) d", h=keys.shape[1])
+    return rearrange(grouped @ keys.mT, "b h (g t) n -> b (h g) t n", t=q.shape[2])
 
 
 def attend(
@@ -57,9 +56,9 @@ def partial(
     scores = score(q, block.keys).masked_fill(~block.visible, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.exp(scores - lse).nan_to_num(0.0)
-    grouped = rearrange(weights, "b (h g) t n -> b h g t n", h=block.values.shape[1])
-    output = torch.einsum("bhgtn,bhnd->bhgtd", grouped, block.values.float())
-    return rearrange(output, "b h g t d -> b (h g) t d"), lse
+    grouped = rearrange(weights, "b (h g) t n -> b h (g t) n", h=block.values.shape[1])
+    output = grouped @ block.values.float()
+    return rearrange(output, "b h (g t) d -> b (h g) t d", t=q.shape[2]), lse
 
 
 def refuses(reading: Reading, device: torch.device) -> str | None:
