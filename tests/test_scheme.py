@@ -518,7 +518,7 @@ def predicted(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"keys": {"transforms": [{"type": "spectral", "metric": "output"}]}},
-            r"transforms\.0: the metric of keys is 'query', given 'output'",
+            r"transforms\.0: the metric of keys is 'query' or 'fisher', given 'output'",
         ),
         (
             {
