@@ -4,7 +4,8 @@
 
 `docs/results.md` is all of it, with peers and what papers published. The README and pages under
 `docs/methods/` have a line `<!-- measured: PRESET ... -->`, which a table of those presets follows.
-`docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows.
+`docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows,
+and `<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
     rvq = ROOT / "docs" / "methods" / "rvq.md"
     found[rvq] = with_depths(found[rvq])
     kernels = ROOT / "docs" / "kernels.md"
-    found[kernels] = with_cpu_kernels(kernels.read_text(encoding="utf-8"))
+    found[kernels] = with_gpu_kernels(with_cpu_kernels(kernels.read_text(encoding="utf-8")))
     readme = ROOT / "README.md"
     found[readme] = filled(readme.read_text(encoding="utf-8"), rows)
     return found
@@ -143,6 +144,25 @@ def with_cpu_kernels(page: str) -> str:
     text = "\n\n".join([*parts, END])
     pattern = rf"<!-- cpu-kernels -->(?:.*?{re.escape(END)})?"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def with_gpu_kernels(page: str) -> str:
+    """The page with the instructions that attention issues at D = 128, and spilled registers."""
+    budgets = json.loads((ROOT / "tests" / "kernels" / "budgets.json").read_text(encoding="utf-8"))
+    gpus = ("sm_90", "sm_80")
+    lines = [("", *(f"`{gpu}`" for gpu in gpus)), ("---",) * 3]
+    for name in (name for name in budgets[gpus[0]] if name.startswith("attend/128/")):
+        found = [budgets[gpu].get(name) for gpu in gpus]
+        cells = ("" if f is None else f"{f['instructions']}{_spilled(f['spills'])}" for f in found)
+        lines.append((name.removeprefix("attend/128/"), *cells))
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = f"<!-- gpu-kernels -->\n\n{rows}\n\n{END}"
+    pattern = rf"<!-- gpu-kernels -->(?:(?:(?!<!--).)*?{re.escape(END)})?"
+    return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def _spilled(registers: int) -> str:
+    return f" ({registers} spilled)" if registers else ""
 
 
 def _figure(value: Any) -> str:

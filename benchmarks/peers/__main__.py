@@ -18,9 +18,9 @@ from benchmarks.peers.roster import roster
 from vqkv import load_model
 from vqkv.calibration import read_text
 from vqkv.cli.progress import progress_bars
-from vqkv.evaluation.compare import Settings, provenance
+from vqkv.evaluation.compare import Settings
 from vqkv.evaluation.exact import ExactLogits
-from vqkv.provenance import commit
+from vqkv.provenance import provenance
 from vqkv.texts import CALIBRATION_MIX, EVALUATION_TEXTS, bundled_text
 
 
@@ -60,7 +60,6 @@ def main() -> int:
             data = {
                 "provenance": {
                     **provenance(),
-                    "commit": commit(),
                     "command": f"python -m benchmarks.peers {name}",
                 },
                 "peer": peer.package,

@@ -19,7 +19,7 @@ from vqkv.calibration.capture import Kind
 from vqkv.compressor import EXACT_BYTES
 from vqkv.evaluation import Evaluation
 from vqkv.evaluation.arms import Arms
-from vqkv.evaluation.compare import TIMED_TOKENS, Row, Settings
+from vqkv.evaluation.compare import Row, Settings, timed
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.quality import measure
 from vqkv.geometry import Geometry
@@ -139,23 +139,16 @@ def stored_bytes(peer: Peer, geometry: Geometry, tokens: int) -> int:
     return len(geometry.compressed) * sum(sizes)
 
 
-@torch.inference_mode()
 def coding_times(peer: Peer, geometry: Geometry) -> tuple[float, float]:
-    """Microseconds a token to encode and to decode all streams of random states, best of three."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, geometry.kv_heads, TIMED_TOKENS, geometry.head_dim)
-    x = torch.randn(shape, generator=generator)
-    best = [float("inf"), float("inf")]
-    for _ in range(3):
-        spent = [0.0, 0.0]
+    """As those of a compressor."""
+
+    def once(x: torch.Tensor) -> Iterator[tuple[float, float]]:
         for layer in geometry.compressed:
             for stream in STREAMS:
                 start = time.perf_counter()
                 stored: Any = peer.encode(layer, stream, x)
                 middle = time.perf_counter()
                 peer.decode(layer, stream, stored)
-                spent[0] += middle - start
-                spent[1] += time.perf_counter() - middle
-        best = [min(pair) for pair in zip(best, spent, strict=True)]
-    encode, decode = (1e6 * seconds / TIMED_TOKENS for seconds in best)
-    return encode, decode
+                yield middle - start, time.perf_counter() - middle
+
+    return timed(once, geometry)

@@ -66,6 +66,13 @@ def test_eight_channels_together_beat_four_at_the_same_rate() -> None:
     assert 2**-4 < error(x) < fours, "above the rate-distortion bound, below the smaller grid"
 
 
+def test_errors_on_gaussians_are_those_that_the_page_states() -> None:
+    x = gaussian(40_000)
+    pairs = torch.cdist(x.view(-1, 2), gaussian_grid(2, 16)).amin(1).square().mean() / 2
+    assert error(x) == pytest.approx(0.091, abs=1e-3)
+    assert float(pairs) == pytest.approx(0.108, abs=1e-3)
+
+
 @pytest.mark.parametrize("factor", [0.95, 1.05])
 def test_the_scale_is_the_best_for_gaussians(
     factor: float, monkeypatch: pytest.MonkeyPatch

@@ -43,10 +43,11 @@ def compare(
 
     Exit code 3: the canary of some row failed.
     """
-    from vqkv.evaluation.compare import Settings, provenance
+    from vqkv.evaluation.compare import Settings
     from vqkv.evaluation.compare import compare as run
     from vqkv.evaluation.comparison import check_out, write_comparison
     from vqkv.models import load_model
+    from vqkv.provenance import provenance
     from vqkv.scheme_files import load_scheme
     from vqkv.texts import CALIBRATION_MIX, bundled_text
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -231,31 +229,10 @@ class _Bench:
         return spool
 
 
-def provenance() -> dict[str, str]:
-    """What coding times depend on: machine and versions."""
-    found = {name: version(name) for name in ("torch", "transformers")}
-    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu_name()}"
-    return {"vqkv": __version__, "python": platform.python_version(), **found, "machine": machine}
-
-
-def _cpu_name() -> str:
-    """As the system calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-@torch.inference_mode()
 def coding_times(compressor: KVCompressor) -> tuple[float, float]:
-    """Microseconds a token to encode and to decode all streams of random states, best of three."""
-    geometry = compressor.geometry
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, geometry.kv_heads, TIMED_TOKENS, geometry.head_dim)
-    x = torch.randn(shape, generator=generator)
-    best = [float("inf"), float("inf")]
-    for _ in range(3):
-        spent = [0.0, 0.0]
+    """As `timed`, of all streams of a compressor."""
+
+    def once(x: torch.Tensor) -> Iterator[tuple[float, float]]:
         decoded: dict[StreamKey, torch.Tensor] = {}
         for (layer, stream), _codec in compressor.codecs():
             sources = [decoded[key] for key in compressor.sources(layer, stream)]
@@ -263,12 +240,26 @@ def coding_times(compressor: KVCompressor) -> tuple[float, float]:
             encoded = compressor.encode(layer, stream, x, sources)
             middle = time.perf_counter()
             back = compressor.decode(layer, stream, encoded, sources=sources)
-            spent[0] += middle - start
-            spent[1] += time.perf_counter() - middle
+            yield middle - start, time.perf_counter() - middle
             if compressor.last_use(layer, stream) is not None:
                 decoded[layer, stream] = back
-        best = [min(pair) for pair in zip(best, spent, strict=True)]
-    encode, decode = (1e6 * seconds / TIMED_TOKENS for seconds in best)
+
+    return timed(once, compressor.geometry)
+
+
+@torch.inference_mode()
+def timed(
+    once: Callable[[torch.Tensor], Iterable[tuple[float, float]]], geometry: Geometry
+) -> tuple[float, float]:
+    """Microseconds a token to encode and to decode all streams of random states, best of three.
+
+    `once` codes states `[1, H, T, D]` in every stream and gives the seconds of both for each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, geometry.kv_heads, TIMED_TOKENS, geometry.head_dim)
+    x = torch.randn(shape, generator=generator)
+    runs = [[sum(seconds) for seconds in zip(*once(x), strict=True)] for _ in range(3)]
+    encode, decode = (1e6 * min(seconds) / TIMED_TOKENS for seconds in zip(*runs, strict=True))
     return encode, decode
 
 
