@@ -77,21 +77,8 @@ def test_budgets_are_what_was_asked_for() -> None:
 
 
 #: Rows of the table in docs/kernels.md.
-TOLD = {
-    "d = 2 (4 bits)": "attend/128/d2",
-    "d = 4 (2 bits)": "attend/128/d4",
-    "the same, paged": "attend/128/d4/paged",
-    "the same, and sums of keys": "attend/128/d4/rope/key-sums",
-    "d = 8 (1 bit)": "attend/128/d8",
-    "d = 8, two stages (2 bits)": "attend/128/d8/two-stages",
-}
-
-
-def test_the_page_tells_what_was_reached() -> None:
+def test_the_page_tells_what_encoding_costs() -> None:
     page = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
-    for row, name in TOLD.items():
-        hopper, ampere = (BUDGETS[sm][name]["instructions"] for sm in ("sm_90", "sm_80"))
-        assert f"| {row} | {hopper} | {ampere} |" in page
     encode = BUDGETS["sm_90"]["encode/d4"]["instructions"]
     assert f"issues {encode} instructions per vector" in page
 
