@@ -112,13 +112,13 @@ class BeforeUseLayer(ReconstructingLayer):
         """
         if any(self.rows.pads):
             raise CacheError("before-use takes windows without padding")
-        decoded = self._keys(keys), self._through("values", values)
+        decoded = self._keys(keys), self.coded("values", values)
         self.rows.decoded.release(self.index, self.compressor)
         return decoded
 
     def _keys(self, keys: torch.Tensor) -> torch.Tensor:
         if self.compressor.codec(self.index, "keys", keys.device).layout.rope != "pre":
-            return self._through("keys", keys)
+            return self.coded("keys", keys)
         rotary, positions = self.rows.rotary, self.rows.positions
         if rotary is None or positions is None:
             raise CacheError(
@@ -126,10 +126,11 @@ class BeforeUseLayer(ReconstructingLayer):
                 "inside `with vqkv.attach(model, compressor):`"
             )
         tables = rotary.tables(self.index, positions)
-        decoded = self._through("keys", rotary.unrotate(self.index, keys, tables))
+        decoded = self.coded("keys", rotary.unrotate(self.index, keys, tables))
         return rotary.rotate(self.index, decoded, tables)
 
-    def _through(self, stream: Stream, states: torch.Tensor) -> torch.Tensor:
+    def coded(self, stream: Stream, states: torch.Tensor) -> torch.Tensor:
+        """States `[B, H, T, D]` of a stream, as it codes them, there and back."""
         batch, _, tokens, _ = states.shape
         rows = torch.arange(batch)
         codec = self.compressor.codec(self.index, stream, states.device)

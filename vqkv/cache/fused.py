@@ -12,9 +12,7 @@ from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.folding import FoldedLayer
-from vqkv.kernels.attend import Block
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
-from vqkv.kernels.attend.naive import merged, partial
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.rotation import channel_units
@@ -30,14 +28,16 @@ class _View(NamedTuple):
         state: what it was made from; another one makes another view.
         start: `[B]` (int32): the first coded token that no sink stands for.
         stop: `[B]` (int32): coded tokens.
-        exact: which query sees which exact token, `[B, Q or 1, t, n]`; None where codes have to be
-            decoded, since a mask hides some.
+        hides: a mask hides coded tokens, so they have to be decoded.
+        hidden: the exact tokens that a query does not see, `[B, Q or 1, t, n]`; None where each
+            query sees all of them.
     """
 
     state: tuple[object, ...]
     start: torch.Tensor
     stop: torch.Tensor
-    exact: torch.Tensor | None
+    hides: bool
+    hidden: torch.Tensor | None
 
 
 def fused_attention(
@@ -53,7 +53,7 @@ def fused_attention(
         return None
     view = _view(layer, query.shape[2], mask)
     tables = None if folded.pairs is None else _tables(layer)
-    if view.exact is None or (tables is None and folded.pairs is not None):
+    if view.hides or (tables is None and folded.pairs is not None):
         return None
     keys, values = layer.stores
     scaled = query.float() * scaling
@@ -70,9 +70,35 @@ def fused_attention(
         _layout(layer),
     )
     output, lse = folded.output(part, scaled)
-    exact = partial(scaled, Block(*layer.exact_states(), view.exact))
-    output, _ = merged((output, lse.unsqueeze(-1)), exact)
-    return output.to(query.dtype)
+    return _with_exact(output, lse, scaled, layer, view.hidden).to(query.dtype)
+
+
+def _with_exact(
+    coded: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    layer: VQLayer,
+    hidden: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention `[B, Q, t, D]` over the coded tokens and the exact ones, `hidden` or not.
+
+    One softmax in which all coded tokens are one entry, whose score is their log-sum-exp and whose
+    value is their output `[B, Q, t, D]`.
+    """
+    keys, values = (states.float() for states in layer.exact_states())
+    batch, heads, _, head_dim = keys.shape
+    rows = query.reshape(batch, heads, -1, head_dim)
+    scores = rows @ keys.mT
+    if hidden is not None:
+        scores = scores.view(*query.shape[:3], -1).masked_fill(hidden, -torch.inf).view_as(scores)
+    scores = torch.cat([lse.reshape(batch, heads, -1, 1), scores], 3)
+    weights = scores.softmax(3)
+    if hidden is not None:
+        weights = weights.nan_to_num(0.0)  # rows that see no token
+    output = torch.addcmul(
+        weights[..., 1:] @ values, weights[..., :1], coded.reshape(batch, heads, -1, head_dim)
+    )
+    return output.view(query.shape)
 
 
 def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
@@ -86,13 +112,15 @@ def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
         return found
     visible = visible_slots(mask, queries, slots, layer.device)
     # Without a mask attention is causal, and what is coded is older than any query.
-    hidden = mask is not None and not _all_visible(layer, visible)
+    hides = mask is not None and not _all_visible(layer, visible)
+    hidden = None if hides else ~_exact_visible(*layer.exact_slots(), visible)
     coded = torch.tensor(layer.coded, dtype=torch.int32)
     view = _View(
         state,
         coded.clamp(max=layer.sinks).to(layer.device),
         coded.to(layer.device),
-        None if hidden else _exact_visible(*layer.exact_slots(), visible),
+        hides,
+        None if hidden is None or not bool(hidden.any()) else hidden,
     )
     layer.rows.shared[str(layer.device)] = view
     return view

@@ -412,14 +412,18 @@ class VQLayer(CacheLayerMixin):
     def _pads(self) -> list[int]:
         return self.rows.pads_of(len(self.coded))
 
-    def _groups(self) -> list[tuple[torch.Tensor, int, int]]:
-        """Rows that are alike: (indices, padding, coded tokens)."""
+    def _alike(self) -> dict[tuple[int, int], list[int]]:
+        """Rows by padding and coded tokens."""
         alike: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(self._pads(), self.coded, strict=True)):
             alike.setdefault(key, []).append(row)
+        return alike
+
+    def _groups(self) -> list[tuple[torch.Tensor, int, int]]:
+        """Rows that are alike: (indices, padding, coded tokens)."""
         return [
             (torch.tensor(rows, device=self.device), pad, coded)
-            for (pad, coded), rows in alike.items()
+            for (pad, coded), rows in self._alike().items()
         ]
 
     def _code(self, length: int, available: int) -> None:
@@ -427,10 +431,10 @@ class VQLayer(CacheLayerMixin):
 
         Only the first `available` slots are there to be coded.
         """
-        for rows, pad, coded in self._groups():
+        for (pad, coded), rows in self._alike().items():
             target = min(coded_tokens(length - pad, self.window), coded_tokens(available - pad, 0))
             if target > coded:
-                self._code_rows(rows, pad, coded, target)
+                self._code_rows(torch.tensor(rows, device=self.device), pad, coded, target)
         ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
         # Padding that is yet to come cannot be cut off.
         start = min([available, *ends])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +91,7 @@ def compare(
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     e = row["evaluation"]
-    low, high = e["interval"]
+    low, high = map(math.exp, e["interval"])
     repeated = ", ".join(f"{n}: {loss:.2f}" for n, loss in e["repeated_passage"].items())
     seconds = row["seconds_learn"]
     return (

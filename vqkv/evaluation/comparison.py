@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ def markdown(data: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     e, seconds = row["evaluation"], row["seconds_learn"]
-    low, high = e["interval"]
+    low, high = map(math.exp, e["interval"])
     return (
         f"`{e['scheme']}`",
         f"{e['bits_per_value']:.4g}",
         f"{e['kl']:.4f}",
         f"{e['ratio']:.4f}",
-        f"{low:+.4f} … {high:+.4f}",
+        f"{low:.4f} … {high:.4f}",
         f"{100 * e['top1_agreement']:.1f} %",
         ", ".join(f"{loss:.2f}" for loss in e["repeated_passage"].values()),
         f"{e['side_bytes']['total'] / 1e6:.1f}",

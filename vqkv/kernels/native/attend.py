@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from einops import rearrange
 
 from vqkv.errors import KernelError
 from vqkv.kernels.attend.codes import Coded, Partial
@@ -65,13 +64,16 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     _check_bounds(coded)
     # Few rows and heads leave threads idle; then the tokens of each are shared as well.
     parts = max(1, -(-torch.get_num_threads() // max(1, batch * heads)))
-    q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads).contiguous()
+    # Shapes are changed by views here: a decoding step comes by once a layer, and einops takes as
+    # long as the kernel does on a short text.
+    rows = query.shape[1] // heads * length
+    q = query.float().reshape(batch, heads, rows, head_dim)
     if coded.turns is not None:  # x of all pairs, then y
-        q = rearrange(q, "b h r (j two) -> b h r (two j)", two=2).contiguous()
-    rows = q.shape[2]
-    output = q.new_empty(parts, batch, heads, rows, head_dim)
-    key_sums = q.new_empty(output.shape) if coded.key_sums else None
-    lse = q.new_empty(parts, batch, heads, rows)
+        q = q.unflatten(3, (-1, 2)).mT
+    q = q.contiguous()
+    output = query.new_empty(parts, batch, heads, rows, head_dim, dtype=torch.float32)
+    key_sums = torch.empty_like(output) if coded.key_sums else None
+    lse = output.new_empty(parts, batch, heads, rows)
 
     keys, values = (plane.codewords.float().contiguous() for plane in (coded.keys, coded.values))
     start, stop = coded.start.contiguous(), coded.stop.contiguous()
@@ -101,17 +103,18 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     if failed:
         raise KernelError(FAILURES[failed])
 
-    def whole(part_means: torch.Tensor) -> torch.Tensor:
-        """Of means of parts, the mean; as `[B, Q, t, D]`."""
-        mean = part_means[0] if parts == 1 else (part_means * share.unsqueeze(-1)).sum(0)
-        return rearrange(mean, "b h (g t) d -> b (h g) t d", t=length)
-
-    total = lse.logsumexp(0)
-    share = torch.exp(lse - total).nan_to_num(0.0)  # a row without tokens: −inf − −inf
+    if parts == 1:
+        means, sums, total = output[0], None if key_sums is None else key_sums[0], lse[0]
+    else:
+        total = lse.logsumexp(0)
+        share = torch.exp(lse - total).nan_to_num(0.0).unsqueeze(-1)  # no tokens: −inf − −inf
+        means = (output * share).sum(0)
+        sums = None if key_sums is None else (key_sums * share).sum(0)
+    rows_of = (batch, -1, length)
     return Partial(
-        whole(output),
-        rearrange(total, "b h (g t) -> b (h g) t", t=length),
-        None if key_sums is None else whole(key_sums),
+        means.reshape(*rows_of, head_dim),
+        total.reshape(rows_of),
+        None if sums is None else sums.reshape(*rows_of, head_dim),
     )
 
 
@@ -126,7 +129,7 @@ def _check_bounds(coded: Coded) -> None:
     room = coded.keys.codes.shape[2], coded.values.codes.shape[2]
     if coded.pages is not None:
         room = (coded.pages.shape[1] * PAGE_TOKENS,) * 2
-    first, last = int(coded.start.min()), int(coded.stop.max())
+    first, last = min(coded.start.tolist()), max(coded.stop.tolist())
     if first < 0 or last > min(room):
         raise KernelError(f"start and stop lie in 0 to {min(room)}, given {first} to {last}")
     if coded.turns is None:
@@ -138,5 +141,6 @@ def _check_bounds(coded: Coded) -> None:
             f"turns of pages are [{batch} or 1, {-(-last // PAGE_TOKENS)} or more, {half}, 2], "
             f"given {list(page.shape)}"
         )
-    if int(pairs.min()) < 0 or int(pairs.max()) >= half:
-        raise KernelError(f"pairs lie in 0 to {half - 1}, given {pairs.min()} to {pairs.max()}")
+    lowest, highest = (int(pairs.numpy().min()), int(pairs.numpy().max()))  # sooner than torch's
+    if lowest < 0 or highest >= half:
+        raise KernelError(f"pairs lie in 0 to {half - 1}, given {lowest} to {highest}")
