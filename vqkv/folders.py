@@ -1,7 +1,8 @@
-"""Folders that are written all or nothing, and never over anybody's own files."""
+"""Folders and files that are written all or nothing, and never over anybody's own files."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -54,3 +55,11 @@ def replacing(folder: Path) -> Iterator[Path]:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)

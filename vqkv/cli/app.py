@@ -7,7 +7,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vqkv.cli import bench, calibrate, compare, demo, evaluate, generate, inspect, plan, schemes
+from vqkv.cli import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    schemes,
+    tune,
+)
 from vqkv.cli.output import fail
 from vqkv.errors import VQKVError
 
@@ -36,6 +47,7 @@ app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("tune")(tune.tune)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from vqkv.calibration.run import model_sample
 from vqkv.compressor import KVCompressor, StreamKey
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.run import evaluate
+from vqkv.folders import write_whole
 from vqkv.geometry import Geometry
 from vqkv.models import cache_root
 from vqkv.scheme import Scheme
@@ -99,23 +100,44 @@ def compare(
         TextError: a text cannot be read or is too short.
         SchemeError, StateError: a scheme does not fit the model or its states.
     """
-    tell = progress or (lambda phase, done, total: None)
-    folder = cache_root() / "compare"
     read = [read_text(text) for text in texts]
+    with open_bench(model, tokenizer, schemes, settings, progress) as bench:
+        for scheme in schemes:
+            yield from bench.rows(scheme, read)
+
+
+@contextmanager
+def open_bench(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    schemes: Sequence[Scheme],
+    settings: Settings,
+    progress: Progress | None = None,
+) -> Iterator[Bench]:
+    """A bench for schemes that learn from what some of `schemes` learn from.
+
+    Captured states go when the block ends; where it ends by an exception they stay, so that the
+    next bench for the same schemes goes on with them.
+    """
+    folder = cache_root() / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, as files are named by tokens alone: another model must not find them.
     logits = Path(tempfile.mkdtemp(prefix="exact-", dir=folder))
-    bench = _Bench(model, tokenizer, schemes, settings, ExactLogits(model, logits), folder, tell)
+    tell = progress or (lambda phase, done, total: None)
+    exact = ExactLogits(model, logits)
     try:
-        for scheme in schemes:
-            yield from bench.rows(scheme, read)
+        bench = Bench(model, tokenizer, schemes, settings, exact, folder, tell)
+        yield bench
         shutil.rmtree(bench.states, ignore_errors=True)
     finally:
         shutil.rmtree(logits, ignore_errors=True)
 
 
-class _Bench:
-    """What the schemes of one comparison share: a model, its states, its exact logits."""
+class Bench:
+    """What the schemes of one comparison share: a model, its states, its exact logits.
+
+    Made by `open_bench`.
+    """
 
     def __init__(
         self,
@@ -149,8 +171,7 @@ class _Bench:
 
     def rows(self, scheme: Scheme, texts: Sequence[Text]) -> Iterator[Row]:
         """Of one scheme on every text, from the cache where they are there."""
-        common = {**self._common, "fingerprint": scheme.fingerprint()}
-        home = self.folder / f"{scheme.name}-{_hash(common)}"
+        home = self.home(scheme)
         compressor: KVCompressor | None = None
         for index, text in enumerate(texts):
             wanted = {
@@ -164,7 +185,7 @@ class _Bench:
             kept = home / f"{Path(text.name).stem}-{_hash(wanted)}.json"
             if not kept.exists():
                 if compressor is None:
-                    compressor = self._calibrated(scheme, home)
+                    compressor = self.calibrated(scheme)
                     compressor = compressor.with_residency(sinks=self.settings.sinks)
                 evaluation = evaluate(
                     self.model,
@@ -179,20 +200,26 @@ class _Bench:
                     exact=self.exact,
                     progress=_named(self.tell, f"{scheme.name}: {text.name}"),
                 )
-                _keep(kept, evaluation.to_dict())
+                keep(kept, evaluation.to_dict())
             times = home / "coding.json"
             if not times.exists():
-                compressor = compressor or self._calibrated(scheme, home)
+                compressor = compressor or self.calibrated(scheme)
                 encode_us, decode_us = coding_times(compressor)
-                _keep(times, {"encode_us": encode_us, "decode_us": decode_us})
+                keep(times, {"encode_us": encode_us, "decode_us": decode_us})
             took = home / "learning.json"
             seconds = _kept(took)["seconds"] if took.exists() else None
             yield Row(_kept(kept), seconds, **_kept(times))
 
-    def _calibrated(self, scheme: Scheme, home: Path) -> KVCompressor:
+    def home(self, scheme: Scheme) -> Path:
+        """Where everything about a scheme is kept."""
+        common = {**self._common, "fingerprint": scheme.fingerprint()}
+        return self.folder / f"{scheme.name}-{_hash(common)}"
+
+    def calibrated(self, scheme: Scheme) -> KVCompressor:
         """The scheme's compressor, from the cache where it is there."""
         if scheme.data_free:
             return KVCompressor(scheme, self.geometry)
+        home = self.home(scheme)
         artefact, took = home / "artefact", home / "learning.json"
         if artefact.exists() and took.exists():
             return KVCompressor.from_pretrained(artefact, self.model.config)
@@ -207,13 +234,13 @@ class _Bench:
             seed=self.settings.seed,
             context=self.settings.context,
             overwrite=True,
-            captured=self._captured(scheme.residency.sinks),
+            captured=self.captured(scheme.residency.sinks),
             progress=_named(self.tell, scheme.name),
         )
-        _keep(took, {"seconds": report.seconds_learn})
+        keep(took, {"seconds": report.seconds_learn})
         return report.compressor
 
-    def _captured(self, sinks: int) -> Spool:
+    def captured(self, sinks: int) -> Spool:
         """The states that all schemes with so many sinks learn from, captured once."""
         texts = [read_text(text) for text in self.settings.calibration_texts]
         windows = calibration_windows(
@@ -288,9 +315,6 @@ def _kept(path: Path) -> dict[str, Any]:
     return values
 
 
-def _keep(path: Path, values: dict[str, Any]) -> None:
+def keep(path: Path, values: dict[str, Any]) -> None:
     """Write JSON, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.new")
-    draft.write_text(json.dumps(values, indent=2, allow_nan=False), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(values, indent=2, allow_nan=False))

@@ -1,0 +1,74 @@
+"""Rates of streams: steps, schemes with many of them, and files that say just what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_model
+from vqkv.compressor import KVCompressor, StreamKey
+from vqkv.errors import SchemeError
+from vqkv.geometry import Geometry
+from vqkv.scheme import STREAMS
+from vqkv.scheme_files import load_scheme
+from vqkv.tuning.files import scheme_file
+from vqkv.tuning.rates import Step, ladder, whole_bytes, with_steps
+
+
+@pytest.fixture
+def geometry() -> Geometry:
+    return Geometry.from_model(tiny_model("llama"))
+
+
+def keys_of(geometry: Geometry) -> list[StreamKey]:
+    return [(layer, stream) for layer in geometry.compressed for stream in STREAMS]
+
+
+def test_steps_rise_and_the_largest_dim_stands_for_a_rate() -> None:
+    steps = ladder((2, 4, 8), (6, 8, 10))
+    assert [step.rate for step in steps] == [0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5]
+    assert steps[3] == Step(4, 6) and ladder((4, 2), (4, 8))[1] == Step(4, 8)
+
+
+def test_no_byte_is_left_half_used() -> None:
+    steps = ladder((2, 4, 8), (5, 6, 8, 9))
+    assert whole_bytes(steps, 16) == (
+        Step(8, 8),
+        Step(4, 6),
+        Step(4, 8),
+        Step(2, 5),
+        Step(2, 6),
+        Step(2, 8),
+        Step(2, 9),
+    )
+    assert whole_bytes(steps, 12) == (Step(4, 8), Step(2, 8))
+
+
+@pytest.mark.parametrize("preset", ["recommended-2bit", "fast-2bit"])
+def test_each_stream_has_its_step(preset: str, geometry: Geometry, tmp_path: Path) -> None:
+    base = load_scheme(preset)
+    steps = {key: Step(4, 8) for key in keys_of(geometry)}
+    steps[geometry.compressed[-1], "values"] = Step(8, 8)
+    steps[geometry.compressed[0], "keys"] = Step(2, 8)
+    scheme = with_steps(base, "mixed", steps, geometry)
+    layouts = {key: codec.layout for key, codec in KVCompressor(scheme, geometry).codecs()}
+    assert {key: layout.bits_per_value for key, layout in layouts.items()} == {
+        key: step.rate for key, step in steps.items()
+    }
+    file = tmp_path / "scheme.yaml"
+    file.write_text(scheme_file(scheme, preset, ["found"]))
+    assert load_scheme(file) == scheme
+    assert "learner" not in file.read_text()  # nothing that the preset says already
+
+
+def test_a_uniform_step_needs_no_overrides_but_those_of_the_preset(geometry: Geometry) -> None:
+    base = load_scheme("fast-2bit")
+    scheme = with_steps(base, base.name, dict.fromkeys(keys_of(geometry), Step(4, 8)), geometry)
+    assert scheme.fingerprint() == base.fingerprint()
+
+
+def test_other_quantizers_are_refused(geometry: Geometry) -> None:
+    steps = dict.fromkeys(keys_of(geometry), Step(4, 8))
+    with pytest.raises(SchemeError, match="one product quantizer for all channels, given residual"):
+        with_steps(load_scheme("rvq-2.875"), "x", steps, geometry)

@@ -1,0 +1,184 @@
+"""`tune`: fit one scheme at a few rates, learn what bits are worth where, and spend them there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vqkv.calibration.source import CapturedStates
+from vqkv.calibration.windows import Text, read_text
+from vqkv.compressor import StreamKey
+from vqkv.errors import SchemeError
+from vqkv.evaluation.compare import Bench, Progress, Settings, keep, open_bench
+from vqkv.geometry import Geometry
+from vqkv.scheme import STREAMS, Scheme
+from vqkv.scheme_files import load_scheme
+from vqkv.tuning.allocation import allocate
+from vqkv.tuning.costs import stream_costs
+from vqkv.tuning.curves import Curve
+from vqkv.tuning.rates import Step, ladder, whole_bytes, with_steps
+
+Family = Literal["recommended", "fast"]
+Objective = Literal["kl", "ratio"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """Where a search starts.
+
+    Attributes:
+        preset: whose streams take other rates.
+        steps: that they take.
+        anchors: rates that all streams are fitted at together, in parts of the budget.
+    """
+
+    preset: str
+    steps: tuple[Step, ...]
+    anchors: tuple[float, ...] = (0.6, 1.0, 1.5)
+
+
+TEMPLATES: dict[Family, Template] = {
+    # Codes of any width; more than 10 bits take more tokens to learn than are there.
+    "recommended": Template("recommended-2bit", ladder((2, 4, 8), (6, 7, 8, 9, 10))),
+    # What a kernel reads: one byte for 2, 4 or 8 channels.
+    "fast": Template("fast-2bit", ladder((2, 4, 8), (8,)), anchors=(0.5, 1.0, 2.0)),
+}
+
+#: Times that rates are shared out anew by what the last fit cost.
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme that was fitted and scored.
+
+    Attributes:
+        kl: mean over the texts, nats per token.
+        ratio: of perplexities, likewise.
+        expected: KL that the costs of its streams add up to.
+    """
+
+    scheme: Scheme
+    bits: float
+    kl: float
+    ratio: float
+    expected: float
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "scheme": self.scheme.to_dict()}
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | Path],
+    bits: float,
+    settings: Settings,
+    family: Family = "recommended",
+    progress: Progress | None = None,
+) -> Iterator[Candidate]:
+    """Each candidate as it is scored: uniform rates, then rates by stream.
+
+    Fits and scores are kept as those of `compare` are: the same call goes on where it was.
+
+    Args:
+        texts: to score candidates on; no figure of them is one of a text that was not seen.
+        bits: per value, that the best may take.
+        settings: what candidates have in common; they learn from its calibration texts.
+
+    Raises:
+        SchemeError: no rate of the family is so low.
+        TextError, StateError, ModelError: as `compare`.
+    """
+    template = TEMPLATES[family]
+    base = load_scheme(template.preset)
+    read = [read_text(text) for text in texts]
+    available = whole_bytes(template.steps, Geometry.from_model(model).head_dim)
+    if not available or available[0].rate > bits:
+        lowest = f"the lowest rate of family {family!r} is {available[0].rate:g}"
+        none = f"family {family!r} has no rate for heads of this dim"
+        raise SchemeError(f"{bits:g} bits: {lowest if available else none}")
+    with open_bench(model, tokenizer, [base], settings, progress) as bench:
+        search = _Search(bench, base, read, available)
+        measured: list[tuple[dict[StreamKey, Step], dict[StreamKey, float]]] = []
+        for step in search.anchors(bits, template.anchors):
+            steps = dict.fromkeys(search.keys, step)
+            candidate, costs = search.scored(steps, f"{family}-{step.rate:g}")
+            measured.append((steps, costs))
+            yield candidate
+        tried = [steps for steps, _ in measured]
+        for turn in range(ROUNDS):
+            curves = {
+                key: Curve([(steps[key].rate, costs[key]) for steps, costs in measured])
+                for key in search.keys
+            }
+            steps = allocate(curves, available, bits)
+            if steps in tried:
+                return
+            tried.append(steps)
+            candidate, costs = search.scored(steps, f"{family}-{bits:g}-{'ab'[turn]}")
+            measured.append((steps, costs))
+            yield candidate
+
+
+class _Search:
+    """Fits, costs and scores of one template's schemes."""
+
+    def __init__(
+        self, bench: Bench, base: Scheme, texts: list[Text], steps: tuple[Step, ...]
+    ) -> None:
+        self.bench = bench
+        self.base = base
+        self.texts = texts
+        self.steps = steps
+        self.keys: list[StreamKey] = [
+            (layer, stream) for layer in bench.geometry.compressed for stream in STREAMS
+        ]
+
+    def anchors(self, bits: float, parts: Sequence[float]) -> list[Step]:
+        """Of the steps those nearest to parts of the budget."""
+        chosen = [min(self.steps, key=lambda step: abs(step.rate - bits * p)) for p in parts]
+        return list(dict.fromkeys(chosen))
+
+    def scored(
+        self, steps: dict[StreamKey, Step], name: str
+    ) -> tuple[Candidate, dict[StreamKey, float]]:
+        """The candidate with these steps, and what its streams cost."""
+        scheme = with_steps(self.base, name, steps, self.bench.geometry)
+        rows = [row.evaluation for row in self.bench.rows(scheme, self.texts)]
+        costs = self._costs(scheme)
+        candidate = Candidate(
+            scheme,
+            bits=rows[0]["bits_per_value"],
+            kl=sum(row["kl"] for row in rows) / len(rows),
+            ratio=sum(row["ratio"] for row in rows) / len(rows),
+            expected=sum(costs.values()),
+        )
+        return candidate, costs
+
+    def _costs(self, scheme: Scheme) -> dict[StreamKey, float]:
+        kept = self.bench.home(scheme) / "costs.json"
+        if not kept.exists():
+            compressor = self.bench.calibrated(scheme)
+            source = CapturedStates(
+                self.bench.captured(scheme.residency.sinks),
+                self.bench.model,
+                compressor,
+                self.bench.settings.context,
+            )
+            found = stream_costs(compressor, source)
+            keep(kept, {f"{layer}.{stream}": c for (layer, stream), c in found.items()})
+        costs = json.loads(kept.read_text(encoding="utf-8"))
+        return {key: costs[f"{key[0]}.{key[1]}"] for key in self.keys}
+
+
+def best(candidates: Sequence[Candidate], bits: float, objective: Objective) -> Candidate:
+    """Of those within the budget the one of the lowest KL or perplexity ratio."""
+    within = [candidate for candidate in candidates if candidate.bits <= bits + 1e-9]
+    return min(within, key=lambda candidate: getattr(candidate, objective))
