@@ -4,6 +4,9 @@
 
 `docs/results.md` is all of it, with peers and what papers published. The README and pages under
 `docs/methods/` have a line `<!-- measured: PRESET ... -->`, which a table of those presets follows.
+Pages may have `<!-- streams: NAME NAME -->` too, which what `benchmarks/streams.py` measured of each
+stream alone follows.
+
 `docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows,
 and `<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
 """
@@ -86,7 +89,7 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
     )
     found = {ROOT / "docs" / "results.md": introduction + table(ranked, published()) + "\n"}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
-        found[path] = filled(path.read_text(encoding="utf-8"), rows)
+        found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
     rvq = ROOT / "docs" / "methods" / "rvq.md"
     found[rvq] = with_depths(found[rvq])
     kernels = ROOT / "docs" / "kernels.md"
@@ -124,6 +127,35 @@ def filled(page: str, rows: list[dict[str, Any]]) -> str:
         return "\n\n".join([*parts, END])
 
     pattern = rf"<!-- measured: (.*?) -->(?:.*?{re.escape(END)})?"
+    return re.sub(pattern, replaced, page, flags=re.DOTALL)
+
+
+def with_streams(page: str) -> str:
+    """The page with a table of each stream alone after each line that names schemes for it."""
+
+    def replaced(match: re.Match[str]) -> str:
+        data = json.loads((RESULTS / "streams.json").read_text(encoding="utf-8"))
+        known = {row["scheme"]: row for row in data["rows"]}
+        head = ("scheme", "coded alone", "bits", "perplexity ratio", "error / variance")
+        lines = [(*head, "error / energy", "energy in means"), ("---",) * 7]
+        for name in match.group(1).split():
+            for stream in ("keys", "values"):
+                row = known[name][stream]
+                lines.append(
+                    (
+                        f"`{name}`",
+                        stream,
+                        f"{row['bits_per_value']:.4g}",
+                        f"{row['ratio']:.3f}",
+                        f"{row['error_of_variance']:.3f}",
+                        f"{row['error_of_energy']:.3f}",
+                        f"{row['energy_in_means']:.2f}",
+                    )
+                )
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"<!-- streams: {match.group(1)} -->\n\n{rows}\n\n{END}"
+
+    pattern = rf"<!-- streams: (.*?) -->(?:.*?{re.escape(END)})?"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
 
 
