@@ -4,8 +4,8 @@
 
 `docs/results.md` is all of it, with peers and what papers published. The README and pages under
 `docs/methods/` have a line `<!-- measured: PRESET ... -->`, which a table of those presets follows.
-Pages may have `<!-- streams: NAME NAME -->` too, which what `benchmarks/streams.py` measured of each
-stream alone follows.
+Pages may have `<!-- streams: NAME ... -->` too, which what `benchmarks/streams.py` measured of
+each stream alone follows.
 
 `docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows,
 and `<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
@@ -169,7 +169,7 @@ def with_cpu_kernels(page: str) -> str:
         f"{machine['threads']}; medians over {data['rounds']} rounds in turn "
         f"([`cpu-kernels.json`](../benchmarks/results/cpu-kernels.json)).",
     ]
-    for operation in ("encode", "attend", "decode"):
+    for operation in (each for each in ("encode", "attend", "decode", "steps") if data.get(each)):
         names = list(data[operation][0])
         lines = [[name.replace("_", " ") for name in names], ["---"] * len(names)]
         lines += [[_figure(value) for value in row.values()] for row in data[operation]]

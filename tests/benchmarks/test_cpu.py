@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import json
 from itertools import count
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny_models import tiny_model
 from vqkv.benchmarks import cpu
 from vqkv.benchmarks.attend import attend_case
+from vqkv.benchmarks.decoding import decoding_cases
 from vqkv.benchmarks.timing import medians
 from vqkv.cli import app
+from vqkv.compressor import KVCompressor
+from vqkv.geometry import Geometry
 from vqkv.kernels import native
+from vqkv.scheme_files import load_scheme
 
 needs_compiled = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
@@ -50,3 +57,16 @@ def test_the_command_prints_its_figures_as_json(monkeypatch: pytest.MonkeyPatch)
     assert found["encode"][0]["codewords"] == 16
     shown = CliRunner().invoke(app, ["bench", "cpu"])
     assert "attend speedup vs best" in shown.output
+
+
+def test_steps_of_a_model_are_timed_with_all_three_caches(tmp_path: Path) -> None:
+    checkpoint = save_tiny_checkpoint(tmp_path / "model")
+    compressor = KVCompressor(load_scheme("scalar-4bit"), Geometry.from_model(tiny_model("llama")))
+    rows = decoding_cases(str(checkpoint), compressor, contexts=(24, 10**6), steps=3, warm_up=1)
+    # Contexts beyond the model's positions are left out.
+    assert [(row["dtype"], row["context"]) for row in rows] == [("float32", 24), ("bfloat16", 24)]
+    for row in rows:
+        steps = row["compressed_ms"], row["dynamic_ms"], row["static_ms"]
+        assert row["tokens_per_second"] == 1000 / steps[0]
+        assert row["tokens_per_second_exact"] == 1000 / min(steps[1:])
+        assert (row["scheme"], row["read"]) == ("scalar-4bit", "decode")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from vqkv.benchmarks.attend import attend_case
+from vqkv.benchmarks.decoding import decoding_cases
 from vqkv.benchmarks.timing import clock, medians
+from vqkv.compressor import KVCompressor
 from vqkv.kernels import native
 from vqkv.kernels.native.decode import decode_into
 from vqkv.provenance import provenance
@@ -32,9 +34,12 @@ ATTEND = (
 DECODE = ((131072, 4), (131072, 8))
 
 
-def run(threads: int = 1, rounds: int = 9) -> dict[str, Any]:
-    """All cases, with machine, versions and commit."""
+def run(
+    threads: int = 1, rounds: int = 9, model: str = "", compressor: KVCompressor | None = None
+) -> dict[str, Any]:
+    """All cases, with machine, versions and commit; with a compressor also its model's steps."""
     with _threads(threads):
+        steps = {} if compressor is None else {"steps": decoding_cases(model, compressor)}
         return {
             **provenance(),
             "simd_level": native.simd_level(),
@@ -43,6 +48,7 @@ def run(threads: int = 1, rounds: int = 9) -> dict[str, Any]:
             "encode": [encode_case(*shape, threads, rounds) for shape in ENCODE],
             "attend": [attend_case(*shape, threads, rounds) for shape in ATTEND],
             "decode": [decode_case(*shape, threads, rounds) for shape in DECODE],
+            **steps,
         }
 
 

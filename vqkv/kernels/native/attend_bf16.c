@@ -98,7 +98,11 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
             const int64_t column = quad * QUAD / dim * stages + s;
             const float *from = words + column * size * dim + quad * QUAD % dim;
             word *to = rounded + (quad * stages + s) * 256;
-            for (int64_t k = 0; k < size; k++)
+            int64_t k = 0;
+            for (; dim == QUAD && k + 4 <= size; k += 4) /* four whole codewords at once */
+                _mm256_storeu_si256((__m256i *)(to + k),
+                                    (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k * QUAD)));
+            for (; k < size; k++)
                 _mm_storel_epi64((__m128i *)(to + k),
                                  (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(from + k * dim)));
         }
@@ -115,13 +119,16 @@ static TARGET void prepare(struct work *w)
     if (a->page_turns == NULL)
         return;
     const int32_t *pairs = a->pairs + w->head * half;
-    for (int64_t j = 0; j < half; j++)
+    const __m128i sign = _mm_set1_epi32((int)0x80000000u);
+    for (int64_t quad = 0; quad < half / 2; quad++)
         for (int64_t o = 0; o < PAGE; o++) {
-            const float *turn = a->offset_turns + (o * half + pairs[j]) * 2;
-            const uint32_t both = pair(turn[0], turn[1]);
-            uint32_t *to = p.turns + j / 2 * PAGE * 4 + o / 8 * 32 + o % 8 * 2 + j % 2;
-            to[0] = both ^ 0x80000000u;
-            to[16] = both << 16 | both >> 16;
+            const float *turns = a->offset_turns + o * a->head_dim;
+            const __m128i both = (__m128i)_mm_cvtneps_pbh(_mm_castpd_ps(
+                _mm_loadh_pd(_mm_load_sd((const double *)(turns + 2 * pairs[2 * quad])),
+                             (const double *)(turns + 2 * pairs[2 * quad + 1]))));
+            uint32_t *to = p.turns + quad * PAGE * 4 + o / 8 * 32 + o % 8 * 2;
+            _mm_storel_epi64((__m128i *)to, _mm_xor_si128(both, sign));
+            _mm_storel_epi64((__m128i *)(to + 16), _mm_rol_epi32(both, 16));
         }
 }
 
