@@ -45,27 +45,33 @@ class Linear(Predictor):
         return self.config.scope == "head"
 
     def fit(self, states: States, sources: Sequence[States]) -> Self:
-        """Closed form, in fp64, one pass over the tokens.
+        """Closed form, one pass over the tokens.
+
+        Chunks are moved by the first one's mean, so that their products keep their digits in fp32;
+        sums over chunks and the solution are fp64.
 
         Raises:
             StateError: weights beyond fp16.
         """
         total: torch.Tensor | None = None
-        for chunk in states.beside(sources, lambda x, s: self._rows([*s, x])):
-            rows = torch.nn.functional.pad(chunk.double(), (0, 1), value=1.0)  # [U, N, F + n + 1]
-            product = rows.transpose(1, 2) @ rows
+        shift: torch.Tensor | None = None
+        for rows in states.beside(sources, lambda x, s: self._rows([*s, x])):  # [U, N, F + n]
+            shift = rows.mean(1, keepdim=True) if shift is None else shift
+            moved = torch.nn.functional.pad(rows - shift, (0, 1), value=1.0)
+            product = (moved.mT @ moved).double()
             total = product if total is None else total + product
-        if total is None or not states.tokens:
+        if total is None or shift is None or not states.tokens:
             raise StateError("there are no tokens to learn from")
         count = total[:, -1:, -1:]
-        mean = total[:, -1:, :-1] / count  # [U, 1, F + n]
-        covariance = total[:, :-1, :-1] / count - mean.transpose(1, 2) @ mean
+        offset = total[:, -1:, :-1] / count  # of the mean from the shift, [U, 1, F + n]
+        covariance = total[:, :-1, :-1] / count - offset.mT @ offset
+        mean = shift.double() + offset
         features = self._features(covariance.shape[1])
         seen = covariance[:, :features, :features]
         spread = seen.diagonal(dim1=1, dim2=2).mean(1)
         # Sources that never vary predict nothing: what is left of them is rounding, in parts of
         # their size, and must neither be learned from nor make the system singular.
-        size = (total[:, :features, :features] / count).diagonal(dim1=1, dim2=2).mean(1)
+        size = spread + mean[:, 0, :features].square().mean(1)
         penalty = (self.config.ridge * spread).maximum(1e-10 * size)
         penalty = penalty.clamp_min(torch.finfo(torch.float32).tiny)
         eye = torch.eye(features, dtype=seen.dtype, device=seen.device)
