@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from transformers import DynamicCache, StaticCache
 from vqkv.attention import most_positions
 from vqkv.cache import attach
 from vqkv.compressor import KVCompressor
+from vqkv.layouts import PAGE_TOKENS
 from vqkv.models import load_model
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONTEXTS = (4096, 8000)
-STEPS, WARM_UP = 20, 4
+#: A page's worth, so that one of them codes a page.
+STEPS, WARM_UP = PAGE_TOKENS, 4
 #: Tokens of a prefill's forward.
 CHUNK = 512
 
@@ -45,7 +47,7 @@ def decoding_cases(
 def decoding_case(
     model: Any, compressor: KVCompressor, context: int, steps: int, warm_up: int
 ) -> dict[str, Any]:
-    """Median milliseconds of a step with each cache.
+    """Mean milliseconds of a step with each cache.
 
     Steps of all caches are taken in turn, each one token further.
     """
@@ -74,7 +76,7 @@ def decoding_case(
     for part in ids[:, context:].split(1, 1):
         for name in caches:
             forward(name, part)
-    steps_ms = {name: median(times[warm_up:]) for name, times in spent.items()}
+    steps_ms = {name: fmean(times[warm_up:]) for name, times in spent.items()}
     exact = min(steps_ms["dynamic"], steps_ms["static"])
     return {
         "scheme": compressor.scheme.name,
