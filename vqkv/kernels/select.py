@@ -20,7 +20,15 @@ from vqkv.registry import Registry, did_you_mean
 log = logging.getLogger(__name__)
 
 Op = Literal[
-    "encode", "encode_pair", "decode", "decode_codes", "attend", "attend_codes", "pack", "unpack"
+    "encode",
+    "encode_joint",
+    "encode_pair",
+    "decode",
+    "decode_codes",
+    "attend",
+    "attend_codes",
+    "pack",
+    "unpack",
 ]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("vqkv_forced_kernels", default={})  # noqa: B039
@@ -65,6 +73,8 @@ KERNELS: Registry[Kernel] = Registry(
         "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
         "encode.triton": "vqkv.kernels.encode.triton:KERNEL",
+        "encode_joint.naive": "vqkv.kernels.encode.joint_naive:KERNEL",
+        "encode_joint.cpu": "vqkv.kernels.encode.joint_cpu:KERNEL",
         "encode_pair.naive": "vqkv.kernels.encode.pair_naive:KERNEL",
         "encode_pair.triton": "vqkv.kernels.encode.pair_triton:KERNEL",
         "decode.naive": "vqkv.kernels.decode.naive:KERNEL",

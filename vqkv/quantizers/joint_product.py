@@ -13,6 +13,7 @@ from vqkv.codebooks.kmeans import KMeansConfig
 from vqkv.errors import StateError
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.joint import encode_joint
 from vqkv.quantizers.base import QuantizerConfig
 from vqkv.quantizers.codebook import CodebookQuantizer
 
@@ -70,15 +71,7 @@ class JointProductQuantizer(CodebookQuantizer):
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
         if not hasattr(self, "coupling_"):
             return super().encode(x)
-        x, books = self._checked(x), self._codewords()
-        codes = torch.zeros(*x.shape[:2], 1, dtype=torch.int32, device=x.device)
-        errors = torch.zeros_like(x)
-        for _ in range(self.config.sweeps):
-            for group in self._groups(len(books)):
-                own = books[group]
-                codes[:, group] = encode(self._targets(x, errors, group), own)
-                errors[:, group] = decode(codes[:, group], own) - x[:, group]
-        return codes
+        return encode_joint(self._checked(x), self._codewords(), self.coupling_, self.config.sweeps)
 
     def state(self) -> dict[str, torch.Tensor]:
         """`codewords`, and `coupling` where there is one."""

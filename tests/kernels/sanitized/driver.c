@@ -16,6 +16,9 @@ int vqkv_decode(const int32_t *codes, const float *words, int64_t books, int64_t
                 int64_t size, int64_t dim, int64_t begin, int64_t end, float *vectors);
 int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
                  int64_t dim, int64_t begin, int64_t end, int32_t *codes);
+int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
+               int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
+               int64_t end, int32_t *codes);
 void vqkv_accumulate(const float *x, const float *words, const int32_t *codes, const float *weights,
                      int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
                      double *sums, double *counts, double *inertia);
@@ -102,6 +105,22 @@ static void coding(int level, int64_t rows, int64_t books, int64_t size, int64_t
     free(inertia);
 }
 
+static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t dim)
+{
+    const int64_t units = 2, channels = groups * dim, books = units * groups;
+    float *x = floats(rows * books * dim), *words = floats(books * size * dim);
+    float *metric = floats(units * channels * channels);
+    int32_t *codes = integers(rows * books, 1);
+    expect(vqkv_joint(level, x, words, metric, units, groups, size, dim, 2, 0, rows, codes) == 0,
+           "no memory");
+    for (int64_t i = 0; i < rows * books; i++)
+        expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
+    free(x);
+    free(words);
+    free(metric);
+    free(codes);
+}
+
 /* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page. */
 static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, int64_t dim,
                    int64_t stages, uint32_t size, int turned, int paged, int spoil)
@@ -167,6 +186,9 @@ int main(void)
         for (int64_t dim = 1; dim <= 17; dim++)
             for (int64_t rows = 1; rows < 140; rows += 63)
                 coding(level, rows, 3, 33, dim);
+        for (int64_t dim = 1; dim <= 9; dim++)
+            for (int64_t rows = 1; rows < 140; rows += 127)
+                joint(level, rows, 3, 5, dim);
         for (int i = 0; i < 9; i++)
             for (int turned = 0; turned < 2; turned++) {
                 const int64_t *s = shapes[i];

@@ -1,0 +1,18 @@
+"""Codes chosen together by the compiled CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels import native
+from vqkv.kernels.native.joint import encode_joint
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """It runs on CPUs, where the package was built with a C compiler."""
+    return native.refusal(device)
+
+
+KERNEL = Kernel("encode_joint", "cpu", encode_joint, refuses, speed=10)
