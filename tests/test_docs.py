@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny_checkpoint import tiny_tokenizer
 from tests.tiny_models import tiny_model
+from vqkv.scheme_files import load_scheme
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,3 +100,10 @@ def test_links_in_documents_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks" / "schemes").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_schemes_of_benchmarks_load_under_their_file_s_name(file: Path) -> None:
+    assert load_scheme(file).name == file.stem
