@@ -179,9 +179,9 @@ def check(query: torch.Tensor, coded: Coded) -> None:
     _check_turns(coded, head_dim)
     tensors = [*coded.keys, *coded.values, coded.start, coded.stop, *(coded.turns or ())]
     tensors += [] if coded.pages is None else [coded.pages]
-    devices = {str(tensor.device) for tensor in tensors} | {str(query.device)}
+    devices = {tensor.device for tensor in tensors} | {query.device}
     if len(devices) > 1:
-        raise KernelError(f"all tensors lie on one device, given {sorted(devices)}")
+        raise KernelError(f"all tensors lie on one device, given {sorted(map(str, devices))}")
 
 
 def _check_turns(coded: Coded, head_dim: int) -> None:
