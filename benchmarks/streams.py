@@ -30,8 +30,9 @@ from vqkv.calibration import read_text, text_windows
 from vqkv.evaluation.arms import Arms
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.scoring import Scores
+from vqkv.folders import write_whole
 from vqkv.layouts import Stream
-from vqkv.provenance import write
+from vqkv.provenance import provenance
 from vqkv.scheme import STREAMS
 from vqkv.texts import EVALUATION_TEXTS, bundled_text
 
@@ -139,7 +140,10 @@ def main() -> None:
     model, tokenizer = load_model("demo")
     text = read_text(bundled_text(EVALUATION_TEXTS[0]))
     windows = text_windows(tokenizer, text, TOKENS, CONTEXT, SKIP)
-    settings = {"text": text.name, "tokens": TOKENS, "context": CONTEXT, "sinks": SINKS}
+    settings = {
+        **{"text": text.name, "sha256": text.sha256, "skip": SKIP, "tokens": TOKENS},
+        **{"context": CONTEXT, "sinks": SINKS},
+    }
     rows = {}
     if arguments.out.exists():
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
@@ -148,8 +152,11 @@ def main() -> None:
         exact = ExactLogits(model, Path(scratch))
         for given in arguments.given:
             row = figures(model, compressor_of(given, model), windows, exact)
-            rows[row["scheme"]] = row
-            write(arguments.out, {"settings": settings, "rows": list(rows.values())})
+            rows[row["scheme"]] = {**row, "provenance": provenance()}
+            write_whole(
+                arguments.out,
+                json.dumps({"settings": settings, "rows": list(rows.values())}, indent=2) + "\n",
+            )
     table = Table("scheme", "stream", *next(iter(rows.values()))["keys"])
     for row in rows.values():
         for stream in STREAMS:

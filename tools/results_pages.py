@@ -138,7 +138,8 @@ def with_streams(page: str) -> str:
         known = {row["scheme"]: row for row in data["rows"]}
         head = ("scheme", "coded alone", "bits", "perplexity ratio", "error / variance")
         lines = [(*head, "error / energy", "energy in means"), ("---",) * 7]
-        for name in match.group(1).split():
+        names = match.group(1).split()
+        for name in filter(known.__contains__, names):
             for stream in ("keys", "values"):
                 row = known[name][stream]
                 lines.append(
@@ -152,8 +153,11 @@ def with_streams(page: str) -> str:
                         f"{row['energy_in_means']:.2f}",
                     )
                 )
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"<!-- streams: {match.group(1)} -->\n\n{rows}\n\n{END}"
+        parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        missing = [f"`{name}`" for name in names if name not in known]
+        if missing:
+            parts.append(f"Not measured yet: {', '.join(missing)}.")
+        return "\n\n".join([f"<!-- streams: {match.group(1)} -->", *parts, END])
 
     pattern = rf"<!-- streams: (.*?) -->(?:.*?{re.escape(END)})?"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)

@@ -60,6 +60,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 def write_whole(file: Path, text: str) -> None:
     """Write a text file that is there whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:
+        draft = Path(scratch, "new")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)

@@ -76,7 +76,6 @@ def test_budgets_are_what_was_asked_for() -> None:
         assert name.startswith("decode") or budget["matrix"] is not None
 
 
-#: Rows of the table in docs/kernels.md.
 def test_the_page_tells_what_encoding_costs() -> None:
     page = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
     encode = BUDGETS["sm_90"]["encode/d4"]["instructions"]

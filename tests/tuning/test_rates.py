@@ -60,6 +60,19 @@ def test_each_stream_has_its_step(preset: str, geometry: Geometry, tmp_path: Pat
     file.write_text(scheme_file(scheme, preset, ["found"]))
     assert load_scheme(file) == scheme
     assert "learner" not in file.read_text()  # nothing that the preset says already
+    rate = sum(step.rate for step in steps.values()) / len(steps)
+    assert scheme.description == f"{preset} at {rate:.4g} bits per value."
+
+
+def test_sources_before_the_first_compressed_layer_are_left_out(tmp_path: Path) -> None:
+    hybrid = Geometry.from_model(tiny_model("gemma3"))  # one of its three layers grows
+    steps = dict.fromkeys(keys_of(hybrid), Step(4, 8))
+    scheme = with_steps(load_scheme("recommended-2bit"), "cut", steps, hybrid)
+    sources = {key: KVCompressor(scheme, hybrid).sources(*key) for key in steps}
+    assert sources == {(1, "keys"): [], (1, "values"): [(1, "keys")]}
+    file = tmp_path / "scheme.yaml"
+    file.write_text(scheme_file(scheme, "recommended-2bit", []))
+    assert load_scheme(file) == scheme
 
 
 def test_a_uniform_step_needs_no_overrides_but_those_of_the_preset(geometry: Geometry) -> None:

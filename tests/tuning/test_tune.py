@@ -18,8 +18,9 @@ from vqkv.calibration.spool import Spool
 from vqkv.calibration.spooling import wanted_kinds
 from vqkv.cli import app
 from vqkv.compressor import KVCompressor
-from vqkv.errors import SchemeError
+from vqkv.errors import SchemeError, TextError
 from vqkv.evaluation import compare as comparing
+from vqkv.evaluation.canary import Canary
 from vqkv.evaluation.compare import Settings
 from vqkv.geometry import Geometry
 from vqkv.scheme_files import load_scheme
@@ -52,11 +53,15 @@ def settings(texts: list[Path]) -> Settings:
     )  # fmt: skip
 
 
+def model(**overrides: Any) -> Any:
+    return tiny_model("llama", num_hidden_layers=4, **overrides)
+
+
 def test_candidates_hold_the_budget_and_the_best_has_the_lowest_kl(texts: list[Path]) -> None:
-    found = list(tune(tiny_model("llama"), tiny_tokenizer(), [texts[1]], 1.5, settings(texts)))
+    found = list(tune(model(), tiny_tokenizer(), [texts[1]], 1.5, settings(texts)))
     names = [candidate.scheme.name for candidate in found]
     assert names[:3] == ["recommended-1", "recommended-1.5", "recommended-2"]
-    assert names[3] == "recommended-1.5-a"
+    assert names[3] == "recommended-1.5-round1"
     assert all(c.bits <= 1.5 for c in found if c.scheme.name.startswith("recommended-1.5"))
     assert all(c.kl > 0 and c.expected > 0 for c in found)
     within = [candidate for candidate in found if candidate.bits <= 1.5]
@@ -67,7 +72,7 @@ def test_candidates_hold_the_budget_and_the_best_has_the_lowest_kl(texts: list[P
 def test_what_was_found_is_not_looked_for_again(
     texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments: Any = (tiny_model("llama"), tiny_tokenizer(), [texts[1]], 1.5, settings(texts))
+    arguments: Any = (model(), tiny_tokenizer(), [texts[1]], 1.5, settings(texts))
     first = list(tune(*arguments))
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +85,34 @@ def test_what_was_found_is_not_looked_for_again(
 
 def test_a_budget_below_all_rates_is_refused(texts: list[Path]) -> None:
     with pytest.raises(SchemeError, match=r"lowest rate of family 'recommended' is 0\.5"):
-        list(tune(tiny_model("llama"), tiny_tokenizer(), [texts[1]], 0.25, settings(texts)))
+        list(tune(model(), tiny_tokenizer(), [texts[1]], 0.25, settings(texts)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["recommended", "fast"])
+def test_models_of_few_layers_and_with_sliding_ones_are_tuned(
+    kind: Any, family: str, texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
+    monkeypatch.setitem(run.TEMPLATES, "fast", fast)
+    network = tiny_model(family)
+    found = list(tune(network, tiny_tokenizer(), [texts[1]], 1.5, settings(texts), kind))
+    assert best(found, 1.5, "ratio").bits <= 1.5
+
+
+def test_heads_that_no_group_divides_are_refused(texts: list[Path]) -> None:
+    odd = model(head_dim=18)
+    with pytest.raises(SchemeError, match=r"2, 4 channels of a head, which do not fit heads of 18"):
+        list(tune(odd, tiny_tokenizer(), [texts[1]], 1.5, settings(texts)))
+
+
+def test_a_short_text_is_refused_before_anything_is_learned(
+    texts: list[Path], tmp_path: Path
+) -> None:
+    texts[1].write_text(tiny_text(20))
+    with pytest.raises(TextError, match="has 20 tokens"):
+        list(tune(model(), tiny_tokenizer(), [texts[1]], 1.5, settings(texts)))
+    assert not list((tmp_path / "cache").rglob("states-*"))
 
 
 def test_costs_are_half_the_information_of_errors(texts: list[Path], tmp_path: Path) -> None:
@@ -96,25 +128,30 @@ def test_costs_are_half_the_information_of_errors(texts: list[Path], tmp_path: P
     states = torch.cat(list(source.states(layer, "keys").chunks()))
     codec = compressor.codec(layer, "keys")
     error = (codec.decode(codec.encode(states)) - states).double()
-    information = source.metric(layer, "keys", "fisher") / len(states)
-    # Token by token, head by head.
-    expected = sum(
-        float(e @ information[head] @ e) for token in error for head, e in enumerate(token)
-    )
-    assert costs[layer, "keys"] == pytest.approx(expected / len(states) / 2)
+    gradients = torch.cat(list(source.gradients(layer, "keys").chunks())).double()
+    # The mean of (g · e)² over all pairs of a gradient and an error, head by head.
+    pairs = torch.einsum("nhd,mhd->hnm", gradients, error).square()
+    expected = pairs.mean((1, 2)).sum() / 2
+    assert costs[layer, "keys"] == pytest.approx(float(expected))
     assert costs.keys() == dict(compressor.codecs()).keys()
 
 
-def test_the_command_writes_a_scheme_and_prints_what_it_tried(
-    texts: list[Path], tmp_path: Path
+@pytest.mark.parametrize("sees", [True, False])
+def test_the_command_writes_a_scheme_unless_a_canary_fails(
+    sees: bool, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Canary, "ok", property(lambda canary: sees))
     checkpoint, out = save_tiny_checkpoint(tmp_path / "model"), tmp_path / "found.yaml"
+    model().save_pretrained(checkpoint)
     command = [
         *("tune", str(checkpoint), "--bits", "1.5", "--text", str(texts[1]), "--out", str(out)),
         *("--calibrate-on", str(texts[0]), "--calibration-tokens", "256", "--tokens", "128"),
         *("--context", "64", "--json"),
     ]
     ran = CliRunner().invoke(app, command)
+    if not sees:
+        assert ran.exit_code == 3 and "the canary failed" in ran.stderr and not out.exists()
+        return
     assert ran.exit_code == 0, ran.output
     printed = json.loads(ran.stdout)
     scheme = load_scheme(out)

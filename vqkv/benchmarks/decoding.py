@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from vqkv.attention import most_positions
 from vqkv.cache import attach
 from vqkv.compressor import KVCompressor
+from vqkv.errors import ModelError
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.models import load_model
 
@@ -32,7 +33,11 @@ def decoding_cases(
     steps: int = STEPS,
     warm_up: int = WARM_UP,
 ) -> list[dict[str, Any]]:
-    """In both types at each context that the model has positions for."""
+    """In both types at each context that the model has positions for.
+
+    Raises:
+        ModelError: it has positions for none of them.
+    """
     rows = []
     for dtype in DTYPES:
         model, _ = load_model(name, dtype=dtype)
@@ -40,6 +45,9 @@ def decoding_cases(
         for context in contexts:
             if limit is None or context + steps + warm_up <= limit:
                 rows.append(decoding_case(model, compressor, context, steps, warm_up))
+    if not rows:
+        shortest = min(contexts) + steps + warm_up
+        raise ModelError(f"{name} has {limit} positions, steps are timed at {shortest} or more")
     return rows
 
 

@@ -113,14 +113,16 @@ def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
     visible = visible_slots(mask, queries, slots, layer.device)
     # Without a mask attention is causal, and what is coded is older than any query.
     hides = mask is not None and not _all_visible(layer, visible)
-    hidden = None if hides else ~_exact_visible(*layer.exact_slots(), visible)
+    hidden = None
+    if not (hides or (mask is None and queries == 1 and _alike(layer))):
+        hidden = ~_exact_visible(*layer.exact_slots(), visible)
     coded = torch.tensor(layer.coded, dtype=torch.int32)
     view = _View(
         state,
         coded.clamp(max=layer.sinks).to(layer.device),
         coded.to(layer.device),
         hides,
-        None if hidden is None or not bool(hidden.any()) else hidden,
+        hidden,
     )
     layer.rows.shared[str(layer.device)] = view
     return view
@@ -162,6 +164,12 @@ def _folded(layer: VQLayer, device: torch.device) -> FoldedLayer | None:
     reason = _unread(_layout(layer), device)
     folded = layer.folded() if reason is None else ""
     return None if isinstance(folded, str) else folded
+
+
+def _alike(layer: VQLayer) -> bool:
+    """Whether all rows have the same exact tokens, and as many sinks as a row can have."""
+    rows = set(zip(layer.pads, layer.coded, strict=True))
+    return len(rows) == 1 and min(layer.coded) >= layer.sinks
 
 
 def _all_visible(layer: VQLayer, visible: torch.Tensor) -> bool:

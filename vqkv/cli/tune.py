@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vqkv.cli.choice import Model
-from vqkv.cli.output import JsonFlag, print_json, print_table
+from vqkv.cli.output import JsonFlag, fail, print_json, print_table
 from vqkv.cli.progress import progress_bars, spinner
 from vqkv.errors import SchemeError
 
@@ -59,17 +59,22 @@ def tune(
     """Spend bits where a model needs them. Goes on where it was interrupted.
 
     Prints every scheme that it tried, and writes the best within the budget as a scheme file.
+    Exit code 3: the canary of some scheme failed, and nothing is written.
     """
+    from vqkv.calibration import check_context, read_text
     from vqkv.evaluation.compare import Settings
     from vqkv.folders import write_whole
-    from vqkv.models import load_model
+    from vqkv.models import load_config, load_model
     from vqkv.provenance import provenance
     from vqkv.texts import CALIBRATION_MIX, bundled_text
     from vqkv.tuning import TEMPLATES, best, scheme_file
     from vqkv.tuning import tune as run
 
-    if out.exists() and not force:
-        raise SchemeError(f"{out} exists already: choose another file, or give --force")
+    if out.is_dir() or (out.exists() and not force):
+        raise SchemeError(f"{out} exists already: choose another file, or give --force to a file")
+    for path in text:
+        read_text(path)
+    check_context(load_config(model), context)
     with spinner(f"loading {model}"):
         network, tokenizer = load_model(model)
     settings = Settings(
@@ -82,12 +87,16 @@ def tune(
     )
     with progress_bars() as report:
         tried = list(run(network, tokenizer, text, bits, settings, family.value, report))
+    blind = [candidate.scheme.name for candidate in tried if candidate.blind]
+    if blind:
+        fail(f"the canary failed for {', '.join(blind)}", code=3)
     chosen = best(tried, bits, objective.value)
     names = " and ".join(path.name for path in text)
     remarks = [
         f"Found by `vqkv tune` for {model} within {bits:g} bits per value: KL {chosen.kl:.4f}, "
         f"perplexity",
         f"ratio {chosen.ratio:.4f} on {tokens:,} tokens of {names}.",
+        *chosen.notes,
     ]
     write_whole(out, scheme_file(chosen.scheme, TEMPLATES[family.value].preset, remarks))
     if json:
@@ -101,6 +110,8 @@ def tune(
             }
         )
         return
+    for note in chosen.notes:
+        typer.echo(note, err=True)
     print_table(
         ("scheme", "bits", "KL", "ratio", "KL expected", ""),
         [_cells(candidate, candidate is chosen) for candidate in tried],

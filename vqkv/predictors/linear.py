@@ -18,12 +18,13 @@ class LinearConfig(PredictorConfig):
     """Settings of `Linear`.
 
     Attributes:
-        ridge: penalty on the weights, in mean variances of the sources' channels.
+        ridge: penalty on the weights, in mean variances of the sources' channels, and no less than
+            fp32 products of states can tell.
         scope: predict a head from the same head of every source, or from all heads together.
     """
 
     type: Literal["linear"] = "linear"
-    ridge: float = Field(default=1e-3, ge=0)
+    ridge: float = Field(default=1e-3, ge=1e-6)
     scope: Literal["head", "layer"] = "layer"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from math import floor, gcd, lcm
+
+import numpy as np
 
 from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
@@ -16,35 +19,34 @@ Cost = Callable[[float], float]
 def allocate(
     costs: Mapping[StreamKey, Cost], steps: Sequence[Step], bits: float
 ) -> dict[StreamKey, Step]:
-    """A step for each stream, `bits` on average or less.
+    """The steps of least cost in all, `bits` on average or less.
 
-    Greedy: all streams begin at the lowest step, and the one whose next step saves the most cost
-    per bit takes it, while the budget allows. Where costs are convex in the rate no other choice
-    of the same bits costs less.
+    Exact, whatever the costs and steps: dynamic programming over the budget, in units that all
+    rates are multiples of.
 
     Raises:
         SchemeError: the lowest step is above the budget.
     """
     if steps[0].rate > bits:
         raise SchemeError(f"{bits:g} bits: the lowest rate is {steps[0].rate:g}")
-    chosen: dict[StreamKey, int] = dict.fromkeys(costs, 0)
-    left = (bits - steps[0].rate) * len(costs)
-    heap: list[tuple[float, StreamKey]] = []
-
-    def push(key: StreamKey) -> None:
-        now, then = (steps[chosen[key] + i].rate for i in (0, 1))
-        heapq.heappush(heap, ((costs[key](then) - costs[key](now)) / (then - now), key))
-
-    for key in costs:
-        if len(steps) > 1:
-            push(key)
-    while heap:
-        _, key = heapq.heappop(heap)
-        price = steps[chosen[key] + 1].rate - steps[chosen[key]].rate
-        if price > left + 1e-9:
-            continue
-        left -= price
-        chosen[key] += 1
-        if chosen[key] + 1 < len(steps):
-            push(key)
-    return {key: steps[index] for key, index in chosen.items()}
+    rates = [Fraction(step.code_bits, step.dim) for step in steps]
+    parts = lcm(*(rate.denominator for rate in rates))
+    sizes = [int(rate * parts) for rate in rates]
+    unit = gcd(*sizes)
+    sizes = [size // unit for size in sizes]
+    room = floor(bits * len(costs) * parts / unit + 1e-9)
+    least = np.zeros(room + 1)  # cost of the streams so far, by units that they may take
+    taken = []
+    for cost in costs.values():
+        options = np.full((len(steps), room + 1), np.inf)
+        for row, (size, step) in enumerate(zip(sizes, steps, strict=True)):
+            if size <= room:
+                options[row, size:] = least[: room + 1 - size] + cost(step.rate)
+        taken.append(options.argmin(0))
+        least = options.min(0)
+    chosen: dict[StreamKey, Step] = {}
+    for key, choice in zip(reversed(list(costs)), reversed(taken), strict=True):
+        index = int(choice[room])
+        chosen[key] = steps[index]
+        room -= sizes[index]
+    return {key: chosen[key] for key in costs}

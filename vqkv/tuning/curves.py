@@ -13,8 +13,8 @@ class Curve:
     """Cost by rate: straight lines between measured points, cost on a logarithmic scale.
 
     Outside of them the line of the nearest two goes on. Made convex and falling, as costs of good
-    codes are and `allocate` needs them: measured points that are not are noise, or rates at which
-    the codes of other streams were better.
+    codes are: measured points that are not are noise, or rates at which the codes of other streams
+    were better.
 
     Args:
         points: of rate in bits per value and cost; of one rate the last counts.

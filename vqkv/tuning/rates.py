@@ -9,7 +9,7 @@ from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
 from vqkv.geometry import Geometry
 from vqkv.layouts import Stream
-from vqkv.scheme import STREAMS, Scheme, merge
+from vqkv.scheme import STREAMS, Scheme, StreamConfig, merge
 from vqkv.scheme_files import scheme_from_dict
 
 #: A stream's settings in plain values.
@@ -49,22 +49,29 @@ def whole_bytes(steps: tuple[Step, ...], head_dim: int) -> tuple[Step, ...]:
 def with_steps(
     scheme: Scheme, name: str, steps: Mapping[StreamKey, Step], geometry: Geometry
 ) -> Scheme:
-    """The scheme with a step of its own for each stream.
+    """The scheme with a step of its own for each stream of a model.
 
     What most layers have becomes the scheme's own; the others are overrides, alike ones together.
+    Sources of predictors that lie before the model's first compressed layer are left out.
 
     Raises:
         SchemeError: a stream is not coded by one product quantizer.
     """
 
     def stepped(layer: int, stream: Stream) -> Plain:
-        return _stepped(scheme, layer, stream, steps[layer, stream], geometry.layers)
+        config = scheme.stream(layer, stream, geometry.layers)
+        where = f"{scheme.name}: {stream} of layer {layer}"
+        return _stepped(config, layers.index(layer), steps[layer, stream], where)
 
     layers = geometry.compressed
     usual: dict[Stream, Plain] = {
         s: _commonest([stepped(layer, s) for layer in layers]) for s in STREAMS
     }
     overrides: list[dict[str, Any]] = []
+    rootless = {str(s): {**c, "predictor": None} for s, c in usual.items() if _reaches_back(c)}
+    if rootless and 0 not in layers:
+        # A scheme has to be whole without a model too, where nothing comes before layer 0.
+        overrides.append({"layers": [0], **rootless})
     for layer in layers:
         found: dict[Stream, Plain] = {s: stepped(layer, s) for s in STREAMS}
         own = {str(s): config for s, config in found.items() if config != usual[s]}
@@ -77,18 +84,25 @@ def with_steps(
         else:
             overrides.append({"layers": [layer], **own})
     named: Plain = {str(stream): config for stream, config in usual.items()}
-    plain = {**scheme.to_dict(), "name": name, **named, "layers": overrides}
+    bits = sum(step.rate for step in steps.values()) / len(steps)
+    told = {"name": name, "description": f"{scheme.name} at {bits:.4g} bits per value."}
+    plain = {**scheme.to_dict(), **told, **named, "layers": overrides}
     return scheme_from_dict(plain, name)
 
 
-def _stepped(scheme: Scheme, layer: int, stream: Stream, step: Step, layers: int) -> Plain:
-    plain: Plain = scheme.stream(layer, stream, layers).model_dump(mode="json")
+def _stepped(config: StreamConfig, place: int, step: Step, where: str) -> Plain:
+    """`place` counts compressed layers."""
+    plain: Plain = config.model_dump(mode="json")
     quantizer = plain["quantizer"] or {"type": "segments"}
     if quantizer["type"] not in ("product", "joint_product"):
         raise SchemeError(
-            f"{scheme.name}: {stream} of layer {layer}: rates are those of one product quantizer "
-            f"for all channels, given {quantizer['type']}"
+            f"{where}: rates are those of one product quantizer for all channels, given "
+            f"{quantizer['type']}"
         )
+    predictor = plain["predictor"]
+    if predictor is not None:
+        sources = [source for source in predictor["sources"] if source["back"] <= place]
+        plain["predictor"] = {**predictor, "sources": sources} if sources else None
     changed = merge(
         plain, {"grouping": {"dim": step.dim}, "quantizer": {"code_bits": step.code_bits}}
     )
@@ -97,6 +111,11 @@ def _stepped(scheme: Scheme, layer: int, stream: Stream, step: Step, layers: int
         {**each, "dim": step.dim} if "dim" in each else each for each in changed["transforms"]
     ]
     return changed
+
+
+def _reaches_back(config: Plain) -> bool:
+    predictor = config["predictor"] or {"sources": []}
+    return any(source["back"] for source in predictor["sources"])
 
 
 def _commonest(configs: list[Plain]) -> Plain:

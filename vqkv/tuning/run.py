@@ -11,7 +11,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.calibration.source import CapturedStates
-from vqkv.calibration.windows import Text, read_text
+from vqkv.calibration.windows import Text, read_text, text_windows
 from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
 from vqkv.evaluation.compare import Bench, Progress, Settings, keep, open_bench
@@ -61,6 +61,8 @@ class Candidate:
         kl: mean over the texts, nats per token.
         ratio: of perplexities, likewise.
         expected: KL that the costs of its streams add up to.
+        blind: the canary failed on some text: figures do not come from the codes.
+        notes: what a reader of the figures has to know beside them.
     """
 
     scheme: Scheme
@@ -68,6 +70,8 @@ class Candidate:
     kl: float
     ratio: float
     expected: float
+    blind: bool
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -99,11 +103,22 @@ def tune(
     template = TEMPLATES[family]
     base = load_scheme(template.preset)
     read = [read_text(text) for text in texts]
-    available = whole_bytes(template.steps, Geometry.from_model(model).head_dim)
-    if not available or available[0].rate > bits:
-        lowest = f"the lowest rate of family {family!r} is {available[0].rate:g}"
-        none = f"family {family!r} has no rate for heads of this dim"
-        raise SchemeError(f"{bits:g} bits: {lowest if available else none}")
+    geometry = Geometry.from_model(model)
+    available = whole_bytes(template.steps, geometry.head_dim)
+    if not available:
+        dims = sorted({step.dim for step in template.steps})
+        raise SchemeError(
+            f"family {family!r} groups {', '.join(map(str, dims))} channels of a head, which do "
+            f"not fit heads of {geometry.head_dim}"
+        )
+    if available[0].rate > bits:
+        raise SchemeError(
+            f"{bits:g} bits: the lowest rate of family {family!r} is {available[0].rate:g}"
+        )
+    for text in read:  # too short is better known now than after the first fit
+        text_windows(tokenizer, text, settings.tokens, settings.context, settings.skip)
+    # The preset as this model can have it.
+    base = with_steps(base, base.name, dict.fromkeys(streams_of(geometry), available[0]), geometry)
     with open_bench(model, tokenizer, [base], settings, progress) as bench:
         search = _Search(bench, base, read, available)
         measured: list[tuple[dict[StreamKey, Step], dict[StreamKey, float]]] = []
@@ -122,9 +137,14 @@ def tune(
             if steps in tried:
                 return
             tried.append(steps)
-            candidate, costs = search.scored(steps, f"{family}-{bits:g}-{'ab'[turn]}")
+            candidate, costs = search.scored(steps, f"{family}-{bits:g}-round{turn + 1}")
             measured.append((steps, costs))
             yield candidate
+
+
+def streams_of(geometry: Geometry) -> list[StreamKey]:
+    """Every stream that is coded."""
+    return [(layer, stream) for layer in geometry.compressed for stream in STREAMS]
 
 
 class _Search:
@@ -137,9 +157,7 @@ class _Search:
         self.base = base
         self.texts = texts
         self.steps = steps
-        self.keys: list[StreamKey] = [
-            (layer, stream) for layer in bench.geometry.compressed for stream in STREAMS
-        ]
+        self.keys = streams_of(bench.geometry)
 
     def anchors(self, bits: float, parts: Sequence[float]) -> list[Step]:
         """Of the steps those nearest to parts of the budget."""
@@ -159,6 +177,8 @@ class _Search:
             kl=sum(row["kl"] for row in rows) / len(rows),
             ratio=sum(row["ratio"] for row in rows) / len(rows),
             expected=sum(costs.values()),
+            blind=not all(row["canary_ok"] for row in rows),
+            notes=tuple(dict.fromkeys(note for row in rows for note in row["notes"])),
         )
         return candidate, costs
 

@@ -123,9 +123,10 @@ static TARGET void prepare(struct work *w)
     for (int64_t quad = 0; quad < half / 2; quad++)
         for (int64_t o = 0; o < PAGE; o++) {
             const float *turns = a->offset_turns + o * a->head_dim;
-            const __m128i both = (__m128i)_mm_cvtneps_pbh(_mm_castpd_ps(
-                _mm_loadh_pd(_mm_load_sd((const double *)(turns + 2 * pairs[2 * quad])),
-                             (const double *)(turns + 2 * pairs[2 * quad + 1]))));
+            const __m128i two = _mm_unpacklo_epi64(
+                _mm_loadl_epi64((const __m128i *)(turns + 2 * pairs[2 * quad])),
+                _mm_loadl_epi64((const __m128i *)(turns + 2 * pairs[2 * quad + 1])));
+            const __m128i both = (__m128i)_mm_cvtneps_pbh(_mm_castsi128_ps(two));
             uint32_t *to = p.turns + quad * PAGE * 4 + o / 8 * 32 + o % 8 * 2;
             _mm_storel_epi64((__m128i *)to, _mm_xor_si128(both, sign));
             _mm_storel_epi64((__m128i *)(to + 16), _mm_rol_epi32(both, 16));
