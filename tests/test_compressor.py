@@ -291,7 +291,7 @@ def test_not_fitted(geometry: Geometry, use: Callable[[KVCompressor], Any]) -> N
 
 @pytest.mark.parametrize("name", preset_names())
 def test_data_free_presets_need_no_fit(name: str) -> None:
-    geometry = make_geometry(head_dim=64)
+    geometry = make_geometry(head_dim=64, layers=4, compressed=(0, 1, 2, 3))
     made = load_scheme(name)
     compressor = KVCompressor(made, geometry)
     free = name.startswith(

@@ -50,7 +50,8 @@ def give_codewords(codec: Codec) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("name", preset_names())
 def test_formula_and_tensors_agree_for_presets(name: str, head_dim: int) -> None:
-    geometry = make_geometry(head_dim=head_dim, kv_heads=3, query_heads=3)
+    heads = {"head_dim": head_dim, "kv_heads": 3, "query_heads": 3}
+    geometry = make_geometry(**heads, layers=4, compressed=(0, 1, 2, 3))
     x = torch.randn(64, 3, head_dim, generator=torch.Generator().manual_seed(0))
     for _, codec in KVCompressor(load_scheme(name), geometry).codecs():
         sources = [x for _ in codec.layout.sources]
