@@ -92,6 +92,8 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
         found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
     rvq = ROOT / "docs" / "methods" / "rvq.md"
     found[rvq] = with_depths(found[rvq])
+    tuned = ROOT / "docs" / "methods" / "recommended.md"
+    found[tuned] = with_frontier(found[tuned])
     kernels = ROOT / "docs" / "kernels.md"
     found[kernels] = with_gpu_kernels(with_cpu_kernels(kernels.read_text(encoding="utf-8")))
     readme = ROOT / "README.md"
@@ -243,6 +245,24 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * e['top1_agreement']:.1f} %",
         " / ".join(f"{loss:.2f}" for loss in e["repeated_passage"].values()),
     )
+
+
+def with_frontier(page: str) -> str:
+    """The page with what `vqkv tune --json` tried, after `<!-- frontier -->`."""
+    file = RESULTS / "tune-2bit.json"
+    figures = "Not measured yet."
+    if file.exists():
+        data = json.loads(file.read_text(encoding="utf-8"))
+        lines = [("scheme", "bits", "KL", "perplexity ratio", "KL expected"), ("---",) * 5]
+        for row in data["frontier"]:
+            name = row["scheme"]["name"]
+            mark = "**" if name == data["chosen"] else ""
+            figures_of = (f"{row[key]:.4f}" for key in ("kl", "ratio", "expected"))
+            lines.append((f"{mark}`{name}`{mark}", f"{row['bits']:.4g}", *figures_of))
+        figures = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    shown = f"<!-- frontier -->\n\n{figures}\n\n{END}"
+    pattern = rf"<!-- frontier -->.*?{re.escape(END)}"
+    return re.sub(pattern, lambda _: shown, page, flags=re.DOTALL)
 
 
 def with_depths(page: str) -> str:
