@@ -103,7 +103,9 @@ def test_links_in_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "benchmarks" / "schemes").glob("*.yaml")), ids=lambda file: file.stem
+    "file",
+    sorted([*ROOT.glob("benchmarks/schemes/*.yaml"), *ROOT.glob("examples/schemes/*.yaml")]),
+    ids=lambda file: file.stem,
 )
-def test_schemes_of_benchmarks_load_under_their_file_s_name(file: Path) -> None:
+def test_schemes_of_benchmarks_and_examples_load_under_their_file_s_name(file: Path) -> None:
     assert load_scheme(file).name == file.stem
