@@ -57,6 +57,13 @@ class CapturedStates(StateSource):
         pre = self._kinds[layer, stream] == "pre_keys"
         return self._spool.states(layer, gradients_of(stream, pre))
 
+    def gradient_products(self, layer: int, stream: Stream) -> torch.Tensor:
+        """`Σ g gᵀ` of each head over tokens, `[H, D, D]` in fp64."""
+        chunks = self.gradients(layer, stream).map(torch.Tensor.double).chunks()
+        products = sum(torch.einsum("nhd,nhe->hde", chunk, chunk) for chunk in chunks)
+        assert isinstance(products, torch.Tensor)
+        return products
+
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """Kept on disk."""
         return self._spool.kept(layer, stream, states)
@@ -80,11 +87,7 @@ class CapturedStates(StateSource):
         """
         heads, dim = self._geometry.kv_heads, self._geometry.head_dim
         if kind == "fisher":
-            products = sum(
-                torch.einsum("nhd,nhe->hde", chunk, chunk)
-                for chunk in self.gradients(layer, stream).map(torch.Tensor.double).chunks()
-            )
-            assert isinstance(products, torch.Tensor)
+            products = self.gradient_products(layer, stream)
             even = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
             return torch.lerp(products, even * torch.eye(dim, dtype=torch.float64), SHRINKAGE)
         if kind == "output":

@@ -38,6 +38,16 @@ CompressorOption = Annotated[
 SchemeOption = Annotated[
     str | None, typer.Option("--scheme", help="Preset or YAML file that needs no calibration.")
 ]
+CalibrateOnOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="Text to calibrate on; repeat for several. The bundled mix if left out."),
+]
+CalibrationTokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens to calibrate on, split over the texts.")
+]
+ScoredTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to score on, per text.")]
+SkipOption = Annotated[int, typer.Option(min=0, help="Tokens to skip at each text's start.")]
+ContextOption = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
 def open_model(name: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

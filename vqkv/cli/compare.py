@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vqkv.cli.choice import Model
+from vqkv.cli.choice import (
+    CalibrateOnOption,
+    CalibrationTokensOption,
+    ContextOption,
+    Model,
+    ScoredTokensOption,
+    SkipOption,
+)
 from vqkv.cli.output import JsonFlag, bytes_for_people, fail, print_json, print_table
 from vqkv.cli.progress import progress_bars, spinner
 
@@ -22,16 +29,11 @@ def compare(
     model: Model,
     scheme: Annotated[list[str], typer.Option(help="Preset or YAML file; repeat for several.")],
     text: Annotated[list[Path], typer.Option(help="Text to score on; repeat for several.")],
-    calibrate_on: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text to calibrate on; repeat for several. The bundled mix if left out."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to calibrate on, split over the texts.")
-    ] = 32768,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to score on, per text.")] = 16384,
-    skip: Annotated[int, typer.Option(min=0, help="Tokens to skip at each text's start.")] = 4096,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    calibrate_on: CalibrateOnOption = None,
+    calibration_tokens: CalibrationTokensOption = 32768,
+    tokens: ScoredTokensOption = 16384,
+    skip: SkipOption = 4096,
+    context: ContextOption = 2048,
     passages: Annotated[
         int, typer.Option(min=0, help="Repeated passages per length; 0 for none.")
     ] = 8,

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vqkv.cli.choice import Model
+from vqkv.cli.choice import (
+    CalibrateOnOption,
+    CalibrationTokensOption,
+    ContextOption,
+    Model,
+    ScoredTokensOption,
+    SkipOption,
+)
 from vqkv.cli.output import JsonFlag, fail, print_json, print_table
 from vqkv.cli.progress import progress_bars, spinner
 from vqkv.errors import SchemeError
@@ -43,16 +50,11 @@ def tune(
     objective: Annotated[
         Objective, typer.Option(help="KL to the exact model, or perplexity ratio.")
     ] = Objective.kl,
-    calibrate_on: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text to calibrate on; repeat for several. The bundled mix if left out."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to calibrate on, split over the texts.")
-    ] = 32768,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to score on, per text.")] = 8192,
-    skip: Annotated[int, typer.Option(min=0, help="Tokens to skip at each text's start.")] = 0,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    calibrate_on: CalibrateOnOption = None,
+    calibration_tokens: CalibrationTokensOption = 32768,
+    tokens: ScoredTokensOption = 8192,
+    skip: SkipOption = 0,
+    context: ContextOption = 2048,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json: JsonFlag = False,
 ) -> None:

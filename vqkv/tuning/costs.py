@@ -9,7 +9,6 @@ import torch
 from vqkv.calibration.source import CapturedStates
 from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor, Reconstructions, StreamKey
-from vqkv.states import States
 
 
 def stream_costs(compressor: KVCompressor, source: CapturedStates) -> dict[StreamKey, float]:
@@ -28,21 +27,11 @@ def stream_costs(compressor: KVCompressor, source: CapturedStates) -> dict[Strea
     for key, codec in compressor.codecs():
         reconstructions.forget_before(key)
         states = source.states(*key)
-        information = _information(source.gradients(*key))
+        information = source.gradient_products(*key) / states.tokens
         cost = partial(_cost, codec, information)
         parts = states.beside(reconstructions.of(key), cost)
         costs[key] = float(sum(parts)) / states.tokens / 2
     return costs
-
-
-def _information(gradients: States) -> torch.Tensor:
-    """`E[g gᵀ]` of each head, `[H, D, D]` in fp64."""
-    products = [torch.einsum("nhd,nhe->hde", g, g) for g in gradients.map(_double).chunks()]
-    return torch.stack(products).sum(0) / gradients.tokens
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return x.double()
 
 
 def _cost(
