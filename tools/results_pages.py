@@ -187,21 +187,27 @@ def with_cpu_kernels(page: str) -> str:
 
 def with_gpu_kernels(page: str) -> str:
     """The page with the instructions that attention issues at D = 128, and spilled registers."""
-    budgets = json.loads((ROOT / "tests" / "kernels" / "budgets.json").read_text(encoding="utf-8"))
-    gpus = ("sm_90", "sm_80")
-    lines = [("", *(f"`{gpu}`" for gpu in gpus)), ("---",) * 3]
-    for name in (name for name in budgets[gpus[0]] if name.startswith("attend/128/")):
-        found = [budgets[gpu].get(name) for gpu in gpus]
-        cells = ("" if f is None else f"{f['instructions']}{_spilled(f['spills'])}" for f in found)
-        lines.append((name.removeprefix("attend/128/"), *cells))
+    triton, cuda = (
+        json.loads((ROOT / "tests" / "kernels" / name).read_text(encoding="utf-8"))
+        for name in ("budgets.json", "budgets-cuda.json")
+    )
+    gpus = [triton["sm_90"], triton["sm_80"], cuda["sm_90"]]
+    lines = [("", "Triton, `sm_90`", "Triton, `sm_80`", "CUDA C++, `sm_90`"), ("---",) * 4]
+    names = dict.fromkeys(name for gpu in gpus for name in gpu if name.startswith("attend/128/"))
+    for name in names:
+        found = [gpu.get(name) for gpu in gpus]
+        lines.append((name.removeprefix("attend/128/"), *map(_issued, found)))
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = f"<!-- gpu-kernels -->\n\n{rows}\n\n{END}"
     pattern = rf"<!-- gpu-kernels -->(?:(?:(?!<!--).)*?{re.escape(END)})?"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
 
 
-def _spilled(registers: int) -> str:
-    return f" ({registers} spilled)" if registers else ""
+def _issued(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return ""
+    spills = report.get("spills", report.get("spills_in_loop"))
+    return f"{report['instructions']}{f' ({spills} spilled)' if spills else ''}"
 
 
 def _figure(value: Any) -> str:

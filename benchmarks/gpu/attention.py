@@ -14,8 +14,10 @@ from benchmarks.gpu.exact import exact
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.timing import copies, microseconds
 from vqkv.kernels import using
-from vqkv.kernels.attend.codes import Coded, Plane, attend_codes
+from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, attend_codes
 from vqkv.kernels.attend.codes_naive import decoded, rotated
+from vqkv.kernels.cuda.tables import as_read
+from vqkv.kernels.select import KERNELS
 
 SCHEMES = (
     Scheme(4),
@@ -37,7 +39,11 @@ Exact = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def attention(sizes: Sizes, out_of_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Each arm at each context and batch, until the time is up."""
     for context, batch in sizes.points():
-        arms = [partial(_codes, sizes, scheme, context, batch) for scheme in SCHEMES]
+        arms = [
+            partial(_codes, sizes, scheme, kernel, context, batch)
+            for scheme in SCHEMES
+            for kernel in kernels(scheme.layout(sizes), sizes.device)
+        ]
         arms.append(partial(_exact, sizes, context, batch))
         for arm in arms:
             if out_of_time():
@@ -45,25 +51,34 @@ def attention(sizes: Sizes, out_of_time: Callable[[], bool]) -> Iterator[dict[st
             yield from arm()
 
 
+def kernels(layout: AttendLayout, device: str) -> list[str]:
+    """Ours that read a layout there."""
+    ours = {name: KERNELS.get(f"attend_codes.{name}") for name in ("triton", "cuda")}
+    return [name for name, k in ours.items() if k.refuses(layout, torch.device(device)) is None]
+
+
 def _queries(sizes: Sizes, batch: int) -> torch.Tensor:
     shape = (batch, sizes.query_heads, 1, sizes.head_dim)
     return torch.randn(shape, device=sizes.device) * sizes.head_dim**-0.5
 
 
-def _codes(sizes: Sizes, scheme: Scheme, context: int, batch: int) -> Iterator[dict[str, Any]]:
+def _codes(
+    sizes: Sizes, scheme: Scheme, kernel: str, context: int, batch: int
+) -> Iterator[dict[str, Any]]:
     query, layout = _queries(sizes, batch), scheme.layout(sizes)
     first = coded(sizes, scheme, context, batch)
     count = copies(code_bytes(first), sizes.cold_bytes)
     sets = [first] + [coded(sizes, scheme, context, batch) for _ in range(count - 1)]
-    with using(attend_codes="triton"):
+    with using(attend_codes=kernel):
         time = microseconds([partial(attend_codes, query, each, layout) for each in sets])
         found = attend_codes(query, first, layout)
-    keys, output = _truth(query, first)
+    keys, output = _truth(query, _as_read(first) if kernel == "cuda" else first)
     errors = [_relative(found.output[:1, :1], output)]
     if found.key_mean is not None:
         errors.append(_relative(found.key_mean[:1, :1], keys))
     yield {
         "arm": scheme.name,
+        "kernel": kernel,
         "context": context,
         "batch": batch,
         "us": time,
@@ -71,6 +86,14 @@ def _codes(sizes: Sizes, scheme: Scheme, context: int, batch: int) -> Iterator[d
         "gb_per_s": time and 1e-3 * code_bytes(first) / time,
         "error": max(errors),
     }
+
+
+def _as_read(of: Coded) -> Coded:
+    """With codewords rounded to fp8: what the kernel is given to be right about."""
+    keys, values = (
+        plane._replace(codewords=as_read(plane.codewords)) for plane in (of.keys, of.values)
+    )
+    return of._replace(keys=keys, values=values)
 
 
 def _truth(query: torch.Tensor, of: Coded) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
+from benchmarks.gpu.attention import kernels
 from benchmarks.gpu.coded import Scheme, code_bytes, coded
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.timing import microseconds
@@ -25,7 +26,7 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """
     weights = [_layer(sizes) for _ in range(sizes.layers)]
     embedding = _random(sizes, sizes.vocabulary, sizes.hidden)
-    for scheme in SCHEMES:
+    for scheme, kernel in _arms(sizes):
         for context, batch in sizes.steps:
             layers = [coded(sizes, scheme, context, batch) for _ in range(sizes.layers)]
             hidden = _random(sizes, batch, sizes.hidden)
@@ -39,11 +40,12 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
                     hidden = _block(sizes, scheme, weight, hidden, states)
                 return linear(hidden, embedding)
 
-            with using(attend_codes="triton"):
+            with using(attend_codes=kernel):
                 time = microseconds([step])
                 finite = bool(step().isfinite().all())
             yield {
                 "arm": scheme.name,
+                "kernel": kernel,
                 "context": context,
                 "batch": batch,
                 "us": time,
@@ -51,6 +53,12 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
                 "cache_bytes": sum(code_bytes(states) for states in layers),
                 "finite": finite,
             }
+
+
+def _arms(sizes: Sizes) -> Iterator[tuple[Scheme, str]]:
+    for scheme in SCHEMES:
+        for kernel in kernels(scheme.layout(sizes), sizes.device):
+            yield scheme, kernel
 
 
 def _layer(sizes: Sizes) -> dict[str, torch.Tensor]:

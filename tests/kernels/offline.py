@@ -101,17 +101,13 @@ def report(config: Config, capability: int) -> dict[str, Any]:
     """What a kernel holds and issues. Instructions are of a warp, for one token of one head (or one
     vector in one subspace, encoding)."""
     binary = compiled(config, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        sass = Disassembly(_tool("nvdisasm", "-c", file.name))
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+    sass, registers = disassembled(binary.asm["cubin"])
     tokens = config.vectors if isinstance(config, EncodeConfig) else PAGE_TOKENS
     warps = config.options(capability)["num_warps"]
     loads = sass.global_loads()
     return {
         "instructions": round(len(sass.main_loop) * warps / tokens, 1),
-        "registers": int(usage.split("REG:")[1].split()[0]),
+        "registers": registers,
         "shared_bytes": binary.metadata.shared,
         "spills": sass.spills,
         "past_l1": sass.past_l1,
@@ -139,6 +135,16 @@ def gather_bytes(config: Config) -> int:
         return 16
     plane = config.keys if isinstance(config, AttendConfig) else config.words
     return min(16, 2 * plane.dim)
+
+
+def disassembled(cubin: bytes) -> tuple[Disassembly, int]:
+    """Of a binary, and its registers per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = Disassembly(_tool("nvdisasm", "-c", file.name))
+    return sass, int(usage.split("REG:")[1].split()[0])
 
 
 def _tool(name: str, *arguments: str) -> str:

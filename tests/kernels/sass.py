@@ -42,13 +42,21 @@ class Disassembly:
     @cached_property
     def main_loop(self) -> list[Instruction]:
         """The longest loop with matrix instructions; all instructions where there is none."""
+        return max(self._matrix_loops, key=len, default=self.instructions)
+
+    @cached_property
+    def inner_loop(self) -> list[Instruction]:
+        """The shortest loop with matrix instructions; all instructions where there is none."""
+        return min(self._matrix_loops, key=len, default=self.instructions)
+
+    @cached_property
+    def _matrix_loops(self) -> list[list[Instruction]]:
         loops = [
             self.instructions[self._labels[target[1]] : index + 1]
             for index, instruction in enumerate(self.instructions)
             if instruction.starts("BRA") and (target := _TARGET.search(instruction.operands))
         ]
-        matrix = [loop for loop in loops if any(i.starts("HGMMA", "HMMA") for i in loop)]
-        return max(matrix, key=len, default=self.instructions)
+        return [loop for loop in loops if any(i.starts("HGMMA", "HMMA") for i in loop)]
 
     @property
     def spills(self) -> int:

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from tests.kernels.sass import Disassembly
-from vqkv.kernels import gpu
+from vqkv.kernels import cuda, gpu
+from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES
 from vqkv.kernels.gpu.shipped import shipped
 
 #: What each kernel reached; `python -m tests.kernels.offline` renews them.
 BUDGETS: dict[str, Any] = json.loads(Path(__file__).with_name("budgets.json").read_text())
 CAPABILITIES = (80, 90)
 CASES = [(capability, name) for capability in CAPABILITIES for name in shipped(capability)]
+BUDGETS_CUDA: dict[str, Any] = json.loads(Path(__file__).with_name("budgets-cuda.json").read_text())
 #: Warp instructions per token and head that the flagships may issue at most, whatever was reached.
 CEILINGS = {"attend/128/d4": 29, "attend/128/d8": 24}
 
@@ -60,6 +62,22 @@ def test_a_kernel_keeps_its_budget(reports: dict[str, Any], capability: int, nam
 
 
 @pytest.mark.slow
+def test_variants_in_cuda_keep_their_budgets() -> None:
+    if not cuda.installed():
+        pytest.skip("CUDA's Python bindings are not installed")
+    found = printed_by("tests.kernels.offline_cuda")
+    if found["nvrtc"] != BUDGETS_CUDA["nvrtc"]:
+        pytest.skip(f"budgets are of NVRTC {BUDGETS_CUDA['nvrtc']}, this is {found['nvrtc']}")
+    assert found["sm_90"].keys() == BUDGETS_CUDA["sm_90"].keys()
+    for name, report in found["sm_90"].items():
+        budget = BUDGETS_CUDA["sm_90"][name]
+        for what in ("instructions", "registers", "shared_bytes", "spills_in_loop"):
+            assert report[what] <= budget[what], (name, what)
+        assert (report["matrix"], report["look_ups"]) == (budget["matrix"], budget["look_ups"])
+        assert report["shared_bytes"] <= MOST_SHARED_BYTES
+
+
+@pytest.mark.slow
 def test_launches_compile() -> None:
     assert set(printed_by("tests.kernels.launches")) == {
         *("attend_split", "merge_splits", "encode_codes", "encode_pair"),
@@ -70,6 +88,7 @@ def test_launches_compile() -> None:
 def test_budgets_are_what_was_asked_for() -> None:
     for name, ceiling in CEILINGS.items():
         assert BUDGETS["sm_90"][name]["instructions"] <= ceiling
+        assert BUDGETS_CUDA["sm_90"][name]["instructions"] <= ceiling
     for capability, name in CASES:
         budget = BUDGETS[f"sm_{capability}"][name]
         assert capability == 80 or budget["spills"] == 0

@@ -85,6 +85,7 @@ KERNELS: Registry[Kernel] = Registry(
         "attend.naive": "vqkv.kernels.attend.naive:KERNEL",
         "attend.commuted": "vqkv.kernels.attend.commuted:KERNEL",
         "attend_codes.naive": "vqkv.kernels.attend.codes_naive:KERNEL",
+        "attend_codes.cuda": "vqkv.kernels.attend.codes_cuda:KERNEL",
         "attend_codes.cpu": "vqkv.kernels.attend.codes_cpu:KERNEL",
         "attend_codes.triton": "vqkv.kernels.attend.codes_triton:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",

@@ -88,9 +88,15 @@ def attend_codes(
         **config.constants(),
         **config.options(capability(query.device)),
     )
+    return merge(parts, part_lse, part_means)
+
+
+def merge(parts: Tensor, part_lse: Tensor, part_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole of splits' outputs `[splits, .., D]`, log-sum-exps and key means, if any."""
+    splits, head_dim, key_sums = len(parts), parts.shape[-1], part_means.numel() > 0
     if splits == 1:
         return parts[0], part_lse[0], part_means[0] if key_sums else part_means
-    output, lse = parts.new_empty(query.shape), parts.new_empty(query.shape[:3])
+    output, lse = torch.empty_like(parts[0]), torch.empty_like(part_lse[0])
     means = torch.empty_like(output) if key_sums else parts.new_empty(0)
     merge_splits[(lse.numel(),)](
         parts,

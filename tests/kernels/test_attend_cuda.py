@@ -1,0 +1,162 @@
+"""The CUDA kernel, its threads emulated on the CPU; and compiled, in `test_offline.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.coded_cases import Case, problem
+from tests.kernels.emulation import COMPILER, Emulator, merge
+from vqkv.kernels import select, using
+from vqkv.kernels.attend.codes import Coded, attend_codes
+from vqkv.kernels.cuda.attend_ops import Found, attend
+from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES, AttendVariant
+from vqkv.kernels.cuda.tables import as_read, table
+
+needs_a_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+CASES = [
+    Case(rope=False, lengths=(64, 1, 0), sinks=4),
+    Case(lengths=(70, 3), group=4),
+    Case(head_dim=128, heads=1, group=8, lengths=(330,), sinks=70, key_sums=True),
+    Case(head_dim=128, group=4, lengths=(300, 70), paged=True, key_sums=True, sinks=4),
+    Case(head_dim=128, dim=8, heads=1, group=5, rows=2, lengths=(130,), key_sums=True),
+    Case(dim=8, group=4, rows=7, heads=1, lengths=(140, 9), size=16),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def rounded(coded: Coded) -> Coded:
+    """With codewords as the kernel reads them."""
+    keys, values = (
+        plane._replace(codewords=as_read(plane.codewords)) for plane in (coded.keys, coded.values)
+    )
+    return coded._replace(keys=keys, values=values)
+
+
+def assert_equals_the_naive_kernel(
+    found: Found, query: torch.Tensor, coded: Coded, case: Case
+) -> None:
+    with using(attend_codes="naive"):
+        naive = attend_codes(query, rounded(coded), case.layout)
+    output, lse, means = found
+    some = naive.lse.isfinite()
+    assert torch.equal(lse[~some], naive.lse[~some])
+    assert ((lse - naive.lse).abs() <= 5e-4 * (5 + naive.lse.abs()))[some].all()
+    pairs = [(output, naive.output)]
+    if naive.key_mean is not None:
+        pairs.append((means, naive.key_mean))
+    for one, other in pairs:
+        assert one.shape == other.shape
+        assert (one - other).square().mean().sqrt() <= 2e-3 * other.square().mean().sqrt()
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_equals_the_naive_kernel(emulator: Emulator, case: Case, splits: int) -> None:
+    query, coded = problem(case)
+    found = attend(query, coded, splits, emulator.launch, merge)
+    assert_equals_the_naive_kernel(found, query, coded, case)
+
+
+@needs_a_compiler
+def test_codes_that_lie_askew_are_read(emulator: Emulator) -> None:
+    case = Case(rope=False, lengths=(67, 67), group=4)
+    query, coded = problem(case)
+
+    def askew(codes: torch.Tensor) -> torch.Tensor:
+        """67 tokens a head, not whole pages, a token's codes 17 bytes after the last's."""
+        wide = torch.empty(*codes.shape[:2], 67, codes.shape[3] + 1, dtype=torch.uint8)
+        wide[..., 1:] = codes[:, :, :67]
+        return wide[..., 1:]
+
+    coded = coded._replace(
+        keys=coded.keys._replace(codes=askew(coded.keys.codes)),
+        values=coded.values._replace(codes=askew(coded.values.codes)),
+    )
+    found = attend(query, coded, 1, emulator.launch, merge)
+    assert_equals_the_naive_kernel(found, query, coded, case)
+
+
+@needs_a_compiler
+def test_a_head_may_hold_its_tokens_between_those_of_others(emulator: Emulator) -> None:
+    """As `[B, T, H, M]` lies in memory."""
+    case = Case(rope=False, lengths=(100,), group=4)
+    query, coded = problem(case)
+
+    def by_token(codes: torch.Tensor) -> torch.Tensor:
+        return codes.transpose(1, 2).contiguous().transpose(1, 2)
+
+    coded = coded._replace(
+        keys=coded.keys._replace(codes=by_token(coded.keys.codes)),
+        values=coded.values._replace(codes=by_token(coded.values.codes)),
+    )
+    found = attend(query, coded, 1, emulator.launch, merge)
+    assert_equals_the_naive_kernel(found, query, coded, case)
+
+
+@needs_a_compiler
+def test_large_scores_late_in_a_context_scale_sums_down(emulator: Emulator) -> None:
+    case = Case(rope=False, lengths=(400,), heads=1, group=4, key_sums=True)
+    query, coded = problem(case)
+    coded.keys.codewords[:, :, :, 0] = 0
+    coded.keys.codes[:, :, :256] = 0  # every warp's first tile scores 0
+    query = query * 3
+    found = attend(query, coded, 1, emulator.launch, merge)
+    assert_equals_the_naive_kernel(found, query, coded, case)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dim, wavefronts", [(4, 2), (8, 4)])
+def test_look_ups_meet_in_no_more_banks_than_planned(
+    emulator: Emulator, dim: int, wavefronts: int
+) -> None:
+    """Of 32 lanes, whatever the codes are: random ones in one table would take 3.5 and 5.8."""
+    case = Case(head_dim=128, dim=dim, heads=1, group=4, lengths=(256,), rope=False)
+    query, coded = problem(case)
+    attend(query, coded, 1, emulator.launch, merge)
+    assert emulator.wavefronts * 32 <= wavefronts
+
+
+def test_codewords_are_rounded_by_a_sixteenth_at_most() -> None:
+    words = torch.randn(2, 16, 1, 200, 4) * torch.tensor([1e-3, 1e3])[:, None, None, None, None]
+    error = (as_read(words) - words).abs()
+    # From 2⁻⁶ of the scale on, numbers are subnormal, with a fixed step of 2⁻⁹.
+    least = table(words).scale[:, None, None, None, None] * 2.0**-10
+    assert (error <= torch.maximum(words.abs() / 16, least)).all()
+    assert torch.equal(as_read(torch.zeros(1, 8, 1, 256, 4)), torch.zeros(1, 8, 1, 256, 4))
+
+
+def test_codewords_changed_in_place_are_converted_again() -> None:
+    words = torch.randn(1, 8, 1, 256, 8)
+    before = as_read(words)
+    assert table(words).entries is table(words).entries
+    words.neg_()
+    assert torch.equal(as_read(words), -before)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 16])
+def test_every_variant_fits_into_shared_memory(head_dim: int, rows: int) -> None:
+    variant = AttendVariant(head_dim, 4, rows, 32, 32, rope=True, key_sums=True)
+    assert variant.shared_bytes <= MOST_SHARED_BYTES
+    assert rows <= variant.padded_rows and variant.warps % 4 == 0
+
+
+def test_it_waits_to_be_asked_for_and_says_what_it_does_not_read() -> None:
+    refused = select("attend_codes", Case().layout, "cuda").refused["attend_codes.cuda"]
+    assert refused == "runs on cuda only when asked for"
+    for case, message in (
+        (Case(head_dim=80), "head dim 80 is none of (64, 128)"),
+        (Case(dim=2), "subvectors of 2 channels in 1 stages"),
+        (Case(dim=8, stages=2), "in 2 stages"),
+    ):
+        refused = select("attend_codes", case.layout, "cuda").refused["attend_codes.cuda"]
+        assert message in refused
+    refused = select("attend_codes", Case().layout, "cpu").refused["attend_codes.cuda"]
+    assert refused == "runs on cuda, not on cpu"
