@@ -42,6 +42,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("e8p", {"dim": 8}),
     ("nested", {"dim": 1, "depth": 2, "code_bits": 4}),
     ("joint_product", {"code_bits": 4}),
+    ("trellis", {"rate": 2, "dim": 8, "memory": 8}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),

@@ -132,6 +132,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
         "rope_commutative": "vqkv.quantizers.commutative:Commutative",
         "sign_sketch": "vqkv.quantizers.sign_sketch:SignSketch",
         "e8p": "vqkv.quantizers.e8p:E8P",
+        "trellis": "vqkv.quantizers.trellis:Trellis",
         "nested": "vqkv.quantizers.nested:Nested",
     },
 )

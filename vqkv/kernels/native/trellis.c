@@ -1,0 +1,130 @@
+/* The best bits of all pairs of channels of a vector, coded by a trellis whose state is its last L
+ * bits: Viterbi's algorithm, a vector per SIMD lane. */
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "levels.h"
+
+/* More than any cost; and a sum with one is none either. */
+#define FAR 1e30f
+
+#define NAME(x) x##_scalar
+#define TARGET
+#define W 1
+#define V float
+#define I int32_t
+#define V_LOAD(p) (*(p))
+#define V_STORE(p, a) (*(p) = (a))
+#define V_SET1(a) (a)
+#define V_SUB(a, b) ((a) - (b))
+#define V_MUL(a, b) ((a) * (b))
+#define V_FMA(a, b, c) ((a) * (b) + (c))
+#define V_KEEP_LESS(best, at, score, k) \
+    do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
+#define I_SET1(a) (a)
+#define I_STORE(p, a) (*(p) = (a))
+#include "trellis_impl.h"
+
+#ifdef HAVE_X86
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define W 8
+#define V __m256
+#define I __m256i
+#define V_LOAD(p) _mm256_loadu_ps(p)
+#define V_STORE(p, a) _mm256_storeu_ps(p, a)
+#define V_SET1(a) _mm256_set1_ps(a)
+#define V_SUB(a, b) _mm256_sub_ps(a, b)
+#define V_MUL(a, b) _mm256_mul_ps(a, b)
+#define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define V_KEEP_LESS(best, at, score, k) \
+    do { \
+        const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
+        (best) = _mm256_blendv_ps(best, score, less_); \
+        (at) = _mm256_blendv_epi8(at, k, _mm256_castps_si256(less_)); \
+    } while (0)
+#define I_SET1(a) _mm256_set1_epi32(a)
+#define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
+#include "trellis_impl.h"
+
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define W 16
+#define V __m512
+#define I __m512i
+#define V_LOAD(p) _mm512_loadu_ps(p)
+#define V_STORE(p, a) _mm512_storeu_ps(p, a)
+#define V_SET1(a) _mm512_set1_ps(a)
+#define V_SUB(a, b) _mm512_sub_ps(a, b)
+#define V_MUL(a, b) _mm512_mul_ps(a, b)
+#define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define V_KEEP_LESS(best, at, score, k) \
+    do { \
+        const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \
+        (best) = _mm512_min_ps(score, best); \
+        (at) = _mm512_mask_mov_epi32(at, less_, k); \
+    } while (0)
+#define I_SET1(a) _mm512_set1_epi32(a)
+#define I_STORE(p, a) _mm512_storeu_si512(p, a)
+#include "trellis_impl.h"
+
+#endif
+
+typedef float *search(const float *x, const float *cost, const float *table,
+                      const int32_t *widths, int64_t pairs, int64_t states, float *least,
+                      float *next, int32_t *came);
+
+/* Bits [N, pairs] of rows `begin` to `end` of x [N, pairs, 2], `widths` [pairs] of them each, under
+ * `table` [2^memory, 2] and `cost` [pairs, 2]; all contiguous. Returns 0, or -1 where memory ran out. */
+int vqkv_trellis(int level, const float *x, const float *cost, const float *table,
+                 const int32_t *widths, int64_t pairs, int64_t memory, int64_t begin, int64_t end,
+                 int32_t *codes)
+{
+    search *best_paths = paths_scalar;
+    int64_t lanes = 1;
+#ifdef HAVE_X86
+    if (level >= AVX2) {
+        best_paths = level >= AVX512 ? paths_avx512 : paths_avx2;
+        lanes = level >= AVX512 ? 16 : 8;
+    }
+#endif
+    const int64_t states = (int64_t)1 << memory;
+    int64_t paths = 0;
+    for (int64_t p = 0; p < pairs; p++)
+        paths += states >> widths[p];
+    float *const numbers = malloc((size_t)((2 * states + 2 * pairs) * lanes) * sizeof(float));
+    int32_t *const came = malloc((size_t)((paths + 1) * lanes) * sizeof(int32_t));
+    if (numbers == NULL || came == NULL) {
+        free(numbers);
+        free(came);
+        return -1;
+    }
+    float *const turned = numbers + 2 * states * lanes; /* [pairs, 2, lanes] */
+    for (int64_t first = begin; first < end; first += lanes) {
+        const int64_t rows = end - first < lanes ? end - first : lanes;
+        for (int64_t i = 0; i < 2 * pairs; i++)
+            for (int64_t l = 0; l < lanes; l++)
+                turned[i * lanes + l] = l < rows ? x[(first + l) * 2 * pairs + i] : 0;
+        const float *const least = best_paths(turned, cost, table, widths, pairs, states, numbers,
+                                              numbers + states * lanes, came);
+        for (int64_t l = 0; l < rows; l++) {
+            int64_t state = 0;
+            for (int64_t s = 1; s < states; s++)
+                if (least[s * lanes + l] < least[state * lanes + l])
+                    state = s;
+            const int32_t *back = came + paths * lanes;
+            for (int64_t p = pairs - 1; p >= 0; p--) {
+                const int64_t kept = states >> widths[p];
+                back -= kept * lanes;
+                codes[(first + l) * pairs + p] = (int32_t)(state & ((1 << widths[p]) - 1));
+                state >>= widths[p];
+                state += back[state * lanes + l] * kept;
+            }
+        }
+    }
+    free(numbers);
+    free(came);
+    return 0;
+}
