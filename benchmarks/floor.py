@@ -72,7 +72,7 @@ def _axes(codec: Codec, x: torch.Tensor, sources: list[torch.Tensor]) -> torch.T
     """What is coded, and what it decodes to, along the transform's axes: `[2, N, C]`."""
     (transform,) = codec.transforms
     expected = 0 if codec.predictor is None else codec.predictor.predict(sources)
-    decoded = codec.decode(codec.encode(x, sources), sources)
+    decoded = codec.there_and_back(x, sources)
     left_over = (x - expected, decoded - expected)
     return torch.stack([transform.forward(y)[0].flatten(1).double() for y in left_over])
 

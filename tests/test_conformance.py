@@ -43,6 +43,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("nested", {"dim": 1, "depth": 2, "code_bits": 4}),
     ("joint_product", {"code_bits": 4}),
     ("trellis", {"rate": 2, "dim": 8, "memory": 8}),
+    ("trellis", {"rate": 1.5, "dim": 16, "memory": 6, "run": 1}),
 ]
 LEARNER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"iterations": 5}),

@@ -236,6 +236,16 @@ class Codec:
         with self._named_in_errors():
             return x + self._predicted(sources, len(x))
 
+    def there_and_back(self, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """What tokens `[N, H, D]` are decoded to, a last run that is not whole filled up."""
+        missing = -len(x) % self.layout.token_group
+
+        def filled(tokens: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tokens, tokens[-1:].expand(missing, -1, -1)]) if missing else tokens
+
+        given = [filled(source) for source in sources]
+        return self.decode(self.encode(filled(x), given), given)[: len(x)]
+
     # -- state -----------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -318,7 +328,12 @@ class Codec:
             head_local=config.grouping.head_local
             and all(part.head_local for part in self._learning()),
             sharing=config.sharing,
-            token_group=max([1, *(transform.token_group for transform in self.transforms)]),
+            token_group=max(
+                [
+                    *(transform.token_group for transform in self.transforms),
+                    *(segment.quantizer.token_group for segment in config.all_segments),
+                ]
+            ),
             commuting=self._commuting(),
             sources=tuple(
                 (source.stream, source.back)

@@ -594,10 +594,7 @@ class Reconstructions:
             states = self._source.states(layer, stream)
             sources = self.of(key)
 
-            def through(x: torch.Tensor, s: list[torch.Tensor]) -> torch.Tensor:
-                return codec.decode(codec.encode(x, s), s)
-
-            decoded = States(states.tokens, lambda: states.beside(sources, through))
+            decoded = States(states.tokens, lambda: states.beside(sources, codec.there_and_back))
             self._kept[key] = self._source.kept(layer, stream, decoded)
         return self._kept[key]
 

@@ -301,18 +301,22 @@ class Scheme(Config):
     @model_validator(mode="after")
     def _runs_of_tokens(self) -> Self:
         for config in self._streams():
-            groups = [TRANSFORMS.build(t).token_group for t in config.transforms]
-            if max(groups, default=1) == 1:
-                continue
-            if not config.data_free:
+            transforms = [TRANSFORMS.build(t).token_group for t in config.transforms]
+            quantizers = [segment.quantizer.token_group for segment in config.all_segments]
+            if max(transforms, default=1) > 1 and not config.data_free:
                 raise ValueError(
                     "transforms over runs of tokens are for streams that learn nothing: windows of "
                     "calibration text do not end with a run; leave out what learns"
                 )
-            if self.residency.window == 0:
+            if max(quantizers) > 1 and config.sharing != "group":
                 raise ValueError(
-                    "residency.window: transforms over runs of tokens need a window in which a run "
-                    "is exact until it is whole, given 0"
+                    f"sharing: a quantizer over runs of tokens codes each subvector by itself, "
+                    f"which is 'group', given {config.sharing!r}"
+                )
+            if max([*transforms, *quantizers]) > 1 and self.residency.window == 0:
+                raise ValueError(
+                    "residency.window: runs of tokens need a window in which a run is exact until "
+                    "it is whole, given 0"
                 )
         return self
 

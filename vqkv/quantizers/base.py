@@ -43,6 +43,11 @@ class QuantizerConfig(Config):
         return False
 
     @property
+    def token_group(self) -> int:
+        """Tokens in a row that are only coded together; vectors come in whole runs of them."""
+        return 1
+
+    @property
     def couples(self) -> bool:
         """Codes of a head's subvectors are chosen together, in the metric of what is coded."""
         return False

@@ -1,13 +1,12 @@
-"""Trellis-coded channels with a scale per vector: QTIP (arXiv 2406.11235), for vectors of unequal channels.
+"""Trellis-coded channels whose bits go where they are needed: QTIP (arXiv 2406.11235) for KV vectors.
 
-QTIP codes weights that a random rotation has made alike. A KV vector in its eigenbasis is the
-opposite: channels of very different variances, and vectors of very different lengths. So channels get
-bits by variance (reverse water-filling), and a vector its own scale.
+QTIP codes weights that a random rotation has made alike. KV vectors in their eigenbasis are the
+opposite: channels of very different variances, and tokens of very different lengths. So a pair of
+channels gets bits by its variance, and a token by its length, which is stored with it.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from typing import Literal
 
@@ -15,19 +14,20 @@ import torch
 from pydantic import Field
 
 from vqkv.codebooks.base import Health
-from vqkv.errors import NotFittedError, SchemeError, StateError
+from vqkv.errors import SchemeError, StateError
 from vqkv.kernels.encode.trellis import encode_trellis
+from vqkv.layouts import PAGE_TOKENS
 from vqkv.quantizers.base import Quantizer, QuantizerConfig
+from vqkv.quantizers.shared_bits import SharedBits, growth
 
-#: Bits of a vector's scale, and its steps: quarter octaves of length, from 2⁻² to 2^1.75.
+#: Bits of a token's length, and its steps: quarter octaves, from 2⁻² to 2^1.75 of the usual one.
 SCALE_BITS, SCALE_STEP = 4, 0.25
+SCALES = 2**SCALE_BITS
 #: Bits of a state that are older than a pair's own: fewer are hardly a trellis.
 LEAST_MEMORY = 2
-#: A pair's error is about this times 2⁻ᵏ of its variance after k bits, by which bits are given out.
-LOSS = 1.17
 #: Vectors that the table learns from, at most, and how many an entry's start counts for.
 LEARNING_VECTORS, PRIOR = 8192, 20.0
-#: Of finding scales by channels' spread, and the spread of what is scaled.
+#: Of finding lengths by channels' spread, and the spread of what is divided by them.
 ROUNDS = 2
 
 
@@ -35,15 +35,17 @@ class TrellisConfig(QuantizerConfig):
     """Settings of `Trellis`.
 
     Attributes:
-        rate: bits per channel, that of the scale among them.
+        rate: bits per channel on average, all included.
         memory: bits of a state; the table has 2^memory entries, and encoding takes as many steps
             per pair of channels.
+        run: tokens in a row that share their bits, and are only coded together.
         iterations: of learning the table.
     """
 
     type: Literal["trellis"] = "trellis"
     rate: float = Field(gt=0, le=8)
     memory: int = Field(default=12, ge=4, le=14)
+    run: int = Field(default=PAGE_TOKENS, ge=1, le=PAGE_TOKENS)
     iterations: int = Field(default=4, ge=1)
 
     def stages(self, dim: int) -> int:
@@ -54,113 +56,133 @@ class TrellisConfig(QuantizerConfig):
                 f"quantizer.rate: 'trellis' codes pairs of channels in whole bytes; {self.rate:g} "
                 f"bits of {dim} channels are {total:g}"
             )
-        if total - SCALE_BITS > (self.memory - LEAST_MEMORY) * dim // 2:
+        if PAGE_TOKENS % self.run:
             raise SchemeError(
-                f"quantizer.rate: {self.rate:g} bits per channel need a longer memory than "
-                f"{self.memory} bits, at least {math.ceil(2 * self.rate) + LEAST_MEMORY}"
+                f"quantizer.run: {self.run} tokens do not divide a page of {PAGE_TOKENS}"
+            )
+        if self.header_bytes >= total / 8 * self.run:
+            raise SchemeError(f"quantizer.rate: {total:g} bits of a vector are all for its length")
+        if 2 * self.rate > self.memory - LEAST_MEMORY:
+            raise SchemeError(
+                f"quantizer.memory: {self.rate:g} bits per channel need at least "
+                f"{math.ceil(2 * self.rate) + LEAST_MEMORY}, given {self.memory}"
             )
         return int(total) // 8
 
     def bits(self) -> int:
-        """8: codes are the bytes of a vector."""
+        """8: codes are bytes."""
         return 8
+
+    @property
+    def token_group(self) -> int:
+        """`run`."""
+        return self.run
+
+    @property
+    def header_bytes(self) -> int:
+        """Of a run: its tokens' lengths."""
+        return -(-self.run * SCALE_BITS // 8)
 
 
 class Trellis(Quantizer):
-    """Pairs of channels `x_p ≈ σ s_p ∘ T[state_p]`, strongest first, the scale σ in 4 bits.
+    """Pairs of channels `x_p ≈ σ s_p ∘ T[state_p]`, strongest first, a token's σ in 4 bits.
 
     A pair adds k_p bits to the state, which keeps the last L: `state_p = (state_{p−1} 2^{k_p} +
-    bits_p) mod 2^L`, from 0 on. So any state is L bits in a row of the code, and decoding has no
-    order; encoding finds the best bits of all pairs together (Viterbi). k_p shares out `rate` by the
-    pairs' variances. The table T `[2^L, 2]` is one for all pairs; it starts as Gaussian noise and
-    learns as k-means does, from the best bits under the last one.
+    bits_p) mod 2^L`, from 0 on for each token. So any state is L bits in a row of the code, and
+    decoding has no order; encoding finds the best bits of all pairs together (Viterbi). The table T
+    `[2^L, 2]` is one for all pairs; it starts as Gaussian noise and learns as k-means does, from
+    the best bits under the last one.
+
+    A run of tokens has `rate` bits per channel for all of them, and shares them out byte by byte to
+    whichever token gains most (`SharedBits`): lengths come first in the code, and say how many
+    bytes each token has.
 
     State: `table` (fp16), `order` `[M, d]` (int16, strongest channels first), `spread` `[M, d]`
-    (fp32, their root mean squares), `pair_bits` `[M, d / 2]` (uint8).
+    (fp32, their root mean squares), `grown` `[M, 8 B]` (int16, the pair that gets each next bit of a
+    token) and `gains` `[M, B]` (int16, what each next byte gains, in eighths of octaves).
     """
 
     Config = TrellisConfig
     config: TrellisConfig
     table_: torch.Tensor
-    spread_: torch.Tensor
     order_: torch.Tensor
-    bits_: torch.Tensor
+    spread_: torch.Tensor
+    shared_: list[SharedBits]
 
     def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
         self.config.stages(samples.shape[2])
-        energy = samples.square().mean(0)  # [M, d]
-        self._share_out(energy)
-        # Long vectors do not make up most of it once all are scaled.
-        for _ in range(ROUNDS):
+        self._share_out(samples.square().mean(0))
+        for _ in range(ROUNDS):  # long tokens no longer make up most of it
             scaled = [self._scaled(samples[:, m], m) for m in range(samples.shape[1])]
             self._share_out(torch.stack([x.square().mean(0) for x in scaled]))
-        self._learn(samples[:: -(-len(samples) // LEARNING_VECTORS)], weights, seed)
+        self._learn(samples, weights, seed)
 
     def _share_out(self, energy: torch.Tensor) -> None:
-        """Order, spread and bits of channels `[M, d]`."""
+        """Order, spread and bits of channels by energies `[M, d]`."""
         order = energy.argsort(dim=1, descending=True, stable=True)
         ordered = energy.gather(1, order)
-        pairs = ordered.unflatten(1, (-1, 2)).prod(2).sqrt()
-        budget = int(self.config.rate * energy.shape[1]) - SCALE_BITS
-        most = self.config.memory - LEAST_MEMORY
-        shared = [shared_out(book.tolist(), budget, most) for book in pairs]
         self.order_, self.spread_ = order.short(), ordered.sqrt()
-        self.bits_ = torch.tensor(shared, dtype=torch.uint8, device=energy.device)
-
-    def _scaled(self, x: torch.Tensor, m: int) -> torch.Tensor:
-        return x / self._scales(self._scale_codes(x, m)).unsqueeze(1)
+        variances = ordered.unflatten(1, (-1, 2)).prod(2).sqrt()
+        grown = [growth(book.tolist(), self._most_bytes, self._most_bits) for book in variances]
+        self.shared_ = [
+            SharedBits(pairs.to(energy.device), gains.to(energy.device), energy.shape[1] // 2)
+            for pairs, gains in grown
+        ]
 
     def prepare(self, subspaces: int, dim: int) -> None:
         """Variances are always learned: raises NotFittedError."""
         raise self.needs_fit()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes `[N, M, S]` (int32), the bytes of each vector. Raises NotFittedError, StateError."""
+        """Codes `[N, M, S]` (int32), bytes of whole runs. Raises NotFittedError, StateError."""
         x = self._checked(x).float()
-        books = [self._bytes(*self._searched(x[:, m], m), m) for m in range(x.shape[1])]
-        return torch.stack(books, 1)
+        return torch.stack([self._encode(x[:, m], m) for m in range(x.shape[1])], 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, M, d]` (fp32). Raises NotFittedError."""
         self._fitted()
-        books = [self._vectors(*self._states(codes[:, m], m), m) for m in range(codes.shape[1])]
+        books = [self._vectors(*self._read(codes[:, m], m), m) for m in range(codes.shape[1])]
         return torch.stack(books, 1)
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
-        """Of the table, and per channel 6 bytes, and one per pair."""
-        return 2**self.config.memory * 4 + subspaces * (6 * dim + dim // 2)
+        """Of the table; per channel 6 bytes; per byte that a token may have, 18."""
+        return 2**self.config.memory * 4 + subspaces * (6 * dim + 18 * self._bytes_for(dim))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """`table`, `spread`, `order`, `pair_bits`. Raises NotFittedError."""
+        """`table`, `order`, `spread`, `grown`, `gains`. Raises NotFittedError."""
         self._fitted()
         return {
             "table": self.table_,
-            "spread": self.spread_,
             "order": self.order_,
-            "pair_bits": self.bits_,
+            "spread": self.spread_,
+            "grown": torch.stack([shared.pairs for shared in self.shared_]),
+            "gains": torch.stack([shared.gains for shared in self.shared_]),
         }
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` returned. Raises StateError where it does not fit."""
-        expected = {
+        types = {
             "table": torch.float16,
-            "spread": torch.float32,
             "order": torch.int16,
-            "pair_bits": torch.uint8,
+            "spread": torch.float32,
+            "grown": torch.int16,
+            "gains": torch.int16,
         }
         given = {name: tensor.dtype for name, tensor in state.items()}
-        if given != expected:
-            raise StateError(f"a trellis has {expected}, given {given}")
-        table, spread, order, bits = (state[name] for name in expected)
-        dim = order.shape[-1]
+        if given != types:
+            raise StateError(f"a trellis has {types}, given {given}")
+        table, order, spread, grown, gains = (state[name] for name in types)
+        books, dim = order.shape if order.ndim == 2 else (0, 0)
+        self.order_ = order
         fits = (
             table.shape == (2**self.config.memory, 2)
-            and order.ndim == 2
+            and books > 0
             and spread.shape == order.shape
-            and bits.shape == (len(order), dim // 2)
+            and gains.shape == (books, self._bytes_for(dim))
+            and grown.shape == (books, 8 * self._bytes_for(dim))
             and bool((order.long().sort(1).values == torch.arange(dim, device=order.device)).all())
-            and bool((bits.sum(1) == self.config.rate * dim - SCALE_BITS).all())
-            and int(bits.max()) <= self.config.memory - LEAST_MEMORY
+            and bool(((grown >= 0) & (grown < dim // 2)).all())
+            and bool((gains[:, 1:] <= gains[:, :-1]).all())
         )
         if not fits:
             shapes = {name: list(tensor.shape) for name, tensor in state.items()}
@@ -168,152 +190,184 @@ class Trellis(Quantizer):
                 f"a trellis of {self.config.rate:g} bits with {self.config.memory} bits of memory "
                 f"has other tensors than {shapes}, or other orders and bits"
             )
-        self.table_, self.spread_, self.order_, self.bits_ = table, spread, order, bits
+        self.table_, self.spread_ = table, spread
+        self.shared_ = [SharedBits(*book, dim // 2) for book in zip(grown, gains, strict=True)]
         self.health_ = []
 
-    # -- inside ----------------------------------------------------------------------------
+    # -- learning --------------------------------------------------------------------------
 
     def _learn(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        size = 2**self.config.memory
+        step = -(-len(samples) // LEARNING_VECTORS)
+        samples = samples[::step]
+        if weights is None:
+            weights = torch.ones(len(samples), device=samples.device)
+        else:
+            weights = weights[::step].float()
+        # Samples make up runs, the last one whole with some of them twice.
+        filled = torch.arange(-(-len(samples) // self.config.run) * self.config.run)
+        rows = (filled % len(samples)).to(samples.device)
+        size = len(rows)
         generator = torch.Generator().manual_seed(seed)
-        table = torch.randn(size, 2, generator=generator).to(samples.device)
-        if weights is not None:
-            weights = weights[:: -(-len(weights) // len(samples))].float()
+        start = torch.randn(2**self.config.memory, 2, generator=generator).to(samples.device)
+        self.table_ = start.half()
         inertia: list[float] = []
-        used = torch.zeros(size, device=samples.device)
         for _ in range(self.config.iterations):
-            self.table_ = table.half()
-            sums = torch.zeros(size, 3, device=samples.device)
-            used.zero_()
-            error = counted = 0.0
+            sums = torch.zeros(len(start), 4, device=samples.device)
+            error = 0.0
             for m in range(samples.shape[1]):
-                codes, scale = self._searched(samples[:, m], m)
-                states = self._states(self._bytes(codes, scale, m), m)[0]
-                given = torch.ones(len(samples), device=samples.device)
-                if weights is not None:
-                    given = weights if weights.ndim == 1 else weights[:, m]
-                # In units of the table an error of a long vector is as many times as large.
-                heavy = given * self._scales(scale).square()
-                targets = self._normed(samples[:, m], scale, m)
-                each = heavy[:, None].expand_as(states).reshape(-1)
-                moved = torch.cat([targets.flatten(0, 1) * each[:, None], each[:, None]], 1)
-                sums.index_add_(0, states.flatten(), moved)
-                used.index_add_(0, states.flatten(), torch.ones_like(each))
-                decoded = self._vectors(states, scale, m)
-                error += float((samples[:, m] - decoded).square().sum(1) @ given)
-                counted += float(given.sum())
-            inertia.append(error / counted)
-            prior = PRIOR * sums[:, 2].sum() / used.sum()
-            table = (sums[:, :2] + prior * table) / (sums[:, 2:] + prior)
-        self.table_ = table.half()
+                x = samples[rows, m]
+                given = (weights if weights.ndim == 1 else weights[:, m])[rows]
+                found, wrong = self._moved(x, given / given.mean(), m)
+                sums += found
+                error += wrong / size
+            inertia.append(error)
+            prior = PRIOR * sums[:, 2].sum() / sums[:, 3].sum()
+            moved = (sums[:, :2] + prior * self.table_.float()) / (sums[:, 2:3] + prior)
+            self.table_ = moved.half()
+        used = sums[:, 3]
         shares = used[used > 0] / used.sum()
         gain = 1 - inertia[-1] / inertia[-2] if len(inertia) > 1 and inertia[-2] else None
-        entropy = float(-(shares * shares.log2()).sum())
         dead = int((used == 0).sum())
+        entropy = float(-(shares * shares.log2()).sum())
         self.health_ = [Health(tuple(inertia), entropy, dead, dead, gain)]
 
-    def _searched(self, x: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of vectors `[N, d]` the best bits of each coded pair `[N, n]`, and scales as codes `[N]`."""
+    def _moved(self, x: torch.Tensor, weights: torch.Tensor, m: int) -> tuple[torch.Tensor, float]:
+        """Of each entry of the table what it is chosen for: weighted sums of both channels, weights
+        and uses, `[2^L, 4]`; and the weighted squared error."""
+        scale, bytes_, states = self._read(self._encode(x, m), m)
+        widths = self.shared_[m].widths[bytes_]  # [N, P]
+        coded = widths > 0
+        # In units of the table an error of a long token counts as much more.
+        each = (weights * self._scales(scale).square()).unsqueeze(1).expand_as(states)[coded]
+        units = self._scales(scale)[:, None, None] * self._units(widths, m)
+        targets = (self._pairs(x, m) / units.clamp_min(1e-30))[coded]
+        rows = torch.cat(
+            [targets * each[:, None], each[:, None], torch.ones_like(each)[:, None]], 1
+        )
+        sums = torch.zeros(len(self.table_), 4, device=x.device)
+        sums.index_add_(0, states[coded], rows)
+        decoded = self._vectors(scale, bytes_, states, m)
+        return sums, float((x - decoded).square().sum(1) @ weights)
+
+    # -- coding ----------------------------------------------------------------------------
+
+    def _encode(self, x: torch.Tensor, m: int) -> torch.Tensor:
+        """Bytes `[N, S]` (int32) of vectors `[N, d]`."""
         scale = self._scale_codes(x, m)
-        widths = self._widths(m)
-        cost = self._units(m).square()
-        codes = encode_trellis(self._normed(x, scale, m), cost, self.table_.float(), widths)
-        return codes, scale
+        size = self.config.stages(x.shape[1]) * self.config.run
+        offsets, bytes_ = self._offsets(scale, m)
+        runs = x.new_zeros(len(x) // self.config.run, size, dtype=torch.int32)
+        header = scale.view(-1, self.config.run)
+        if self.config.run % 2:
+            header = torch.nn.functional.pad(header, (0, 1))
+        runs[:, : self.config.header_bytes] = header[:, ::2] << SCALE_BITS | header[:, 1::2]
+        flat = runs.view(-1)
+        pairs = self._pairs(x, m)
+        for count in bytes_.unique().tolist():
+            if not count:
+                continue
+            rows = (bytes_ == count).nonzero().squeeze(1)
+            widths = self.shared_[m].widths[count]
+            coded = widths > 0
+            units = self._units(widths, m)[coded]
+            given = pairs[rows][:, coded] / (self._scales(scale[rows])[:, None, None] * units)
+            codes = encode_trellis(given, units.square(), self.table_.float(), widths[coded])
+            place = offsets[rows].unsqueeze(1) + torch.arange(count, device=x.device)
+            flat[place] = _as_bytes(codes, widths[coded])
+        return runs.view(len(x), -1)
 
-    def _scale_codes(self, x: torch.Tensor, m: int) -> torch.Tensor:
-        """Of vectors `[N, d]`: how much longer they are than usual, where they have bits."""
-        energy = (self._pairs(x, m) / self._spread(m)).square().mean((1, 2))
-        # Of vectors that are 0 the logarithm is −∞, and the code 0.
-        steps = (energy.log2() / (2 * SCALE_STEP)).round()
-        return (steps + 2 ** (SCALE_BITS - 1)).clamp(0, 2**SCALE_BITS - 1).int()
+    def _read(self, codes: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of bytes `[N, S]`: tokens' lengths as codes `[N]`, their bytes `[N]`, states `[N, P]`."""
+        runs = codes.reshape(-1, codes.shape[1] * self.config.run).long()
+        header = runs[:, : self.config.header_bytes]
+        both = torch.stack([header >> SCALE_BITS, header & (SCALES - 1)], 2).flatten(1)
+        scale = both[:, : self.config.run].flatten()
+        offsets, bytes_ = self._offsets(scale, m)
+        ends = self.shared_[m].ends[bytes_]  # [N, P]: bits of a token up to each pair
+        last = (8 * offsets.unsqueeze(1) + ends - 1).clamp_min(0)
+        flat = torch.nn.functional.pad(runs.flatten(), (2, 0))
+        byte = last >> 3
+        word = (flat[byte] << 16) | (flat[byte + 1] << 8) | flat[byte + 2]
+        # State 0 comes before a token's first bit.
+        known = (1 << ends.clamp_max(self.config.memory)) - 1
+        return scale, bytes_, (word >> (7 - (last & 7))) & known
 
-    def _normed(self, x: torch.Tensor, scale: torch.Tensor, m: int) -> torch.Tensor:
-        """Coded pairs `[N, n, 2]` in units of the table."""
-        return self._pairs(x, m) / (self._scales(scale)[:, None, None] * self._units(m))
+    def _offsets(self, scale: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each token's bytes begin in all runs together, and how many it has, `[N]`."""
+        size = self.config.stages(self.order_.shape[1]) * self.config.run
+        octaves = 2 * SCALE_STEP * (scale.view(-1, self.config.run) - SCALES // 2)
+        bytes_ = self.shared_[m].bytes_of(octaves, size - self.config.header_bytes)
+        first = torch.arange(len(bytes_), device=scale.device).unsqueeze(1) * size
+        offsets = first + self.config.header_bytes + bytes_.cumsum(1) - bytes_
+        return offsets.flatten(), bytes_.flatten()
 
-    def _bytes(self, codes: torch.Tensor, scale: torch.Tensor, m: int) -> torch.Tensor:
-        """Bits of all pairs in a row, then those of the scale: `[N, S]` (int32)."""
-        widths = self._widths(m).long()
-        pair = torch.arange(len(widths), device=codes.device).repeat_interleave(widths)
-        ends = widths.cumsum(0)
-        place = torch.arange(len(pair), device=codes.device)
-        bits = (codes[:, pair] >> (ends[pair] - 1 - place)) & 1
-        tail = torch.arange(SCALE_BITS - 1, -1, -1, device=codes.device)
-        bits = torch.cat([bits, (scale[:, None] >> tail) & 1], 1).unflatten(1, (-1, 8))
-        return (bits << torch.arange(7, -1, -1, device=codes.device)).sum(2).int()
-
-    def _states(self, codes: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of bytes `[N, S]` the states of coded pairs `[N, n]` and the scales' codes `[N]`."""
-        codes = codes.long()
-        last = self._widths(m).long().cumsum(0) - 1  # bit that ends each pair's state
-        padded = torch.nn.functional.pad(codes, (2, 0))  # state 0 before the first bit
-        byte = last // 8
-        word = (padded[:, byte] << 16) | (padded[:, byte + 1] << 8) | padded[:, byte + 2]
-        states = (word >> (7 - last % 8)) & (2**self.config.memory - 1)
-        return states, codes[:, -1] & (2**SCALE_BITS - 1)
-
-    def _vectors(self, states: torch.Tensor, scale: torch.Tensor, m: int) -> torch.Tensor:
-        """Vectors `[N, d]`; channels without bits are 0."""
-        units = self._scales(scale)[:, None, None] * self._units(m)
-        pairs = self.table_.float()[states] * units
-        x = pairs.new_zeros(len(states), self.order_.shape[1])
-        x[:, self._channels(m)] = pairs.flatten(1)
+    def _vectors(
+        self, scale: torch.Tensor, bytes_: torch.Tensor, states: torch.Tensor, m: int
+    ) -> torch.Tensor:
+        """Vectors `[N, d]`; pairs without bits are 0."""
+        units = self._scales(scale)[:, None, None] * self._units(self.shared_[m].widths[bytes_], m)
+        x = units.new_empty(len(states), self.order_.shape[1])
+        x[:, self.order_[m].long()] = (self.table_.float()[states] * units).flatten(1)
         return x
 
-    def _pairs(self, x: torch.Tensor, m: int) -> torch.Tensor:
-        """The pairs that have bits, `[N, n, 2]`."""
-        return x[:, self._channels(m)].unflatten(1, (-1, 2))
+    def _scale_codes(self, x: torch.Tensor, m: int) -> torch.Tensor:
+        """How long vectors `[N, d]` are, by the channels that usually get bits."""
+        spread = self.spread_[m].unflatten(0, (-1, 2))
+        usual = self.shared_[m].widths[self.config.stages(x.shape[1])] > 0
+        energy = (self._pairs(x, m)[:, usual] / spread[usual].clamp_min(1e-30)).square()
+        # Of vectors that are 0 the logarithm is −∞, and the code 0.
+        steps = (energy.mean((1, 2)).log2() / (2 * SCALE_STEP)).round()
+        return (steps + SCALES // 2).clamp(0, SCALES - 1).int()
 
-    def _channels(self, m: int) -> torch.Tensor:
-        pairs = self.order_[m].long().unflatten(0, (-1, 2))
-        return pairs[self.bits_[m] > 0].flatten()
-
-    def _widths(self, m: int) -> torch.Tensor:
-        """k `[n]` of pairs with bits."""
-        return self.bits_[m][self.bits_[m] > 0]
-
-    def _spread(self, m: int) -> torch.Tensor:
-        """Root mean squares `[n, 2]` of pairs with bits."""
-        pairs = self.spread_[m].unflatten(0, (-1, 2))
-        return pairs[self.bits_[m] > 0].clamp_min(1e-30)
-
-    def _units(self, m: int) -> torch.Tensor:
-        """s `[n, 2]`: what is decoded varies less than what is coded, by its error."""
-        error = torch.exp2(-self._widths(m).float())
-        return self._spread(m) * (1 - error).sqrt().unsqueeze(1)
+    def _scaled(self, x: torch.Tensor, m: int) -> torch.Tensor:
+        return x / self._scales(self._scale_codes(x, m)).unsqueeze(1)
 
     def _scales(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.exp2((codes.float() - 2 ** (SCALE_BITS - 1)) * SCALE_STEP)
+        return torch.exp2((codes.float() - SCALES // 2) * SCALE_STEP)
+
+    def _units(self, widths: torch.Tensor, m: int) -> torch.Tensor:
+        """s of pairs of so many bits `[.., P]`: what is decoded varies less than what is coded, by
+        its error, and not at all without bits."""
+        spread = self.spread_[m].unflatten(0, (-1, 2)).clamp_min(1e-30)
+        return spread * (1 - torch.exp2(-widths.float())).sqrt().unsqueeze(-1)
+
+    def _pairs(self, x: torch.Tensor, m: int) -> torch.Tensor:
+        """Vectors `[N, d]` as pairs `[N, P, 2]`, strongest first."""
+        return x[:, self.order_[m].long()].unflatten(1, (-1, 2))
+
+    @property
+    def _most_bits(self) -> int:
+        return self.config.memory - LEAST_MEMORY
+
+    @property
+    def _most_bytes(self) -> int:
+        return self._bytes_for(self.order_.shape[1])
+
+    def _bytes_for(self, dim: int) -> int:
+        """The most bytes that a token gets: three times the usual, or all that its pairs take."""
+        return min(3 * self.config.stages(dim), self._most_bits * dim // 2 // 8) if dim else 0
 
     def _fitted(self) -> None:
         if not hasattr(self, "table_"):
-            raise NotFittedError(str(self.needs_fit()))
+            raise self.needs_fit()
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
-        """Raises NotFittedError, or StateError on another shape."""
+        """Raises NotFittedError, or StateError on another shape or a run that is not whole."""
         self._fitted()
-        if x.ndim != 3 or x.shape[1:] != self.order_.shape:
+        if x.ndim != 3 or x.shape[1:] != self.order_.shape or len(x) % self.config.run:
+            books, dim = self.order_.shape
             raise StateError(
-                f"vectors are [N, {', '.join(map(str, self.order_.shape))}], given {list(x.shape)}"
+                f"vectors are [N, {books}, {dim}], N whole runs of {self.config.run} tokens, given "
+                f"{list(x.shape)}"
             )
         return x
 
 
-def shared_out(variances: list[float], budget: int, most: int) -> list[int]:
-    """Bits of each pair, `budget` in all and at most `most`: one after the other to the pair whose
-    error falls most by it. Variances fall, so bits do."""
-    bits = [0] * len(variances)
-
-    def gain(pair: int) -> float:
-        after = LOSS * 2.0 ** -(bits[pair] + 1)
-        before = 1.0 if not bits[pair] else 2 * after
-        return variances[pair] * (before - after)
-
-    heap = [(-gain(pair), pair) for pair in range(len(variances))]
-    heapq.heapify(heap)
-    for _ in range(budget):
-        _, pair = heapq.heappop(heap)
-        bits[pair] += 1
-        if bits[pair] < most:
-            heapq.heappush(heap, (-gain(pair), pair))
-    return bits
+def _as_bytes(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """Bits `[N, n]` of so many each, in a row: `[N, bytes]` (int32)."""
+    widths = widths.long()
+    pair = torch.arange(len(widths), device=codes.device).repeat_interleave(widths)
+    ends = widths.cumsum(0)
+    place = torch.arange(len(pair), device=codes.device)
+    bits = ((codes[:, pair] >> (ends[pair] - 1 - place)) & 1).unflatten(1, (-1, 8))
+    return (bits << torch.arange(7, -1, -1, device=codes.device)).sum(2).int()

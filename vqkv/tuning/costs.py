@@ -38,5 +38,5 @@ def _cost(
     codec: Codec, information: torch.Tensor, x: torch.Tensor, sources: list[torch.Tensor]
 ) -> torch.Tensor:
     """`Σ eᵀ F e` over tokens `[N, H, D]`, F being `[H, D, D]`."""
-    error = (codec.decode(codec.encode(x, sources), sources) - x).double()
+    error = (codec.there_and_back(x, sources) - x).double()
     return torch.einsum("nhd,hde,nhe->", error, information, error)
