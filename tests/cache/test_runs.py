@@ -118,7 +118,7 @@ def test_before_use_fills_the_last_run_up(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"residency": {"window": 0}}, "transforms over runs of tokens need a window"),
+        ({"residency": {"window": 0}}, "runs of tokens need a window"),
         (
             {"keys": {"transforms": [{"type": "center"}, {"type": "page_scale"}]}},
             "transforms over runs of tokens are for streams that learn nothing",

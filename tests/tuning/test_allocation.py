@@ -15,9 +15,9 @@ from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
 from vqkv.tuning.allocation import allocate
 from vqkv.tuning.curves import Curve
-from vqkv.tuning.rates import Step, ladder
+from vqkv.tuning.rates import ProductStep, Step, ladder
 
-EVEN = tuple(Step(1, bits) for bits in range(1, 7))
+EVEN = tuple(ProductStep(1, bits) for bits in range(1, 7))
 KEYS: list[StreamKey] = [(layer, stream) for layer in range(4) for stream in ("keys", "values")]
 
 

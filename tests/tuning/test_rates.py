@@ -13,7 +13,15 @@ from vqkv.geometry import Geometry
 from vqkv.scheme import STREAMS
 from vqkv.scheme_files import load_scheme
 from vqkv.tuning.files import scheme_file
-from vqkv.tuning.rates import Step, ladder, whole_bytes, with_steps
+from vqkv.tuning.rates import (
+    ProductStep,
+    Step,
+    TrellisStep,
+    eighths,
+    ladder,
+    whole_bytes,
+    with_steps,
+)
 
 
 @pytest.fixture
@@ -28,29 +36,43 @@ def keys_of(geometry: Geometry) -> list[StreamKey]:
 def test_steps_rise_and_the_largest_dim_stands_for_a_rate() -> None:
     steps = ladder((2, 4, 8), (6, 8, 10))
     assert [step.rate for step in steps] == [0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5]
-    assert steps[3] == Step(4, 6) and ladder((4, 2), (4, 8))[1] == Step(4, 8)
+    assert steps[3] == ProductStep(4, 6) and ladder((4, 2), (4, 8))[1] == ProductStep(4, 8)
+
+
+def test_trellis_codes_come_in_eighths_of_a_bit() -> None:
+    steps = eighths(0.5, 1)
+    assert [step.rate for step in steps] == [0.5, 0.625, 0.75, 0.875, 1]
+    assert [step.rate for step in whole_bytes(steps, 32)] == [0.5, 0.75, 1]
 
 
 def test_no_byte_is_left_half_used() -> None:
     steps = ladder((2, 4, 8), (5, 6, 8, 9))
     assert whole_bytes(steps, 16) == (
-        Step(8, 8),
-        Step(4, 6),
-        Step(4, 8),
-        Step(2, 5),
-        Step(2, 6),
-        Step(2, 8),
-        Step(2, 9),
+        ProductStep(8, 8),
+        ProductStep(4, 6),
+        ProductStep(4, 8),
+        ProductStep(2, 5),
+        ProductStep(2, 6),
+        ProductStep(2, 8),
+        ProductStep(2, 9),
     )
-    assert whole_bytes(steps, 12) == (Step(4, 8), Step(2, 8))
+    assert whole_bytes(steps, 12) == (ProductStep(4, 8), ProductStep(2, 8))
 
 
-@pytest.mark.parametrize("preset", ["recommended-2bit", "fast-2bit"])
-def test_each_stream_has_its_step(preset: str, geometry: Geometry, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "preset, usual, low, high",
+    [
+        ("fast-2bit", ProductStep(4, 8), ProductStep(8, 8), ProductStep(2, 8)),
+        ("recommended-2bit", TrellisStep(2.25), TrellisStep(1), TrellisStep(3.5)),
+    ],
+)
+def test_each_stream_has_its_step(
+    preset: str, usual: Step, low: Step, high: Step, geometry: Geometry, tmp_path: Path
+) -> None:
     base = load_scheme(preset)
-    steps = {key: Step(4, 8) for key in keys_of(geometry)}
-    steps[geometry.compressed[-1], "values"] = Step(8, 8)
-    steps[geometry.compressed[0], "keys"] = Step(2, 8)
+    steps = dict.fromkeys(keys_of(geometry), usual)
+    steps[geometry.compressed[-1], "values"] = low
+    steps[geometry.compressed[0], "keys"] = high
     scheme = with_steps(base, "mixed", steps, geometry)
     layouts = {key: codec.layout for key, codec in KVCompressor(scheme, geometry).codecs()}
     assert {key: layout.bits_per_value for key, layout in layouts.items()} == {
@@ -66,7 +88,7 @@ def test_each_stream_has_its_step(preset: str, geometry: Geometry, tmp_path: Pat
 
 def test_sources_before_the_first_compressed_layer_are_left_out(tmp_path: Path) -> None:
     hybrid = Geometry.from_model(tiny_model("gemma3"))  # one of its three layers grows
-    steps = dict.fromkeys(keys_of(hybrid), Step(4, 8))
+    steps = dict.fromkeys(keys_of(hybrid), TrellisStep(2.5))
     scheme = with_steps(load_scheme("recommended-2bit"), "cut", steps, hybrid)
     sources = {key: KVCompressor(scheme, hybrid).sources(*key) for key in steps}
     assert sources == {(1, "keys"): [], (1, "values"): [(1, "keys")]}
@@ -77,11 +99,14 @@ def test_sources_before_the_first_compressed_layer_are_left_out(tmp_path: Path) 
 
 def test_a_uniform_step_needs_no_overrides_but_those_of_the_preset(geometry: Geometry) -> None:
     base = load_scheme("fast-2bit")
-    scheme = with_steps(base, base.name, dict.fromkeys(keys_of(geometry), Step(4, 8)), geometry)
+    scheme = with_steps(
+        base, base.name, dict.fromkeys(keys_of(geometry), ProductStep(4, 8)), geometry
+    )
     assert scheme.fingerprint() == base.fingerprint()
 
 
 def test_other_quantizers_are_refused(geometry: Geometry) -> None:
-    steps = dict.fromkeys(keys_of(geometry), Step(4, 8))
-    with pytest.raises(SchemeError, match="one product quantizer for all channels, given residual"):
-        with_steps(load_scheme("rvq-2.875"), "x", steps, geometry)
+    for step in (ProductStep(4, 8), TrellisStep(2)):
+        steps = dict.fromkeys(keys_of(geometry), step)
+        with pytest.raises(SchemeError, match="for one quantizer of its kind, given residual"):
+            with_steps(load_scheme("rvq-2.875"), "x", steps, geometry)

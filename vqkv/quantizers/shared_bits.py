@@ -18,7 +18,9 @@ LOSS = 1.17
 STEPS = 8
 
 
-def growth(variances: list[float], most_bytes: int, most_bits: int) -> tuple[torch.Tensor, ...]:
+def growth(
+    variances: list[float], most_bytes: int, most_bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pair that gets each next bit of a token, and what each next byte gains.
 
     Args:
@@ -38,7 +40,8 @@ def growth(variances: list[float], most_bytes: int, most_bits: int) -> tuple[tor
 
     heap = [(-gain(pair), pair) for pair in range(len(variances))]
     heapq.heapify(heap)
-    pairs, gains = [], []
+    pairs: list[int] = []
+    gains: list[int] = []
     for _ in range(most_bytes):
         total = 0.0
         for _ in range(8):

@@ -1,8 +1,9 @@
-"""Trellis-coded channels whose bits go where they are needed: QTIP (arXiv 2406.11235) for KV vectors.
+"""Trellis-coded channels whose bits go where they are needed: QTIP, for KV vectors.
 
-QTIP codes weights that a random rotation has made alike. KV vectors in their eigenbasis are the
-opposite: channels of very different variances, and tokens of very different lengths. So a pair of
-channels gets bits by its variance, and a token by its length, which is stored with it.
+QTIP (arXiv 2406.11235) codes weights that a random rotation has made alike. KV vectors in their
+eigenbasis are the opposite: channels of very different variances, and tokens of very different
+lengths. So a pair of channels gets bits by its variance, and a token by its length, which is stored
+with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCALES = 2**SCALE_BITS
 #: Bits of a state that are older than a pair's own: fewer are hardly a trellis.
 LEAST_MEMORY = 2
 #: Vectors that the table learns from, at most, and how many an entry's start counts for.
-LEARNING_VECTORS, PRIOR = 8192, 20.0
+LEARNING_VECTORS, PRIOR = 4096, 20.0
 #: Of finding lengths by channels' spread, and the spread of what is divided by them.
 ROUNDS = 2
 
@@ -98,8 +99,8 @@ class Trellis(Quantizer):
     bytes each token has.
 
     State: `table` (fp16), `order` `[M, d]` (int16, strongest channels first), `spread` `[M, d]`
-    (fp32, their root mean squares), `grown` `[M, 8 B]` (int16, the pair that gets each next bit of a
-    token) and `gains` `[M, B]` (int16, what each next byte gains, in eighths of octaves).
+    (fp32, their root mean squares), `grown` `[M, 8 B]` (int16, the pair that gets each next bit of
+    a token) and `gains` `[M, B]` (int16, what each next byte gains, in eighths of octaves).
     """
 
     Config = TrellisConfig
@@ -146,7 +147,8 @@ class Trellis(Quantizer):
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Of the table; per channel 6 bytes; per byte that a token may have, 18."""
-        return 2**self.config.memory * 4 + subspaces * (6 * dim + 18 * self._bytes_for(dim))
+        each = 6 * dim + 18 * self._bytes_for(dim)
+        return (4 << self.config.memory) + subspaces * each
 
     def state(self) -> dict[str, torch.Tensor]:
         """`table`, `order`, `spread`, `grown`, `gains`. Raises NotFittedError."""
@@ -241,11 +243,9 @@ class Trellis(Quantizer):
         each = (weights * self._scales(scale).square()).unsqueeze(1).expand_as(states)[coded]
         units = self._scales(scale)[:, None, None] * self._units(widths, m)
         targets = (self._pairs(x, m) / units.clamp_min(1e-30))[coded]
-        rows = torch.cat(
-            [targets * each[:, None], each[:, None], torch.ones_like(each)[:, None]], 1
-        )
+        weighted = torch.stack([*(targets * each[:, None]).T, each, torch.ones_like(each)], 1)
         sums = torch.zeros(len(self.table_), 4, device=x.device)
-        sums.index_add_(0, states[coded], rows)
+        sums.index_add_(0, states[coded], weighted)
         decoded = self._vectors(scale, bytes_, states, m)
         return sums, float((x - decoded).square().sum(1) @ weights)
 
@@ -317,7 +317,8 @@ class Trellis(Quantizer):
         energy = (self._pairs(x, m)[:, usual] / spread[usual].clamp_min(1e-30)).square()
         # Of vectors that are 0 the logarithm is −∞, and the code 0.
         steps = (energy.mean((1, 2)).log2() / (2 * SCALE_STEP)).round()
-        return (steps + SCALES // 2).clamp(0, SCALES - 1).int()
+        codes: torch.Tensor = (steps + SCALES // 2).clamp(0, SCALES - 1).int()
+        return codes
 
     def _scaled(self, x: torch.Tensor, m: int) -> torch.Tensor:
         return x / self._scales(self._scale_codes(x, m)).unsqueeze(1)
@@ -329,11 +330,13 @@ class Trellis(Quantizer):
         """s of pairs of so many bits `[.., P]`: what is decoded varies less than what is coded, by
         its error, and not at all without bits."""
         spread = self.spread_[m].unflatten(0, (-1, 2)).clamp_min(1e-30)
-        return spread * (1 - torch.exp2(-widths.float())).sqrt().unsqueeze(-1)
+        units: torch.Tensor = spread * (1 - torch.exp2(-widths.float())).sqrt().unsqueeze(-1)
+        return units
 
     def _pairs(self, x: torch.Tensor, m: int) -> torch.Tensor:
         """Vectors `[N, d]` as pairs `[N, P, 2]`, strongest first."""
-        return x[:, self.order_[m].long()].unflatten(1, (-1, 2))
+        pairs: torch.Tensor = x[:, self.order_[m].long()].unflatten(1, (-1, 2))
+        return pairs
 
     @property
     def _most_bits(self) -> int:
@@ -370,4 +373,5 @@ def _as_bytes(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
     ends = widths.cumsum(0)
     place = torch.arange(len(pair), device=codes.device)
     bits = ((codes[:, pair] >> (ends[pair] - 1 - place)) & 1).unflatten(1, (-1, 8))
-    return (bits << torch.arange(7, -1, -1, device=codes.device)).sum(2).int()
+    packed: torch.Tensor = (bits << torch.arange(7, -1, -1, device=codes.device)).sum(2).int()
+    return packed

@@ -29,7 +29,7 @@ def allocate(
     """
     if steps[0].rate > bits:
         raise SchemeError(f"{bits:g} bits: the lowest rate is {steps[0].rate:g}")
-    rates = [Fraction(step.code_bits, step.dim) for step in steps]
+    rates = [Fraction(step.rate).limit_denominator(1024) for step in steps]
     parts = lcm(*(rate.denominator for rate in rates))
     sizes = [int(rate * parts) for rate in rates]
     unit = gcd(*sizes)

@@ -1,8 +1,8 @@
-"""Product codes at many rates, and schemes whose streams each have one of them."""
+"""Codes at many rates, and schemes whose streams each have one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vqkv.compressor import StreamKey
@@ -16,7 +16,7 @@ from vqkv.scheme_files import scheme_from_dict
 Plain = dict[str, Any]
 
 
-class Step(NamedTuple):
+class ProductStep(NamedTuple):
     """A product code: subvectors of `dim` channels, `code_bits` each."""
 
     dim: int
@@ -27,23 +27,59 @@ class Step(NamedTuple):
         """Bits per value."""
         return self.code_bits / self.dim
 
+    def whole(self, head_dim: int) -> bool:
+        """Whether a head's codes fill whole bytes, so that none are paid for and unused."""
+        return head_dim % self.dim == 0 and head_dim // self.dim * self.code_bits % 8 == 0
 
-def ladder(dims: tuple[int, ...], code_bits: tuple[int, ...]) -> tuple[Step, ...]:
+    def apply(self, stream: Plain) -> Plain | None:
+        """The stream with this step; None where it has another kind of code."""
+        if _quantizer(stream) not in ("product", "joint_product"):
+            return None
+        changes = {"grouping": {"dim": self.dim}, "quantizer": {"code_bits": self.code_bits}}
+        changed = merge(stream, changes)
+        # Transforms that work group by group follow the groups.
+        changed["transforms"] = [
+            {**each, "dim": self.dim} if "dim" in each else each for each in changed["transforms"]
+        ]
+        return changed
+
+
+class TrellisStep(NamedTuple):
+    """A trellis code of so many bits per value."""
+
+    rate: float
+
+    def whole(self, head_dim: int) -> bool:
+        """Whether a head's share of the bits is whole bytes."""
+        return self.rate * head_dim % 8 == 0
+
+    def apply(self, stream: Plain) -> Plain | None:
+        """The stream with this step; None where it has another kind of code."""
+        if _quantizer(stream) != "trellis":
+            return None
+        return merge(stream, {"quantizer": {"rate": self.rate}})
+
+
+Step = ProductStep | TrellisStep
+
+
+def ladder(dims: tuple[int, ...], code_bits: tuple[int, ...]) -> tuple[ProductStep, ...]:
     """Steps of rising rate; of those of one rate the one of most dims, which codes best."""
-    best: dict[float, Step] = {}
+    best: dict[float, ProductStep] = {}
     for dim in sorted(dims):
         for bits in code_bits:
-            best[bits / dim] = Step(dim, bits)
+            best[bits / dim] = ProductStep(dim, bits)
     return tuple(best[rate] for rate in sorted(best))
 
 
-def whole_bytes(steps: tuple[Step, ...], head_dim: int) -> tuple[Step, ...]:
-    """Steps at which a head's codes fill whole bytes, so that none are paid for and unused."""
-    return tuple(
-        step
-        for step in steps
-        if head_dim % step.dim == 0 and head_dim // step.dim * step.code_bits % 8 == 0
-    )
+def eighths(low: float, high: float) -> tuple[TrellisStep, ...]:
+    """Trellis codes of rates an eighth of a bit apart."""
+    return tuple(TrellisStep(n / 8) for n in range(round(8 * low), round(8 * high) + 1))
+
+
+def whole_bytes(steps: Sequence[Step], head_dim: int) -> tuple[Step, ...]:
+    """Steps whose codes of a head fill whole bytes."""
+    return tuple(step for step in steps if step.whole(head_dim))
 
 
 def with_steps(
@@ -55,7 +91,7 @@ def with_steps(
     Sources of predictors that lie before the model's first compressed layer are left out.
 
     Raises:
-        SchemeError: a stream is not coded by one product quantizer.
+        SchemeError: a stream is not coded by one quantizer of the steps' kind.
     """
 
     def stepped(layer: int, stream: Stream) -> Plain:
@@ -93,24 +129,21 @@ def with_steps(
 def _stepped(config: StreamConfig, place: int, step: Step, where: str) -> Plain:
     """`place` counts compressed layers."""
     plain: Plain = config.model_dump(mode="json")
-    quantizer = plain["quantizer"] or {"type": "segments"}
-    if quantizer["type"] not in ("product", "joint_product"):
-        raise SchemeError(
-            f"{where}: rates are those of one product quantizer for all channels, given "
-            f"{quantizer['type']}"
-        )
     predictor = plain["predictor"]
     if predictor is not None:
         sources = [source for source in predictor["sources"] if source["back"] <= place]
         plain["predictor"] = {**predictor, "sources": sources} if sources else None
-    changed = merge(
-        plain, {"grouping": {"dim": step.dim}, "quantizer": {"code_bits": step.code_bits}}
-    )
-    # Transforms that work group by group follow the groups.
-    changed["transforms"] = [
-        {**each, "dim": step.dim} if "dim" in each else each for each in changed["transforms"]
-    ]
+    changed = step.apply(plain)
+    if changed is None:
+        raise SchemeError(
+            f"{where}: {step} is for one quantizer of its kind, given {_quantizer(plain)}"
+        )
     return changed
+
+
+def _quantizer(stream: Plain) -> str:
+    kind: str = (stream["quantizer"] or {"type": "segments"})["type"]
+    return kind
 
 
 def _reaches_back(config: Plain) -> bool:

@@ -21,7 +21,7 @@ from vqkv.scheme_files import load_scheme
 from vqkv.tuning.allocation import allocate
 from vqkv.tuning.costs import stream_costs
 from vqkv.tuning.curves import Curve
-from vqkv.tuning.rates import Step, ladder, whole_bytes, with_steps
+from vqkv.tuning.rates import Step, eighths, ladder, whole_bytes, with_steps
 
 Family = Literal["recommended", "fast"]
 Objective = Literal["kl", "ratio"]
@@ -43,8 +43,7 @@ class Template:
 
 
 TEMPLATES: dict[Family, Template] = {
-    # Codes of any width; more than 10 bits take more tokens to learn than are there.
-    "recommended": Template("recommended-2bit", ladder((2, 4, 8), (6, 7, 8, 9, 10))),
+    "recommended": Template("recommended-2bit", eighths(0.5, 4.5)),
     # What a kernel reads: one byte for 2, 4 or 8 channels.
     "fast": Template("fast-2bit", ladder((2, 4, 8), (8,)), anchors=(0.5, 1.0, 2.0)),
 }
@@ -106,10 +105,8 @@ def tune(
     geometry = Geometry.from_model(model)
     available = whole_bytes(template.steps, geometry.head_dim)
     if not available:
-        dims = sorted({step.dim for step in template.steps})
         raise SchemeError(
-            f"family {family!r} groups {', '.join(map(str, dims))} channels of a head, which do "
-            f"not fit heads of {geometry.head_dim}"
+            f"family {family!r}: no step of it fills whole bytes of heads of {geometry.head_dim}"
         )
     if available[0].rate > bits:
         raise SchemeError(

@@ -12,15 +12,16 @@ from vqkv.layouts import Layout, Segment
 def encode_trellis(
     x: torch.Tensor, cost: torch.Tensor, table: torch.Tensor, widths: torch.Tensor
 ) -> torch.Tensor:
-    """Bits `[N, n]` (int32) of pairs `[N, n, 2]` that minimise `Σ_p Σ_i cost_pi (x_pi − T[state_p]_i)²`.
+    """Bits `[N, n]` (int32) of pairs `[N, n, 2]` that cost least.
 
-    `state_p = (state_{p−1} 2^{k_p} + bits_p) mod 2^L`, from 0 on; k_p ≥ 1 are the `widths`.
+    They minimise `Σ_p Σ_i cost_pi (x_pi − T[state_p]_i)²`, where
+    `state_p = (state_{p−1} 2^{k_p} + bits_p) mod 2^L`, from 0 on; k_p are the `widths`.
 
     Args:
         x: fp32.
         cost: `[n, 2]`, fp32, not negative.
         table: T, `[2^L, 2]`, fp32.
-        widths: `[n]`, integers from 1 to L, at most 10.
+        widths: `[n]`, integers from 1 to L, at most 12.
 
     Raises:
         StateError: shapes that do not fit each other, or widths out of range.
@@ -36,7 +37,7 @@ def encode_trellis(
     )
     if not fits:
         raise StateError(
-            "x is [N, n, 2], cost [n, 2], widths [n] and the table [2^L, 2] with L from 4 to 14; given "
+            "x is [N, n, 2], cost [n, 2], widths [n] and the table [2^L, 2], L from 4 to 14; given "
             f"{[list(tensor.shape) for tensor in (x, cost, widths, table)]}"
         )
     steps = widths.tolist()

@@ -72,9 +72,8 @@
 
 #endif
 
-typedef float *search(const float *x, const float *cost, const float *table,
-                      const int32_t *widths, int64_t pairs, int64_t states, float *least,
-                      float *next, int32_t *came);
+typedef void search(const float *x, const float *cost, const float *table, const int32_t *widths,
+                    int64_t pairs, int64_t states, float *best, float *next, int32_t *came);
 
 /* Bits [N, pairs] of rows `begin` to `end` of x [N, pairs, 2], `widths` [pairs] of them each, under
  * `table` [2^memory, 2] and `cost` [pairs, 2]; all contiguous. Returns 0, or -1 where memory ran out. */
@@ -107,14 +106,11 @@ int vqkv_trellis(int level, const float *x, const float *cost, const float *tabl
         for (int64_t i = 0; i < 2 * pairs; i++)
             for (int64_t l = 0; l < lanes; l++)
                 turned[i * lanes + l] = l < rows ? x[(first + l) * 2 * pairs + i] : 0;
-        const float *const least = best_paths(turned, cost, table, widths, pairs, states, numbers,
-                                              numbers + states * lanes, came);
+        best_paths(turned, cost, table, widths, pairs, states, numbers, numbers + states * lanes,
+                   came);
         for (int64_t l = 0; l < rows; l++) {
-            int64_t state = 0;
-            for (int64_t s = 1; s < states; s++)
-                if (least[s * lanes + l] < least[state * lanes + l])
-                    state = s;
             const int32_t *back = came + paths * lanes;
+            int64_t state = back[l];
             for (int64_t p = pairs - 1; p >= 0; p--) {
                 const int64_t kept = states >> widths[p];
                 back -= kept * lanes;
