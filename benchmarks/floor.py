@@ -5,8 +5,10 @@
 For schemes of one spectral transform. What is left over after prediction has variances λ_i along
 the axes of that transform; of Gaussian sources with these variances no code of R bits in all errs
 by less than `Σ min(θ, λ_i)`, with θ such that `Σ max(0, ½ log₂ λ_i / θ) = R` (reverse
-water-filling). Predictor and metric are the scheme's own, so this is the floor of its codes, not of
-all schemes. Costs are in nats of KL per token, as `vqkv tune` expects them. `--work` keeps states.
+water-filling). Tokens are of very different lengths. Of Gaussian sources of variances `σ_t² λ_i`
+with known lengths σ_t, the floor is lower where tokens may share their bits: that of all of them
+together. Predictor and metric are the scheme's own, so these are floors of its codes, not of all
+schemes. Costs are in nats of KL per token, as `vqkv tune` expects them. `--work` keeps states.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from vqkv.tuning.costs import stream_costs
 
 OUT = Path(__file__).parent / "results" / "floor.json"
 TOKENS, CONTEXT = 32768, 2048
+#: Lengths that stand for those of all tokens.
+QUANTILES = 64
 
 
 def floor(variances: torch.Tensor, bits: float) -> float:
@@ -48,23 +52,33 @@ def floor(variances: torch.Tensor, bits: float) -> float:
     return float(variances.clamp_max(2**level).sum())
 
 
+def shared_floor(axes: torch.Tensor, bits: float) -> float:
+    """Least mean squared error of tokens `[N, C]` that share `bits` each, their lengths known."""
+    lengths = (axes.square() / axes.square().mean(0).clamp_min(1e-30)).mean(1)  # σ²
+    variances = (axes.square() / lengths.clamp_min(1e-30).unsqueeze(1)).mean(0)
+    middles = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
+    typical = lengths.quantile(middles)
+    typical *= lengths.mean() / typical.mean()
+    joint = torch.outer(typical, variances).flatten()
+    return floor(joint, QUANTILES * bits) / QUANTILES
+
+
 @torch.inference_mode()
-def shares(compressor: KVCompressor, source: CapturedStates) -> dict[StreamKey, float]:
-    """Of each stream the floor in parts of the squared error that its codes have."""
+def shares(
+    compressor: KVCompressor, source: CapturedStates
+) -> dict[StreamKey, tuple[float, float]]:
+    """Of each stream both floors in parts of the squared error that its codes have."""
     reconstructions = Reconstructions(compressor, source)
     found = {}
     for key, codec in compressor.codecs():
         reconstructions.forget_before(key)
         both = source.states(*key).beside(reconstructions.of(key), partial(_axes, codec))
-        sums = [
-            torch.stack([exact.sum(0), exact.square().sum(0), (exact - decoded).square().sum(0)])
-            for exact, decoded in both
-        ]
-        tokens = source.states(*key).tokens
-        mean, square, error = torch.stack(sums).sum(0) / tokens
-        variances = square - mean.square()
-        bits = codec.layout.bits_per_value * len(variances)
-        found[key] = floor(variances, bits) / float(error.sum())
+        exact, decoded = torch.cat(list(both), 1)
+        error = float((exact - decoded).square().sum(1).mean())
+        exact -= exact.mean(0)
+        bits = codec.layout.bits_per_value * exact.shape[1]
+        lowest = floor(exact.square().mean(0), bits)
+        found[key] = (lowest / error, shared_floor(exact, bits) / error)
     return found
 
 
@@ -92,21 +106,22 @@ def main() -> None:
     capture(model, wanted_by_all([compressor]), windows, spool)
     source = CapturedStates(spool, model, compressor, CONTEXT)
     costs = stream_costs(compressor, source)
-    floors = {key: share * costs[key] for key, share in shares(compressor, source).items()}
-    rows = [
+    parts = shares(compressor, source)
+    rows: list[dict[str, Any]] = [
         {
             "layer": layer,
             "stream": stream,
             "bits_per_value": compressor.codec(layer, stream).layout.bits_per_value,
             "cost": costs[layer, stream],
-            "floor": floors[layer, stream],
+            "floor": parts[layer, stream][0] * costs[layer, stream],
+            "shared_floor": parts[layer, stream][1] * costs[layer, stream],
         }
         for layer, stream in costs
     ]
-    total = {"cost": sum(costs.values()), "floor": sum(floors.values())}
+    total = {name: sum(row[name] for row in rows) for name in ("cost", "floor", "shared_floor")}
     write(arguments.out, {"scheme": compressor.scheme.name, "total": total, "rows": rows})
     draw(rows, total, arguments.out.with_suffix(".png"))
-    print(f"{total['cost']:.4f} nats a token expected, floor {total['floor']:.4f}")
+    print(", ".join(f"{name} {value:.4f}" for name, value in total.items()), "nats a token")
 
 
 def draw(rows: list[dict[str, Any]], total: dict[str, float], file: Path) -> None:
@@ -116,13 +131,13 @@ def draw(rows: list[dict[str, Any]], total: dict[str, float], file: Path) -> Non
         mine = [row for row in rows if row["stream"] == stream]
         layers = [row["layer"] for row in mine]
         axes.plot(layers, [row["cost"] for row in mine], color=colour, label=stream)
-        axes.plot(
-            layers, [row["floor"] for row in mine], ":", color=colour, label=f"{stream}, floor"
-        )
+        for name, line in (("floor", ":"), ("shared_floor", "--")):
+            label = f"{stream}, {name.replace('_', ' ')}"
+            axes.plot(layers, [row[name] for row in mine], line, color=colour, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("expected KL, nats a token")
-    axes.set_title(f"in all {total['cost']:.4f}, floor {total['floor']:.4f}")
+    axes.set_title(", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in total.items()))
     axes.legend()
     figure.savefig(file, dpi=120)
 
