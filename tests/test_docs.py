@@ -27,6 +27,14 @@ def tool(name: str) -> Any:
     return module
 
 
+def test_a_table_that_is_new_takes_nothing_but_its_line() -> None:
+    module = tool("results_pages")
+    page = "<!-- streams: none -->\n\nProse.\n\n<!-- frontier -->\n\nOld.\n\n<!-- end -->\n"
+    once = module.with_streams(page)
+    assert "\n\nProse.\n\n<!-- frontier -->\n\nOld.\n\n<!-- end -->\n" in once
+    assert module.with_streams(once) == once
+
+
 def test_config_reference_is_current() -> None:
     reference = tool("config_reference").reference()
     assert (ROOT / "docs" / "configs.md").read_text(encoding="utf-8") == reference, (

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = RESULTS / "compare.png"
 END = "<!-- end -->"
+#: What a table takes up: nothing where it is new, and never another table's end.
+UP_TO_END = rf"(?:(?:(?!<!--).)*{re.escape(END)})?"
 PUBLISHED = ROOT / "benchmarks" / "published.yaml"
 HEAD = ("preset", "text", "bits", "KL", "perplexity ratio", "top-1", "repeated passage")
 
@@ -128,7 +130,7 @@ def filled(page: str, rows: list[dict[str, Any]]) -> str:
             parts.append(f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.")
         return "\n\n".join([*parts, END])
 
-    pattern = rf"<!-- measured: (.*?) -->(?:.*?{re.escape(END)})?"
+    pattern = rf"<!-- measured: (.*?) -->{UP_TO_END}"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
 
 
@@ -161,7 +163,7 @@ def with_streams(page: str) -> str:
             parts.append(f"Not measured yet: {', '.join(missing)}.")
         return "\n\n".join([f"<!-- streams: {match.group(1)} -->", *parts, END])
 
-    pattern = rf"<!-- streams: (.*?) -->(?:.*?{re.escape(END)})?"
+    pattern = rf"<!-- streams: (.*?) -->{UP_TO_END}"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
 
 
@@ -181,7 +183,7 @@ def with_cpu_kernels(page: str) -> str:
         lines += [[_figure(value) for value in row.values()] for row in data[operation]]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     text = "\n\n".join([*parts, END])
-    pattern = rf"<!-- cpu-kernels -->(?:.*?{re.escape(END)})?"
+    pattern = rf"<!-- cpu-kernels -->{UP_TO_END}"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
 
 
@@ -199,7 +201,7 @@ def with_gpu_kernels(page: str) -> str:
         lines.append((name.removeprefix("attend/128/"), *map(_issued, found)))
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = f"<!-- gpu-kernels -->\n\n{rows}\n\n{END}"
-    pattern = rf"<!-- gpu-kernels -->(?:(?:(?!<!--).)*?{re.escape(END)})?"
+    pattern = rf"<!-- gpu-kernels -->{UP_TO_END}"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
 
 
@@ -267,7 +269,7 @@ def with_frontier(page: str) -> str:
             lines.append((f"{mark}`{name}`{mark}", f"{row['bits']:.4g}", *figures_of))
         figures = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     shown = f"<!-- frontier -->\n\n{figures}\n\n{END}"
-    pattern = rf"<!-- frontier -->.*?{re.escape(END)}"
+    pattern = rf"<!-- frontier -->{UP_TO_END}"
     return re.sub(pattern, lambda _: shown, page, flags=re.DOTALL)
 
 
@@ -278,7 +280,7 @@ def with_depths(page: str) -> str:
     if file.exists():
         figures = depths(json.loads(file.read_text(encoding="utf-8")))
     shown = f"<!-- depths -->\n\n{figures}\n\n{END}"
-    return re.sub(rf"<!-- depths -->.*?{re.escape(END)}", lambda _: shown, page, flags=re.DOTALL)
+    return re.sub(rf"<!-- depths -->{UP_TO_END}", lambda _: shown, page, flags=re.DOTALL)
 
 
 def depths(data: dict[str, Any]) -> str:
