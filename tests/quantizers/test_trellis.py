@@ -9,10 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqkv.codec import Codec
 from vqkv.errors import SchemeError, StateError
 from vqkv.quantizers.product import ProductQuantizer
 from vqkv.quantizers.shared_bits import SharedBits, growth
 from vqkv.quantizers.trellis import SCALE_BITS, Trellis
+from vqkv.scheme import StreamConfig, merge
+from vqkv.scheme_files import load_scheme, scheme_from_dict
+from vqkv.states import States
 
 VARIANCES = st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=12)
 
@@ -137,6 +141,40 @@ def test_one_channel_pair_that_never_moves_gets_no_bits() -> None:
     assert (decoded[:, :, 4:6] == 0).all()
 
 
+def test_no_tokens_have_no_codes() -> None:
+    trellis = fitted(tokens(256))
+    codes = trellis.encode(tokens(0))
+    assert codes.shape == (0, 1, 4) and trellis.decode(codes).shape == (0, 1, 16)
+
+
+def test_subvectors_share_a_table_but_no_bits() -> None:
+    x = torch.cat([tokens(512), 3 * tokens(512, seed=1)], 1)
+    trellis = fitted(x)
+    assert trellis.state()["table"].shape == (256, 2)
+    codes = trellis.encode(x)
+    alone = trellis.encode(torch.cat([x[:, :1], torch.zeros_like(x[:, :1])], 1))
+    assert torch.equal(codes[:, 0], alone[:, 0])
+
+
+def test_a_codec_fills_up_a_run_that_is_not_whole() -> None:
+    config = StreamConfig.model_validate(
+        {
+            "grouping": {"type": "whole", "scope": "layer"},
+            "quantizer": {"type": "trellis", "rate": 2, "memory": 8},
+        }
+    )
+    codec = Codec(config, heads=2, head_dim=8)
+    x = tokens(200).view(200, 2, 8)
+    codec.fit(States.of(x), samples=200)
+    assert codec.layout.token_group == 64 and codec.layout.bits_per_value == 2
+    found = codec.there_and_back(x)
+    assert found.shape == x.shape
+    whole = codec.decode(codec.encode(x[:192]))
+    assert torch.equal(found[:192], whole)
+    with pytest.raises(StateError, match="whole runs of 64 tokens"):
+        codec.encode(x)
+
+
 # -- what is refused -------------------------------------------------------------------------
 
 
@@ -159,6 +197,18 @@ def test_a_run_that_is_not_whole_is_refused() -> None:
     trellis = fitted(tokens(256))
     with pytest.raises(StateError, match="whole runs of 64 tokens"):
         trellis.encode(tokens(63))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"residency": {"window": 0}}, "runs of tokens need a window"),
+        ({"keys": {"sharing": "layer"}}, "codes each subvector by itself"),
+    ],
+)
+def test_schemes_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        scheme_from_dict(merge(load_scheme("recommended-2bit").to_dict(), changes))
 
 
 @pytest.mark.parametrize("name", ["table", "order", "spread", "grown", "gains"])

@@ -137,11 +137,16 @@ class Trellis(Quantizer):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, S]` (int32), bytes of whole runs. Raises NotFittedError, StateError."""
         x = self._checked(x).float()
+        if not len(x):
+            size = self.config.stages(x.shape[2])
+            return x.new_empty(0, x.shape[1], size, dtype=torch.int32)
         return torch.stack([self._encode(x[:, m], m) for m in range(x.shape[1])], 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, M, d]` (fp32). Raises NotFittedError."""
         self._fitted()
+        if not len(codes):
+            return self.spread_.new_empty(0, *self.order_.shape)
         books = [self._vectors(*self._read(codes[:, m], m), m) for m in range(codes.shape[1])]
         return torch.stack(books, 1)
 
