@@ -79,6 +79,7 @@ def _codes(
     yield {
         "arm": scheme.name,
         "kernel": kernel,
+        "codebooks": "fp8" if kernel == "cuda" else "fp16",
         "context": context,
         "batch": batch,
         "us": time,

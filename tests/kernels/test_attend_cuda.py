@@ -22,6 +22,9 @@ CASES = [
     Case(head_dim=128, group=4, lengths=(300, 70), paged=True, key_sums=True, sinks=4),
     Case(head_dim=128, dim=8, heads=1, group=5, rows=2, lengths=(130,), key_sums=True),
     Case(dim=8, group=4, rows=7, heads=1, lengths=(140, 9), size=16),
+    # Several chunks of pages whose queries are turned ahead.
+    Case(group=4, rows=4, heads=1, lengths=(64 * 13 - 5,), sinks=4),
+    Case(group=8, heads=1, lengths=(64 * 19,), key_sums=True, paged=True),
 ]
 
 

@@ -108,5 +108,8 @@ def test_a_uniform_step_needs_no_overrides_but_those_of_the_preset(geometry: Geo
 def test_other_quantizers_are_refused(geometry: Geometry) -> None:
     for step in (ProductStep(4, 8), TrellisStep(2)):
         steps = dict.fromkeys(keys_of(geometry), step)
-        with pytest.raises(SchemeError, match="for one quantizer of its kind, given residual"):
+        with pytest.raises(
+            SchemeError,
+            match=f"rates of a {step.kind} quantizer for all channels do not fit residual",
+        ):
             with_steps(load_scheme("rvq-2.875"), "x", steps, geometry)

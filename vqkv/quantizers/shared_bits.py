@@ -16,6 +16,8 @@ import torch
 LOSS = 1.17
 #: Gains are logarithms in steps of this part of an octave.
 STEPS = 8
+#: Octaves by which a token may be stronger or weaker than usual.
+REACH = 8
 
 
 def growth(
@@ -71,26 +73,29 @@ class SharedBits:
         each = torch.nn.functional.one_hot(pairs.long().view(-1, 8), count).sum(1)
         self.widths = torch.cat([each.new_zeros(1, count), each]).cumsum(0)
         self.ends = self.widths.cumsum(1)
+        # Thresholds that buy all and nothing, whatever the tokens; known here, a GPU is not asked.
+        self._all = int(gains[-1]) - STEPS * REACH
+        self._nothing = int(gains[0]) + STEPS * REACH + 1
 
     def bytes_of(self, octaves: torch.Tensor, budget: int) -> torch.Tensor:
-        """Bytes `[R, tokens]` (int64) of tokens `2^octaves` `[R, tokens]` as strong as usual.
+        """Bytes `[R, tokens]` (int64) of tokens `2^octaves` `[R, tokens]` as strong as usual, at
+        most 8 octaves away from it.
 
         The highest gains that a run's budget pays for; what is left over goes to the first tokens
         that have a gain of the next level.
         """
         offsets = (STEPS * octaves).long()
-        levels = self.gains.long()
-        # Bytes whose gain reaches a threshold, from the highest gain of any token to the lowest.
-        low, high = int(levels[-1] + offsets.min()), int(levels[0] + offsets.max()) + 1
-        worth = levels.flip(0).contiguous()
+        worth = self.gains.long().flip(0).contiguous()
 
         def bought(threshold: torch.Tensor) -> torch.Tensor:
             needed = threshold.unsqueeze(1) - offsets
             return len(worth) - torch.searchsorted(worth, needed.contiguous())
 
-        least = torch.full_like(offsets[:, 0], low)
-        enough = torch.full_like(least, high)
-        for _ in range((high - low).bit_length()):  # `enough` pays, thresholds below `least` do not
+        least = torch.full_like(offsets[:, 0], self._all)
+        enough = torch.full_like(least, self._nothing)
+        for _ in range(
+            (self._nothing - self._all).bit_length()
+        ):  # `enough` pays, thresholds below `least` do not
             middle = (least + enough) // 2
             pays = bought(middle).sum(1) <= budget
             enough = torch.where(pays, middle, enough)

@@ -26,8 +26,10 @@ SCALE_BITS, SCALE_STEP = 4, 0.25
 SCALES = 2**SCALE_BITS
 #: Bits of a state that are older than a pair's own: fewer are hardly a trellis.
 LEAST_MEMORY = 2
+#: Root mean square of a channel, in parts of the strongest one's, below which it does not matter.
+LEAST_SPREAD = 1e-4
 #: Vectors that the table learns from, at most, and how many an entry's start counts for.
-LEARNING_VECTORS, PRIOR = 4096, 20.0
+LEARNING_VECTORS, PRIOR = 16384, 20.0
 #: Of finding lengths by channels' spread, and the spread of what is divided by them.
 ROUNDS = 2
 
@@ -47,7 +49,7 @@ class TrellisConfig(QuantizerConfig):
     rate: float = Field(gt=0, le=8)
     memory: int = Field(default=12, ge=4, le=14)
     run: int = Field(default=PAGE_TOKENS, ge=1, le=PAGE_TOKENS)
-    iterations: int = Field(default=4, ge=1)
+    iterations: int = Field(default=6, ge=1)
 
     def stages(self, dim: int) -> int:
         """Bytes of a vector. Raises SchemeError where `dim` or `rate` does not give whole ones."""
@@ -121,9 +123,11 @@ class Trellis(Quantizer):
     def _share_out(self, energy: torch.Tensor) -> None:
         """Order, spread and bits of channels by energies `[M, d]`."""
         order = energy.argsort(dim=1, descending=True, stable=True)
-        ordered = energy.gather(1, order)
-        self.order_, self.spread_ = order.short(), ordered.sqrt()
-        variances = ordered.unflatten(1, (-1, 2)).prod(2).sqrt()
+        spread = energy.gather(1, order).sqrt()
+        # A channel that never moved may move yet; it must not look infinitely long then.
+        spread = spread.maximum(LEAST_SPREAD * spread[:, :1]).clamp_min(1e-30)
+        self.order_, self.spread_ = order.short(), spread
+        variances = spread.unflatten(1, (-1, 2)).prod(2)
         grown = [growth(book.tolist(), self._most_bytes, self._most_bits) for book in variances]
         self.shared_ = [
             SharedBits(pairs.to(energy.device), gains.to(energy.device), energy.shape[1] // 2)
@@ -143,8 +147,12 @@ class Trellis(Quantizer):
         return torch.stack([self._encode(x[:, m], m) for m in range(x.shape[1])], 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Vectors `[N, M, d]` (fp32). Raises NotFittedError."""
+        """Vectors `[N, M, d]` (fp32). Raises NotFittedError, or StateError on a part of a run."""
         self._fitted()
+        if len(codes) % self.config.run:
+            raise StateError(
+                f"runs of {self.config.run} tokens are decoded whole, given {len(codes)} tokens"
+            )
         if not len(codes):
             return self.spread_.new_empty(0, *self.order_.shape)
         books = [self._vectors(*self._read(codes[:, m], m), m) for m in range(codes.shape[1])]
@@ -179,8 +187,7 @@ class Trellis(Quantizer):
         if given != types:
             raise StateError(f"a trellis has {types}, given {given}")
         table, order, spread, grown, gains = (state[name] for name in types)
-        books, dim = order.shape if order.ndim == 2 else (0, 0)
-        self.order_ = order
+        books, dim = order.shape if order.ndim == 2 and order.shape[1] % 2 == 0 else (0, 0)
         fits = (
             table.shape == (2**self.config.memory, 2)
             and books > 0
@@ -190,6 +197,8 @@ class Trellis(Quantizer):
             and bool((order.long().sort(1).values == torch.arange(dim, device=order.device)).all())
             and bool(((grown >= 0) & (grown < dim // 2)).all())
             and bool((gains[:, 1:] <= gains[:, :-1]).all())
+            and bool((_counts(grown, dim // 2) <= self._most_bits).all())
+            and bool((spread > 0).all())
         )
         if not fits:
             shapes = {name: list(tensor.shape) for name, tensor in state.items()}
@@ -197,7 +206,7 @@ class Trellis(Quantizer):
                 f"a trellis of {self.config.rate:g} bits with {self.config.memory} bits of memory "
                 f"has other tensors than {shapes}, or other orders and bits"
             )
-        self.table_, self.spread_ = table, spread
+        self.table_, self.order_, self.spread_ = table, order, spread
         self.shared_ = [SharedBits(*book, dim // 2) for book in zip(grown, gains, strict=True)]
         self.health_ = []
 
@@ -219,7 +228,7 @@ class Trellis(Quantizer):
         self.table_ = start.half()
         inertia: list[float] = []
         for _ in range(self.config.iterations):
-            sums = torch.zeros(len(start), 4, device=samples.device)
+            sums = torch.zeros(len(start), 5, device=samples.device)
             error = 0.0
             for m in range(samples.shape[1]):
                 x = samples[rows, m]
@@ -228,10 +237,10 @@ class Trellis(Quantizer):
                 sums += found
                 error += wrong / size
             inertia.append(error)
-            prior = PRIOR * sums[:, 2].sum() / sums[:, 3].sum()
-            moved = (sums[:, :2] + prior * self.table_.float()) / (sums[:, 2:3] + prior)
+            prior = PRIOR * sums[:, 2:4].sum(0) / sums[:, 4].sum()
+            moved = (sums[:, :2] + prior * self.table_.float()) / (sums[:, 2:4] + prior)
             self.table_ = moved.half()
-        used = sums[:, 3]
+        used = sums[:, 4]
         shares = used[used > 0] / used.sum()
         gain = 1 - inertia[-1] / inertia[-2] if len(inertia) > 1 and inertia[-2] else None
         dead = int((used == 0).sum())
@@ -239,18 +248,18 @@ class Trellis(Quantizer):
         self.health_ = [Health(tuple(inertia), entropy, dead, dead, gain)]
 
     def _moved(self, x: torch.Tensor, weights: torch.Tensor, m: int) -> tuple[torch.Tensor, float]:
-        """Of each entry of the table what it is chosen for: weighted sums of both channels, weights
-        and uses, `[2^L, 4]`; and the weighted squared error."""
+        """Of each entry of the table what it is chosen for: weighted sums of both channels, the
+        weights of both, and uses, `[2^L, 5]`; and the weighted squared error."""
         scale, bytes_, states = self._read(self._encode(x, m), m)
         widths = self.shared_[m].widths[bytes_]  # [N, P]
         coded = widths > 0
-        # In units of the table an error of a long token counts as much more.
-        each = (weights * self._scales(scale).square()).unsqueeze(1).expand_as(states)[coded]
-        units = self._scales(scale)[:, None, None] * self._units(widths, m)
-        targets = (self._pairs(x, m) / units.clamp_min(1e-30))[coded]
-        weighted = torch.stack([*(targets * each[:, None]).T, each, torch.ones_like(each)], 1)
-        sums = torch.zeros(len(self.table_), 4, device=x.device)
-        sums.index_add_(0, states[coded], weighted)
+        units = (self._scales(scale)[:, None, None] * self._units(widths, m))[coded]
+        # An error in units of the table counts by what a unit is, as it does in the search.
+        heavy = weights.unsqueeze(1).expand_as(states)[coded].unsqueeze(1) * units.square()
+        moved = heavy * self._pairs(x, m)[coded] / units
+        found = torch.cat([moved, heavy, torch.ones_like(heavy[:, :1])], 1)
+        sums = torch.zeros(len(self.table_), 5, device=x.device)
+        sums.index_add_(0, states[coded], found)
         decoded = self._vectors(scale, bytes_, states, m)
         return sums, float((x - decoded).square().sum(1) @ weights)
 
@@ -319,7 +328,7 @@ class Trellis(Quantizer):
         """How long vectors `[N, d]` are, by the channels that usually get bits."""
         spread = self.spread_[m].unflatten(0, (-1, 2))
         usual = self.shared_[m].widths[self.config.stages(x.shape[1])] > 0
-        energy = (self._pairs(x, m)[:, usual] / spread[usual].clamp_min(1e-30)).square()
+        energy = (self._pairs(x, m)[:, usual] / spread[usual]).square()
         # Of vectors that are 0 the logarithm is −∞, and the code 0.
         steps = (energy.mean((1, 2)).log2() / (2 * SCALE_STEP)).round()
         codes: torch.Tensor = (steps + SCALES // 2).clamp(0, SCALES - 1).int()
@@ -334,7 +343,7 @@ class Trellis(Quantizer):
     def _units(self, widths: torch.Tensor, m: int) -> torch.Tensor:
         """s of pairs of so many bits `[.., P]`: what is decoded varies less than what is coded, by
         its error, and not at all without bits."""
-        spread = self.spread_[m].unflatten(0, (-1, 2)).clamp_min(1e-30)
+        spread = self.spread_[m].unflatten(0, (-1, 2))
         units: torch.Tensor = spread * (1 - torch.exp2(-widths.float())).sqrt().unsqueeze(-1)
         return units
 
@@ -369,6 +378,12 @@ class Trellis(Quantizer):
                 f"{list(x.shape)}"
             )
         return x
+
+
+def _counts(pairs: torch.Tensor, count: int) -> torch.Tensor:
+    """How often each of so many numbers comes in each row."""
+    found = torch.zeros(len(pairs), count, dtype=torch.int64, device=pairs.device)
+    return found.scatter_add_(1, pairs.long(), torch.ones_like(pairs, dtype=torch.int64))
 
 
 def _as_bytes(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:

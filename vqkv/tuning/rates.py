@@ -23,6 +23,11 @@ class ProductStep(NamedTuple):
     code_bits: int
 
     @property
+    def kind(self) -> str:
+        """The quantizer that it is a step of."""
+        return "product"
+
+    @property
     def rate(self) -> float:
         """Bits per value."""
         return self.code_bits / self.dim
@@ -48,6 +53,11 @@ class TrellisStep(NamedTuple):
     """A trellis code of so many bits per value."""
 
     rate: float
+
+    @property
+    def kind(self) -> str:
+        """The quantizer that it is a step of."""
+        return "trellis"
 
     def whole(self, head_dim: int) -> bool:
         """Whether a head's share of the bits is whole bytes."""
@@ -136,7 +146,8 @@ def _stepped(config: StreamConfig, place: int, step: Step, where: str) -> Plain:
     changed = step.apply(plain)
     if changed is None:
         raise SchemeError(
-            f"{where}: {step} is for one quantizer of its kind, given {_quantizer(plain)}"
+            f"{where}: rates of a {step.kind} quantizer for all channels do not fit "
+            f"{_quantizer(plain)}"
         )
     return changed
 

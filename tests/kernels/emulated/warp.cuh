@@ -34,7 +34,8 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     Wait wait;
-    int instruction;        // which one of a warp it waits in, by name's hash
+    int instruction;        // which one of a warp it waits in
+    i64 met;                // how many of them it has come to
     u32 given[10], result;  // operands and result of such an instruction
     float sums[4];
     std::vector<u32> addresses;  // of its look-ups
@@ -62,6 +63,7 @@ static inline void wait(Wait kind) {
 template <class Combine> static inline void together(int instruction, Combine combine) {
     Fiber &fiber = fibers[current];
     fiber.instruction = instruction;
+    fiber.met++;
     Fiber *const warp = &fibers[current / LANES * LANES];
     fiber.wait = IN_WARP;
     bool all = true;
@@ -71,7 +73,7 @@ template <class Combine> static inline void together(int instruction, Combine co
         return;
     }
     for (int lane = 0; lane < LANES; lane++)
-        if (warp[lane].instruction != instruction) fail("lanes of a warp came to different instructions");
+        if (warp[lane].instruction != instruction || warp[lane].met != fiber.met) fail("lanes of a warp came to different instructions");
     combine(warp);
     for (int lane = 0; lane < LANES; lane++) warp[lane].wait = RUNS;
 }
@@ -160,7 +162,7 @@ static void launch(void (*kernel)(A...), int blocks, int threads, int shared_byt
             fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
             fiber.context.uc_link = nullptr;
             makecontext(&fiber.context, Launch<A...>::thread, 0);
-            fiber.wait = RUNS, fiber.addresses.clear();
+            fiber.wait = RUNS, fiber.met = 0, fiber.addresses.clear();
         }
         schedule();
         count_wavefronts();

@@ -11,7 +11,7 @@ from vqkv.kernels.select import Kernel
 
 
 def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
-    """Codewords rounded to fp8 (e4m3, by 2 % of themselves), products in fp16 with fp32 sums."""
+    """Codewords rounded to fp8 (e4m3, by 1/16 at most), products in fp16 with fp32 sums."""
     from vqkv.kernels.cuda import attend_ops
 
     turns = (None, None, None) if coded.turns is None else coded.turns

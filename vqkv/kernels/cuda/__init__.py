@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from vqkv.kernels.cuda.configs import HOPPER
+from vqkv.kernels.cuda.configs import HOPPER, MOST_SHARED_BYTES
 
 
 @cache
@@ -26,7 +26,22 @@ def unavailable_reason(device: torch.device) -> str | None:
     if not installed():
         return "CUDA's Python bindings are not installed (pip install 'vqkv[gpu]')"
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if 10 * major + minor < HOPPER:
-            return f"needs compute capability 9.0, this GPU has {major}.{minor}"
+        gpu = torch.cuda.get_device_properties(device)
+        if 10 * gpu.major + gpu.minor < HOPPER:
+            return f"needs compute capability 9.0, this GPU has {gpu.major}.{gpu.minor}"
+        # Old builds of torch do not say.
+        have = getattr(gpu, "shared_memory_per_block_optin", MOST_SHARED_BYTES)
+        if have < MOST_SHARED_BYTES:
+            return f"needs {MOST_SHARED_BYTES} bytes of shared memory in a block, here are {have}"
+    return _no_compiler()
+
+
+@cache
+def _no_compiler() -> str | None:
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # whatever the loader of a missing library raises
+        return f"NVRTC, CUDA's compiler, is not there (pip install 'vqkv[gpu]'): {error}"
     return None

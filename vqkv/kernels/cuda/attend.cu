@@ -357,7 +357,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         if (lane < 4) maxima[place] = top[i / 2][i % 2], maxima[WARPS * COLUMNS + place] = all;
     }
     barrier();
-    float *const factors = queries;  // [WARPS, COLUMNS], and room for what warps add up behind it
+    float *const factors = queries;  // [WARPS, COLUMNS]
     const i64 place = ((split * (i64)batches + batch) * heads + head) * rows;
     if (thread_index() < COLUMNS) {
         const int row = thread_index();

@@ -92,7 +92,7 @@ def attend(query: Tensor, coded: Coded, splits: int, launch: Launch, merge: Merg
     return (
         _joined(outputs).view(query.shape),
         _joined(lses).view(query.shape[:3]),
-        _joined(means).view(query.shape) if coded.key_sums else query.new_empty(0),
+        _joined(means).view(query.shape) if coded.key_sums else outputs[0].new_empty(0),
     )
 
 
@@ -130,8 +130,8 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
         *table(coded.keys.codewords),
         values,
         *table(coded.values.codewords),
-        coded.start,
-        coded.stop,
+        coded.start.contiguous(),
+        coded.stop.contiguous(),
         pages,
         page,
         offset.contiguous(),
@@ -169,14 +169,13 @@ def pointers(arguments: Sequence[Argument]) -> tuple[ctypes.Array[ctypes.c_void_
 
 
 def on_gpu(variant: AttendVariant, blocks: int, arguments: Sequence[Argument]) -> None:
-    """Launch on the current stream."""
-    from vqkv.kernels.gpu.tensors import capability
-
+    """Launch on the current stream of the queries' GPU."""
     query = arguments[0]
     assert isinstance(query, Tensor)
     shared = variant.shared_bytes
     macros = tuple(variant.macros().items())
-    kernel = build.function("attend.cu", "attend", macros, capability(query.device), shared)
     array, _held = pointers(arguments)
-    stream = torch.cuda.current_stream(query.device).cuda_stream
-    build.launch(kernel, blocks, variant.threads, shared, ctypes.addressof(array), stream)
+    with torch.cuda.device(query.device):
+        kernel = build.function("attend.cu", "attend", macros, query.device, shared)
+        stream = torch.cuda.current_stream().cuda_stream
+        build.launch(kernel, blocks, variant.threads, shared, ctypes.addressof(array), stream)

@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import torch
+
 from vqkv.errors import KernelError
 
 SOURCES = files("vqkv.kernels.cuda")
@@ -38,17 +40,27 @@ def compiled(name: str, macros: Mapping[str, int], capability: int) -> bytes:
 
 
 @cache
+def _cubin(name: str, macros: tuple[tuple[str, int], ...], capability: int) -> bytes:
+    return compiled(name, dict(macros), capability)
+
+
+@cache
 def function(
-    source: str, name: str, macros: tuple[tuple[str, int], ...], capability: int, shared_bytes: int
+    source: str,
+    name: str,
+    macros: tuple[tuple[str, int], ...],
+    device: torch.device,
+    shared_bytes: int,
 ) -> Any:
-    """A kernel in the current context, allowed so much shared memory; compiled once.
+    """A kernel on a GPU, the current one, allowed so much shared memory; compiled once.
 
     Raises:
         KernelError: it does not compile, or the driver does not take it.
     """
     from cuda.bindings import driver
 
-    error, module = driver.cuModuleLoadData(compiled(source, dict(macros), capability))
+    major, minor = torch.cuda.get_device_capability(device)
+    error, module = driver.cuModuleLoadData(_cubin(source, macros, 10 * major + minor))
     _check(error, f"load {source}")
     error, kernel = driver.cuModuleGetFunction(module, name.encode())
     _check(error, f"find {name}")

@@ -15,7 +15,7 @@ MOST_ROWS = 16
 #: Of every entry in shared memory. With two, look-ups of 32 lanes take two wavefronts at d = 4 and
 #: four at d = 8. One copy takes about three and five; four do not fit at D = 128.
 COPIES = 2
-#: From Hopper on a block may have so much of shared memory.
+#: The first GPU whose blocks may have so much shared memory; consumer GPUs after it have less.
 HOPPER, MOST_SHARED_BYTES = 90, 227 * 1024
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vqkv.errors import KernelError
 from vqkv.kernels.cuda.configs import CODEWORDS
 
 FP8 = torch.float8_e4m3fn
@@ -32,10 +33,16 @@ _tables: MutableMapping[Tensor, tuple[int, Table]] = WeakTensorKeyDictionary()
 
 
 def table(codewords: Tensor) -> Table:
-    """Of codewords `[H, M, 1, K, d]`; converted once for each tensor, not each call."""
+    """Of codewords `[H, M, 1, K, d]`; converted once for each tensor, not each call.
+
+    Raises:
+        KernelError: they would be converted while a CUDA graph is captured.
+    """
     version = 0 if codewords.is_inference() else codewords._version  # inference has none
     held = _tables.get(codewords)
     if held is None or held[0] != version:
+        if codewords.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise KernelError("codebooks are converted at a first call, before a graph is captured")
         _tables[codewords] = held = (version, _converted(codewords))
     return held[1]
 
@@ -55,5 +62,5 @@ def _converted(codewords: Tensor) -> Table:
     scale = torch.exp2(torch.ceil(torch.log2(most / torch.finfo(FP8).max)))
     scaled = codewords.float() / scale[:, None, None, None, None]
     words = pad(scaled, (0, 0, 0, CODEWORDS - size)).to(FP8).view(torch.uint8)
-    eighths = words.view(heads, 8, subvectors // 8, CODEWORDS, dim)
+    eighths = words.reshape(heads, 8, subvectors // 8, CODEWORDS, dim)
     return Table(eighths.permute(0, 2, 3, 1, 4).contiguous(), scale)

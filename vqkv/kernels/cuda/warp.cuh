@@ -101,14 +101,14 @@ DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xfffffff
 // An 8 x 8 block of fp16 numbers, transposed.
 DEVICE u32 transposed(u32 block) {
     u32 result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(block));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(block));
     return result;
 }
 
 // sum[16, 8] += a[16, 16] b[16, 8], a in four blocks (rows 0-7 and 8-15 of columns 0-7, then of 8-15), b in two
 // (rows 0-7, rows 8-15), each transposed in its registers.
 DEVICE void multiply(float sum[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

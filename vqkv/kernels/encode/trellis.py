@@ -40,6 +40,8 @@ def encode_trellis(
             "x is [N, n, 2], cost [n, 2], widths [n] and the table [2^L, 2], L from 4 to 14; given "
             f"{[list(tensor.shape) for tensor in (x, cost, widths, table)]}"
         )
+    if not pairs:
+        return x.new_empty(len(x), 0, dtype=torch.int32)
     steps = widths.tolist()
     if not all(1 <= step <= min(memory, 12) for step in steps):
         raise StateError(f"widths are from 1 to {min(memory, 12)} bits, given {steps}")

@@ -30,15 +30,15 @@ def _searched(
     for pair, width in enumerate(widths):
         # States that agree in all but their oldest `width` bits go on to the same ones.
         best, oldest = least.unflatten(1, (1 << width, -1)).min(1)
-        came.append(oldest)
-        distance = (x[:, pair, None] - table).square() @ cost[pair]
+        came.append(oldest.short())
+        distance = ((x[:, pair, None] - table) * cost[pair].sqrt()).square().sum(2)
         least = best.repeat_interleave(1 << width, 1) + distance
     codes = torch.empty(len(x), len(widths), dtype=torch.int32, device=x.device)
     state = least.argmin(1)
     for pair, width in reversed(list(enumerate(widths))):
         codes[:, pair] = state & ((1 << width) - 1)
         state = state >> width
-        oldest = came[pair].gather(1, state.unsqueeze(1)).squeeze(1)
+        oldest = came[pair].gather(1, state.unsqueeze(1)).squeeze(1).long()
         state = oldest * (states >> width) + state
     return codes
 

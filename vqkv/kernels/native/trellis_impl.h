@@ -3,7 +3,7 @@
 /* Of `states`, each reached at the cost `best[state >> width]` and the distance of a pair of
  * channels to its entry of the table, those of least cost among the ones that agree in all but
  * their oldest bits: `kept` of them, with the oldest bits of each in `came`. So costs of states are
- * never stored, only of what they have in common; all but the least of that stays in L1. */
+ * never stored, only of what they have in common, which is small where pairs have many bits. */
 TARGET static void NAME(step)(const float *x, const float *cost, const float *table, int width,
                               int64_t states, int64_t kept, const float *best, float *next,
                               int32_t *came)
