@@ -79,6 +79,11 @@ def test_no_vectors_have_no_codes(kernel: str) -> None:
         assert encode_trellis(*case(0, [2, 2], memory=4)).shape == (0, 2)
 
 
+def test_vectors_of_no_pairs_have_no_bits() -> None:
+    empty = torch.zeros(3, 0, 2), torch.zeros(0, 2), torch.zeros(16, 2), torch.zeros(0).int()
+    assert encode_trellis(*empty).shape == (3, 0)
+
+
 def test_shapes_and_widths_that_do_not_fit_are_refused() -> None:
     x, cost, table, widths = case(3, [2, 2], memory=4)
     for changed in (

@@ -141,6 +141,27 @@ def test_one_channel_pair_that_never_moves_gets_no_bits() -> None:
     assert (decoded[:, :, 4:6] == 0).all()
 
 
+def test_a_channel_that_never_moved_may_move_without_hurting_others() -> None:
+    x = tokens(2048)
+    x[:, :, 3:] = 0
+    trellis = fitted(x, memory=6)
+    moved = x.clone()
+    moved[:, :, 7] = 1e-3
+    errors = [(trellis.decode(trellis.encode(y)) - y)[..., :3].square().mean() for y in (x, moved)]
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_values_of_any_size_are_learned(scale: float) -> None:
+    x = tokens(512)
+    relative = []
+    for y in (x, scale * x):
+        trellis = fitted(y)
+        error = (trellis.decode(trellis.encode(y)) - y).double()
+        relative.append(float(error.square().mean() / y.double().square().mean()))
+    assert relative[1] == pytest.approx(relative[0], rel=0.05)
+
+
 def test_no_tokens_have_no_codes() -> None:
     trellis = fitted(tokens(256))
     codes = trellis.encode(tokens(0))
@@ -197,6 +218,8 @@ def test_a_run_that_is_not_whole_is_refused() -> None:
     trellis = fitted(tokens(256))
     with pytest.raises(StateError, match="whole runs of 64 tokens"):
         trellis.encode(tokens(63))
+    with pytest.raises(StateError, match="decoded whole, given 63 tokens"):
+        trellis.decode(trellis.encode(tokens(64))[:63])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SCALES = 2**SCALE_BITS
 #: Bits of a state that are older than a pair's own: fewer are hardly a trellis.
 LEAST_MEMORY = 2
 #: Root mean square of a channel, in parts of the strongest one's, below which it does not matter.
-LEAST_SPREAD = 1e-4
+LEAST_SPREAD = 1e-3
 #: Vectors that the table learns from, at most, and how many an entry's start counts for.
 LEARNING_VECTORS, PRIOR = 16384, 20.0
 #: Of finding lengths by channels' spread, and the spread of what is divided by them.
@@ -285,7 +285,9 @@ class Trellis(Quantizer):
             coded = widths > 0
             units = self._units(widths, m)[coded]
             given = pairs[rows][:, coded] / (self._scales(scale[rows])[:, None, None] * units)
-            codes = encode_trellis(given, units.square(), self.table_.float(), widths[coded])
+            # Relative costs: sums of them stay far from what fp32 holds.
+            cost = (units / units.amax()).square()
+            codes = encode_trellis(given, cost, self.table_.float(), widths[coded])
             place = offsets[rows].unsqueeze(1) + torch.arange(count, device=x.device)
             flat[place] = _as_bytes(codes, widths[coded])
         return runs.view(len(x), -1)

@@ -19,6 +19,9 @@ int vqkv_nearest(int level, const float *x, const float *words, int64_t subspace
 int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
                int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
                int64_t end, int32_t *codes);
+int vqkv_trellis(int level, const float *x, const float *cost, const float *table,
+                 const int32_t *widths, int64_t pairs, int64_t memory, int64_t begin, int64_t end,
+                 int32_t *codes);
 void vqkv_accumulate(const float *x, const float *words, const int32_t *codes, const float *weights,
                      int64_t subspaces, int64_t size, int64_t dim, int64_t begin, int64_t end,
                      double *sums, double *counts, double *inertia);
@@ -121,6 +124,24 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     free(codes);
 }
 
+static void trellis(int level, int64_t rows, int64_t pairs, int64_t memory)
+{
+    float *x = floats(rows * pairs * 2), *cost = floats(pairs * 2);
+    float *table = floats(((int64_t)1 << memory) * 2);
+    int32_t *widths = integers(pairs, 1), *codes = integers(rows * pairs, 1);
+    for (int64_t p = 0; p < pairs; p++)
+        widths[p] = (int32_t)(p % 3 == 0 ? memory : 1 + p % memory);
+    expect(vqkv_trellis(level, x, cost, table, widths, pairs, memory, 0, rows, codes) == 0,
+           "no memory");
+    for (int64_t i = 0; i < rows * pairs; i++)
+        expect(codes[i] >= 0 && codes[i] < 1 << widths[i % pairs], "bits out of range");
+    free(x);
+    free(cost);
+    free(table);
+    free(widths);
+    free(codes);
+}
+
 /* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page. */
 static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, int64_t dim,
                    int64_t stages, uint32_t size, int turned, int paged, int spoil)
@@ -189,6 +210,9 @@ int main(void)
         for (int64_t dim = 1; dim <= 9; dim++)
             for (int64_t rows = 1; rows < 140; rows += 127)
                 joint(level, rows, 3, 5, dim);
+        for (int64_t pairs = 1; pairs < 6; pairs++)
+            for (int64_t rows = 1; rows < 40; rows += 19)
+                trellis(level, rows, pairs, 5);
         for (int i = 0; i < 9; i++)
             for (int turned = 0; turned < 2; turned++) {
                 const int64_t *s = shapes[i];
