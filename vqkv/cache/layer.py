@@ -184,7 +184,7 @@ class VQLayer(CacheLayerMixin):
         for now, then in zip(self.coded, left, strict=True):
             if then < now and then % run:
                 raise CacheError(
-                    f"scheme {self._compressor.scheme.name!r} scales runs of {run} tokens "
+                    f"scheme {self._compressor.scheme.name!r} codes runs of {run} tokens "
                     f"together: its {now} coded tokens can be cut to a multiple of {run}, "
                     f"given a cut to {then}"
                 )
