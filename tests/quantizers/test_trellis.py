@@ -96,9 +96,9 @@ def test_codes_fill_no_more_than_the_rate_says(run: int) -> None:
 def test_long_tokens_get_more_bits_and_all_err_about_alike() -> None:
     x = tokens(2048)
     trellis = fitted(x, run=64)
-    scale, bytes_, _ = trellis._read(trellis.encode(x)[:, 0], 0)
-    assert int(bytes_.sum()) == 2048 * 4 - 2048 * SCALE_BITS // 8
-    assert torch.corrcoef(torch.stack([scale.float(), bytes_.float()]))[0, 1] > 0.8
+    scale, strings = trellis._read(trellis.encode(x)[:, 0], 0)
+    assert int(strings.counts.sum()) == 2048 * 4 - 2048 * SCALE_BITS // 8
+    assert torch.corrcoef(torch.stack([scale.float(), strings.counts.float()]))[0, 1] > 0.8
 
 
 def test_sharing_bits_over_a_run_beats_bits_for_each_token() -> None:

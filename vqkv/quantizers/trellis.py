@@ -16,6 +16,8 @@ from pydantic import Field
 
 from vqkv.codebooks.base import Health
 from vqkv.errors import SchemeError, StateError
+from vqkv.kernels.decode.trellis import Strings, decode_trellis
+from vqkv.kernels.decode.trellis_naive import states_of
 from vqkv.kernels.encode.trellis import encode_trellis
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.quantizers.base import Quantizer, QuantizerConfig
@@ -155,8 +157,7 @@ class Trellis(Quantizer):
             )
         if not len(codes):
             return self.spread_.new_empty(0, *self.order_.shape)
-        books = [self._vectors(*self._read(codes[:, m], m), m) for m in range(codes.shape[1])]
-        return torch.stack(books, 1)
+        return torch.stack([self._decode(codes[:, m], m) for m in range(codes.shape[1])], 1)
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Of the table; per channel 6 bytes; per byte that a token may have, 18."""
@@ -250,8 +251,10 @@ class Trellis(Quantizer):
     def _moved(self, x: torch.Tensor, weights: torch.Tensor, m: int) -> tuple[torch.Tensor, float]:
         """Of each entry of the table what it is chosen for: weighted sums of both channels, the
         weights of both, and uses, `[2^L, 5]`; and the weighted squared error."""
-        scale, bytes_, states = self._read(self._encode(x, m), m)
-        widths = self.shared_[m].widths[bytes_]  # [N, P]
+        codes = self._encode(x, m)
+        scale, strings = self._read(codes, m)
+        states = states_of(strings, self.config.memory)
+        widths = self.shared_[m].widths[strings.counts]  # [N, P]
         coded = widths > 0
         units = (self._scales(scale)[:, None, None] * self._units(widths, m))[coded]
         # An error in units of the table counts by what a unit is, as it does in the search.
@@ -260,8 +263,7 @@ class Trellis(Quantizer):
         found = torch.cat([moved, heavy, torch.ones_like(heavy[:, :1])], 1)
         sums = torch.zeros(len(self.table_), 5, device=x.device)
         sums.index_add_(0, states[coded], found)
-        decoded = self._vectors(scale, bytes_, states, m)
-        return sums, float((x - decoded).square().sum(1) @ weights)
+        return sums, float((x - self._decode(codes, m)).square().sum(1) @ weights)
 
     # -- coding ----------------------------------------------------------------------------
 
@@ -292,21 +294,21 @@ class Trellis(Quantizer):
             flat[place] = _as_bytes(codes, widths[coded])
         return runs.view(len(x), -1)
 
-    def _read(self, codes: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of bytes `[N, S]`: tokens' lengths as codes `[N]`, their bytes `[N]`, states `[N, P]`."""
-        runs = codes.reshape(-1, codes.shape[1] * self.config.run).long()
+    def _decode(self, codes: torch.Tensor, m: int) -> torch.Tensor:
+        """Vectors `[N, d]` of bytes `[N, S]`; pairs without bits are 0."""
+        scale, strings = self._read(codes, m)
+        pairs = decode_trellis(strings, self._units(self.shared_[m].widths, m), self.table_.float())
+        x = pairs.new_empty(len(pairs), self.order_.shape[1])
+        x[:, self.order_[m].long()] = pairs.flatten(1) * self._scales(scale).unsqueeze(1)
+        return x
+
+    def _read(self, codes: torch.Tensor, m: int) -> tuple[torch.Tensor, Strings]:
+        """Of bytes `[N, S]` tokens' lengths, as codes `[N]`, and where the rest of them lies."""
+        runs = codes.reshape(-1, codes.shape[1] * self.config.run)
         header = runs[:, : self.config.header_bytes]
         both = torch.stack([header >> SCALE_BITS, header & (SCALES - 1)], 2).flatten(1)
         scale = both[:, : self.config.run].flatten()
-        offsets, bytes_ = self._offsets(scale, m)
-        ends = self.shared_[m].ends[bytes_]  # [N, P]: bits of a token up to each pair
-        last = (8 * offsets.unsqueeze(1) + ends - 1).clamp_min(0)
-        flat = torch.nn.functional.pad(runs.flatten(), (2, 0))
-        byte = last >> 3
-        word = (flat[byte] << 16) | (flat[byte + 1] << 8) | flat[byte + 2]
-        # State 0 comes before a token's first bit.
-        known = (1 << ends.clamp_max(self.config.memory)) - 1
-        return scale, bytes_, (word >> (7 - (last & 7))) & known
+        return scale, Strings(runs.flatten(), *self._offsets(scale, m), self.shared_[m].ends)
 
     def _offsets(self, scale: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each token's bytes begin in all runs together, and how many it has, `[N]`."""
@@ -316,15 +318,6 @@ class Trellis(Quantizer):
         first = torch.arange(len(bytes_), device=scale.device).unsqueeze(1) * size
         offsets = first + self.config.header_bytes + bytes_.cumsum(1) - bytes_
         return offsets.flatten(), bytes_.flatten()
-
-    def _vectors(
-        self, scale: torch.Tensor, bytes_: torch.Tensor, states: torch.Tensor, m: int
-    ) -> torch.Tensor:
-        """Vectors `[N, d]`; pairs without bits are 0."""
-        units = self._scales(scale)[:, None, None] * self._units(self.shared_[m].widths[bytes_], m)
-        x = units.new_empty(len(states), self.order_.shape[1])
-        x[:, self.order_[m].long()] = (self.table_.float()[states] * units).flatten(1)
-        return x
 
     def _scale_codes(self, x: torch.Tensor, m: int) -> torch.Tensor:
         """How long vectors `[N, d]` are, by the channels that usually get bits."""

@@ -115,6 +115,13 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_joint.restype = number
     loaded.vqkv_trellis.argtypes = [number, *[pointer] * 4, *[size] * 4, pointer]
     loaded.vqkv_trellis.restype = number
+    loaded.vqkv_trellis_decode.argtypes = [
+        *(pointer, size),
+        *[pointer] * 5,
+        *[size] * 5,
+        pointer,
+    ]
+    loaded.vqkv_trellis_decode.restype = number
     loaded.vqkv_accumulate.argtypes = [*[pointer] * 4, *[size] * 5, *[pointer] * 3]
     loaded.vqkv_accumulate.restype = None
     loaded.vqkv_decode.argtypes = [*[pointer] * 2, *[size] * 6, pointer]

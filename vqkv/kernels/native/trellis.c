@@ -1,5 +1,5 @@
-/* The best bits of all pairs of channels of a vector, coded by a trellis whose state is its last L
- * bits: Viterbi's algorithm, a vector per SIMD lane. */
+/* Vectors coded by a trellis whose state is its last L bits: the best bits of all pairs of channels,
+ * found by Viterbi's algorithm, a vector per SIMD lane; and back. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -122,5 +122,36 @@ int vqkv_trellis(int level, const float *x, const float *cost, const float *tabl
     }
     free(numbers);
     free(came);
+    return 0;
+}
+
+/* Pairs [N, P, 2] of tokens `begin` to `end`: token t has `counts[t]` bytes of `codes` from
+ * `offsets[t]` on; `ends` and `units` are [sizes, P] and [sizes, P, 2]. A state is the `memory` bits
+ * that end with its pair's, of its own token. Returns 0, or -1 where bytes lie outside of the codes. */
+int vqkv_trellis_decode(const int32_t *codes, int64_t length, const int64_t *offsets,
+                        const int64_t *counts, const int64_t *ends, const float *units,
+                        const float *table, int64_t sizes, int64_t pairs, int64_t memory,
+                        int64_t begin, int64_t end, float *found)
+{
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t first = offsets[t], count = counts[t];
+        if (count < 0 || count >= sizes || first < 0 || first + count > length ||
+            ends[count * pairs + pairs - 1] > 8 * count)
+            return -1;
+        const int64_t *const stops = ends + count * pairs;
+        const float *const scale = units + count * pairs * 2;
+        float *const to = found + t * pairs * 2;
+        for (int64_t p = 0; p < pairs; p++) {
+            const int64_t bits = stops[p], last = (bits - 1) >> 3;
+            uint32_t state = 0;
+            for (int64_t b = last < 2 ? 0 : last - 2; b <= last; b++)
+                state = state << 8 | (uint32_t)codes[first + b];
+            if (bits > 0)
+                state >>= 7 - ((bits - 1) & 7);
+            state &= ((uint32_t)1 << (bits < memory ? bits : memory)) - 1;
+            to[2 * p] = scale[2 * p] * table[2 * state];
+            to[2 * p + 1] = scale[2 * p + 1] * table[2 * state + 1];
+        }
+    }
     return 0;
 }

@@ -1,0 +1,18 @@
+"""Tokens coded by a trellis, by the compiled CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels import native
+from vqkv.kernels.native.trellis import decode_trellis
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """It runs on CPUs, where the package was built with a C compiler."""
+    return native.refusal(device)
+
+
+KERNEL = Kernel("decode_trellis", "cpu", decode_trellis, refuses, speed=10)
