@@ -12,6 +12,7 @@ from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.layouts import PAGE_TOKENS, Layout, Segment, SideField, coded_tokens
 from vqkv.quantizers.commutative import Commutative
+from vqkv.quantizers.trellis import Trellis
 from vqkv.rotation import rope_pairs
 from vqkv.scheme import KeysConfig, StreamConfig
 from vqkv.scheme_files import load_scheme, preset_names
@@ -39,6 +40,10 @@ def give_codewords(codec: Codec) -> None:
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
         if quantizer.config.data_free:
             quantizer.prepare(segment.books, segment.dim)
+            continue
+        if isinstance(quantizer, Trellis):
+            quantizer._share_out(torch.ones(segment.books, segment.dim))
+            quantizer.table_ = torch.zeros(2**quantizer.config.memory, 2, dtype=torch.float16)
             continue
         commutative = isinstance(quantizer, Commutative)
         size = int(getattr(quantizer.config, "size", segment.codewords))
