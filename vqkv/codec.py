@@ -236,15 +236,25 @@ class Codec:
         with self._named_in_errors():
             return x + self._predicted(sources, len(x))
 
-    def there_and_back(self, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """What tokens `[N, H, D]` are decoded to, a last run that is not whole filled up."""
-        missing = -len(x) % self.layout.token_group
+    def there_and_back(
+        self, x: torch.Tensor, sources: Sequence[torch.Tensor] = (), rows: int = 1
+    ) -> torch.Tensor:
+        """What tokens `[R · n, H, D]` of R rows are decoded to.
+
+        A row's last run that is not whole is filled up, as later tokens of a longer text would.
+        """
+        missing = -(len(x) // rows) % self.layout.token_group
+        if not missing:
+            return self.decode(self.encode(x, sources), sources)
 
         def filled(tokens: torch.Tensor) -> torch.Tensor:
-            return torch.cat([tokens, tokens[-1:].expand(missing, -1, -1)]) if missing else tokens
+            by_row = tokens.unflatten(0, (rows, -1))
+            return torch.cat([by_row, by_row[:, -1:].expand(-1, missing, -1, -1)], 1).flatten(0, 1)
 
         given = [filled(source) for source in sources]
-        return self.decode(self.encode(filled(x), given), given)[: len(x)]
+        decoded = self.decode(self.encode(filled(x), given), given)
+        whole: torch.Tensor = decoded.unflatten(0, (rows, -1))[:, :-missing].flatten(0, 1)
+        return whole
 
     # -- state -----------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqkv.kernels.cuda.attend_ops import Argument, Found, pointers
+from vqkv.kernels.attend.codes_op import Found
+from vqkv.kernels.cuda.attend_ops import Argument, pointers
 from vqkv.kernels.cuda.configs import AttendVariant
 
 HERE = Path(__file__).parent / "emulated"
@@ -43,7 +44,7 @@ class Emulator:
             path = self._folder / f"attend-{len(self._libraries)}.so"
             flags = ["-O1", "-g", "-fPIC", "-shared", "-std=c++17", f"-I{HERE}", f"-I{SOURCES}"]
             flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Werror"]
-            macros = [f"-D{name}={int(value)}" for name, value in variant.macros().items()]
+            macros = [f"-D{name}={int(value)}" for name, value in variant.macros()]
             command = [str(COMPILER), *flags, *macros, str(HERE / "attend.cpp"), "-o", str(path)]
             subprocess.run(command, check=True)
             library = ctypes.CDLL(str(path))

@@ -51,7 +51,7 @@ def report(one: AttendVariant) -> dict[str, Any]:
     masks no token. Turning queries, once a page, is not among them.
     """
     sass, registers = disassembled(compiled("attend.cu", one.macros(), HOPPER))
-    usual, _ = disassembled(compiled("attend.cu", one.macros() | {"WITHOUT_SELDOM": 1}, HOPPER))
+    usual, _ = disassembled(compiled("attend.cu", (*one.macros(), ("WITHOUT_SELDOM", 1)), HOPPER))
     return {
         "instructions": round(len(usual.inner_loop) / TILE, 1),
         "registers": registers,

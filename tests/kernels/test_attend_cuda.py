@@ -9,7 +9,8 @@ from tests.kernels.coded_cases import Case, problem
 from tests.kernels.emulation import COMPILER, Emulator, merge
 from vqkv.kernels import select, using
 from vqkv.kernels.attend.codes import Coded, attend_codes
-from vqkv.kernels.cuda.attend_ops import Found, attend
+from vqkv.kernels.attend.codes_op import Found
+from vqkv.kernels.cuda.attend_ops import attend
 from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES, AttendVariant
 from vqkv.kernels.cuda.tables import as_read, table
 

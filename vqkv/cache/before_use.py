@@ -134,21 +134,12 @@ class BeforeUseLayer(ReconstructingLayer):
         batch, _, tokens, _ = states.shape
         rows = torch.arange(batch)
         codec = self.compressor.codec(self.index, stream, states.device)
-        # The last run of tokens is filled up, as later tokens of a longer text would.
-        missing = -tokens % codec.layout.token_group
-
-        def filled(x: torch.Tensor) -> torch.Tensor:
-            """Tokens `[B, T, H, D]`, whole runs of them, as `[B·T, H, D]`."""
-            return torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], 1).flatten(0, 1)
-
-        held = [
+        sources = [
             self.rows.decoded.get(key, rows, 0, tokens).to(states.device)
             for key in self.compressor.sources(self.index, stream)
         ]
-        sources = [filled(rearrange(s, "(b t) h d -> b t h d", b=batch)) for s in held]
-        given = filled(states.transpose(1, 2))
-        decoded = codec.decode(codec.encode(given, sources), sources)
-        decoded = rearrange(decoded, "(b t) h d -> b t h d", b=batch)[:, :tokens].flatten(0, 1)
+        given = rearrange(states, "b h t d -> (b t) h d")
+        decoded = codec.there_and_back(given, sources, batch)
         if self.compressor.last_use(self.index, stream) is not None:
             self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded)
         return rearrange(decoded, "(b t) h d -> b h t d", b=batch)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vqkv.kernels.attend.codes import Coded, Plane, Turns
+from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.cuda import build
 from vqkv.kernels.cuda.configs import MOST_ROWS, AttendVariant
 from vqkv.kernels.cuda.tables import table
@@ -19,8 +20,6 @@ from vqkv.layouts import PAGE_TOKENS
 Argument = Tensor | ctypes.c_int | ctypes.c_longlong
 #: Runs a variant on so many blocks.
 Launch = Callable[[AttendVariant, int, Sequence[Argument]], None]
-#: Output, log-sum-exp and key means (empty unless asked for).
-Found = tuple[Tensor, Tensor, Tensor]
 #: Of splits `[splits, ...]`, the whole.
 Merge = Callable[[Tensor, Tensor, Tensor], Found]
 
@@ -56,27 +55,7 @@ def attend_codes(
     return attend(query, coded, splits, on_gpu, merge)
 
 
-@attend_codes.register_fake
-def _(
-    query: Tensor,
-    key_codes: Tensor,
-    key_books: Tensor,
-    value_codes: Tensor,
-    value_books: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    pages: Tensor | None,
-    page_turns: Tensor | None,
-    offset_turns: Tensor | None,
-    pairs: Tensor | None,
-    key_sums: bool,
-) -> Found:
-    output = query.new_empty(query.shape, dtype=torch.float32)
-    return (
-        output,
-        output.new_empty(query.shape[:3]),
-        output.new_empty(query.shape if key_sums else 0),
-    )
+attend_codes.register_fake(fake)
 
 
 def attend(query: Tensor, coded: Coded, splits: int, launch: Launch, merge: Merge) -> Found:
@@ -120,10 +99,8 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     means = query.new_empty((splits, *query.shape[:3], head_dim if coded.key_sums else 0))
     # What a variant does not read may be any tensor.
     page, offset, pairs = coded.turns or (query, query, coded.start)
-    page, pages = (
-        page.contiguous(),
-        coded.start if coded.pages is None else coded.pages.contiguous(),
-    )
+    page = page.contiguous()
+    pages = coded.start if coded.pages is None else coded.pages.contiguous()
     arguments: list[Argument] = [
         query,
         keys,
@@ -173,9 +150,8 @@ def on_gpu(variant: AttendVariant, blocks: int, arguments: Sequence[Argument]) -
     query = arguments[0]
     assert isinstance(query, Tensor)
     shared = variant.shared_bytes
-    macros = tuple(variant.macros().items())
     array, _held = pointers(arguments)
     with torch.cuda.device(query.device):
-        kernel = build.function("attend.cu", "attend", macros, query.device, shared)
+        kernel = build.function("attend.cu", "attend", variant.macros(), query.device, shared)
         stream = torch.cuda.current_stream().cuda_stream
         build.launch(kernel, blocks, variant.threads, shared, ctypes.addressof(array), stream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -15,7 +14,8 @@ SOURCES = files("vqkv.kernels.cuda")
 HEADER = "warp.cuh"
 
 
-def compiled(name: str, macros: Mapping[str, int], capability: int) -> bytes:
+@cache
+def compiled(name: str, macros: tuple[tuple[str, int], ...], capability: int) -> bytes:
     """The cubin of a source with its macros, for a GPU of this compute capability.
 
     Raises:
@@ -27,7 +27,7 @@ def compiled(name: str, macros: Mapping[str, int], capability: int) -> bytes:
     error, program = nvrtc.nvrtcCreateProgram(source, name.encode(), 1, [header], [HEADER.encode()])
     _check(error, "create a program")
     options = [f"-arch=sm_{capability}", "-std=c++17", "-diag-suppress=177"]
-    options += [f"-D{macro}={int(value)}" for macro, value in macros.items()]
+    options += [f"-D{macro}={int(value)}" for macro, value in macros]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if int(error):
         raise KernelError(f"NVRTC does not compile {name} {dict(macros)}: {_log(nvrtc, program)}")
@@ -37,11 +37,6 @@ def compiled(name: str, macros: Mapping[str, int], capability: int) -> bytes:
     _check(error, "give a cubin")
     nvrtc.nvrtcDestroyProgram(program)
     return cubin
-
-
-@cache
-def _cubin(name: str, macros: tuple[tuple[str, int], ...], capability: int) -> bytes:
-    return compiled(name, dict(macros), capability)
 
 
 @cache
@@ -60,7 +55,7 @@ def function(
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    error, module = driver.cuModuleLoadData(_cubin(source, macros, 10 * major + minor))
+    error, module = driver.cuModuleLoadData(compiled(source, macros, 10 * major + minor))
     _check(error, f"load {source}")
     error, kernel = driver.cuModuleGetFunction(module, name.encode())
     _check(error, f"find {name}")

@@ -63,9 +63,9 @@ class AttendVariant:
         turned = 4 * chunk * self.padded_rows * self.head_dim if self.rope else 0
         return tables + small + turned
 
-    def macros(self) -> dict[str, int]:
+    def macros(self) -> tuple[tuple[str, int], ...]:
         """What the source is compiled with."""
-        return {
+        values = {
             "HEAD_DIM": self.head_dim,
             "DIM": self.dim,
             "ROWS": self.padded_rows,
@@ -77,6 +77,7 @@ class AttendVariant:
             "KEY_SUMS": self.key_sums,
             "PAGED": self.paged,
         }
+        return tuple(values.items())
 
 
 def odd_shape(layout: Layout) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import (
     AttendConfig,
@@ -29,7 +30,7 @@ def attend_codes(
     offset_turns: Tensor | None,
     pairs: Tensor | None,
     key_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Found:
     """Output, log-sum-exp and key means (empty unless asked for) of `attend.codes.Coded`."""
     batch, queries, length, head_dim = query.shape
     heads = key_books.shape[0]
@@ -91,7 +92,7 @@ def attend_codes(
     return merge(parts, part_lse, part_means)
 
 
-def merge(parts: Tensor, part_lse: Tensor, part_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge(parts: Tensor, part_lse: Tensor, part_means: Tensor) -> Found:
     """The whole of splits' outputs `[splits, .., D]`, log-sum-exps and key means, if any."""
     splits, head_dim, key_sums = len(parts), parts.shape[-1], part_means.numel() > 0
     if splits == 1:
@@ -114,24 +115,4 @@ def merge(parts: Tensor, part_lse: Tensor, part_means: Tensor) -> tuple[Tensor, 
     return output, lse, means
 
 
-@attend_codes.register_fake
-def _(
-    query: Tensor,
-    key_codes: Tensor,
-    key_books: Tensor,
-    value_codes: Tensor,
-    value_books: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    pages: Tensor | None,
-    page_turns: Tensor | None,
-    offset_turns: Tensor | None,
-    pairs: Tensor | None,
-    key_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    output = query.new_empty(query.shape, dtype=torch.float32)
-    return (
-        output,
-        output.new_empty(query.shape[:3]),
-        output.new_empty(query.shape if key_sums else 0),
-    )
+attend_codes.register_fake(fake)
