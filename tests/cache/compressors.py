@@ -73,3 +73,13 @@ def compressor_for(model: PreTrainedModel, rope: str = "pre", **scheme: Any) -> 
     if not compressor.fitted:
         compressor.fit(ModelStates(model, geometry, rope))
     return compressor
+
+
+def assert_parts_read_as_the_whole(layer: Any) -> None:
+    """A layer of 200 tokens, 128 of them coded, gives any part of them as it gives all."""
+    assert layer.coded == [128]
+    keys, values = layer.read(0, 200)
+    for start, stop in ((0, 1), (5, 40), (33, 64), (100, 150), (127, 128)):
+        part = layer.read(start, stop)
+        assert torch.equal(part[0], keys[:, :, start:stop])
+        assert torch.equal(part[1], values[:, :, start:stop])

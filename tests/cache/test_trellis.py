@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.compressors import ModelStates
+from tests.cache.compressors import ModelStates, assert_parts_read_as_the_whole
 from tests.tiny_models import tiny_model
 from vqkv.cache import BeforeUseCache, VQCache
 from vqkv.compressor import KVCompressor
@@ -59,13 +59,7 @@ def test_it_conforms(model: Any, predictor: dict[str, Any] | None) -> None:
 def test_any_part_reads_as_the_whole_does(model: Any, compressor: KVCompressor) -> None:
     cache = VQCache(compressor, model.config)
     cache.update(states(), states(), 0)
-    layer = cache.coded_layers[0]
-    assert layer.coded == [128]
-    keys, values = layer.read(0, 200)
-    for start, stop in ((0, 1), (5, 40), (33, 64), (100, 150), (127, 128)):
-        part = layer.read(start, stop)
-        assert torch.equal(part[0], keys[:, :, start:stop])
-        assert torch.equal(part[1], values[:, :, start:stop])
+    assert_parts_read_as_the_whole(cache.coded_layers[0])
 
 
 @pytest.mark.parametrize("length", [64, 70])

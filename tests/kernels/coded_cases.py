@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,24 @@ def problem(case: Case, seed: int = 0) -> tuple[torch.Tensor, Coded]:
         pages=table if case.paged else None,
     )
     return query * case.head_dim**-0.5 * 3, coded
+
+
+def with_codes(coded: Coded, laid: Callable[[torch.Tensor], torch.Tensor]) -> Coded:
+    """With the codes of both streams laid out in another way."""
+    keys, values = (plane._replace(codes=laid(plane.codes)) for plane in (coded.keys, coded.values))
+    return coded._replace(keys=keys, values=values)
+
+
+def askew(codes: torch.Tensor) -> torch.Tensor:
+    """67 tokens a head, not whole pages, a token's codes a byte further off than they are long."""
+    wide = torch.empty(*codes.shape[:2], 67, codes.shape[3] + 1, dtype=torch.uint8)
+    wide[..., 1:] = codes[:, :, :67]
+    return wide[..., 1:]
+
+
+def by_token(codes: torch.Tensor) -> torch.Tensor:
+    """A head's tokens between those of others, as `[B, T, H, M]` lies in memory."""
+    return codes.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _plane(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.coded_cases import Case, problem
+from tests.kernels.coded_cases import Case, askew, by_token, problem, with_codes
 from tests.kernels.emulation import COMPILER, Emulator, merge
 from vqkv.kernels import select, using
 from vqkv.kernels.attend.codes import Coded, attend_codes
@@ -72,34 +72,16 @@ def test_it_equals_the_naive_kernel(emulator: Emulator, case: Case, splits: int)
 def test_codes_that_lie_askew_are_read(emulator: Emulator) -> None:
     case = Case(rope=False, lengths=(67, 67), group=4)
     query, coded = problem(case)
-
-    def askew(codes: torch.Tensor) -> torch.Tensor:
-        """67 tokens a head, not whole pages, a token's codes 17 bytes after the last's."""
-        wide = torch.empty(*codes.shape[:2], 67, codes.shape[3] + 1, dtype=torch.uint8)
-        wide[..., 1:] = codes[:, :, :67]
-        return wide[..., 1:]
-
-    coded = coded._replace(
-        keys=coded.keys._replace(codes=askew(coded.keys.codes)),
-        values=coded.values._replace(codes=askew(coded.values.codes)),
-    )
+    coded = with_codes(coded, askew)
     found = attend(query, coded, 1, emulator.launch, merge)
     assert_equals_the_naive_kernel(found, query, coded, case)
 
 
 @needs_a_compiler
 def test_a_head_may_hold_its_tokens_between_those_of_others(emulator: Emulator) -> None:
-    """As `[B, T, H, M]` lies in memory."""
     case = Case(rope=False, lengths=(100,), group=4)
     query, coded = problem(case)
-
-    def by_token(codes: torch.Tensor) -> torch.Tensor:
-        return codes.transpose(1, 2).contiguous().transpose(1, 2)
-
-    coded = coded._replace(
-        keys=coded.keys._replace(codes=by_token(coded.keys.codes)),
-        values=coded.values._replace(codes=by_token(coded.values.codes)),
-    )
+    coded = with_codes(coded, by_token)
     found = attend(query, coded, 1, emulator.launch, merge)
     assert_equals_the_naive_kernel(found, query, coded, case)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.coded_cases import Case, problem
+from tests.kernels.coded_cases import Case, askew, problem, with_codes
 from vqkv.kernels import gpu, recording, select, using
 from vqkv.kernels.attend.codes import Coded, Partial, attend_codes
 
@@ -53,17 +53,7 @@ def test_it_equals_the_naive_kernel(case: Case) -> None:
 def test_codes_that_lie_askew_are_read() -> None:
     case = Case(rope=False, lengths=(67, 67))
     query, coded = problem(case)
-
-    def askew(codes: torch.Tensor) -> torch.Tensor:
-        """67 tokens a head, not whole pages, a token's codes 17 bytes after the last's."""
-        wide = torch.empty(*codes.shape[:2], 67, codes.shape[3] + 1, dtype=torch.uint8)
-        wide[..., 1:] = codes[:, :, :67]
-        return wide[..., 1:]
-
-    coded = coded._replace(
-        keys=coded.keys._replace(codes=askew(coded.keys.codes)),
-        values=coded.values._replace(codes=askew(coded.values.codes)),
-    )
+    coded = with_codes(coded, askew)
     assert_equal_up_to_fp16(*both(query, coded, case))
 
 

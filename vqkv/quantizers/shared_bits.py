@@ -73,6 +73,7 @@ class SharedBits:
         each = torch.nn.functional.one_hot(pairs.long().view(-1, 8), count).sum(1)
         self.widths = torch.cat([each.new_zeros(1, count), each]).cumsum(0)
         self.ends = self.widths.cumsum(1)
+        self._rising = gains.long().flip(0)
         # Thresholds that buy all and nothing, whatever the tokens; known here, a GPU is not asked.
         self._all = int(gains[-1]) - STEPS * REACH
         self._nothing = int(gains[0]) + STEPS * REACH + 1
@@ -85,17 +86,15 @@ class SharedBits:
         that have a gain of the next level.
         """
         offsets = (STEPS * octaves).long()
-        worth = self.gains.long().flip(0).contiguous()
 
         def bought(threshold: torch.Tensor) -> torch.Tensor:
             needed = threshold.unsqueeze(1) - offsets
-            return len(worth) - torch.searchsorted(worth, needed.contiguous())
+            return len(self._rising) - torch.searchsorted(self._rising, needed)
 
         least = torch.full_like(offsets[:, 0], self._all)
         enough = torch.full_like(least, self._nothing)
-        for _ in range(
-            (self._nothing - self._all).bit_length()
-        ):  # `enough` pays, thresholds below `least` do not
+        # By bisection: `enough` can be paid for, thresholds below `least` can not.
+        for _ in range((self._nothing - self._all).bit_length()):
             middle = (least + enough) // 2
             pays = bought(middle).sum(1) <= budget
             enough = torch.where(pays, middle, enough)

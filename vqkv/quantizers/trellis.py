@@ -9,6 +9,7 @@ with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ SCALES = 2**SCALE_BITS
 #: Bits of a state that are older than a pair's own: fewer are hardly a trellis.
 LEAST_MEMORY = 2
 #: Root mean square of a channel, in parts of the strongest one's, below which it does not matter.
-LEAST_SPREAD = 1e-3
+LEAST_SPREAD = 1e-4
 #: Vectors that the table learns from, at most, and how many an entry's start counts for.
 LEARNING_VECTORS, PRIOR = 16384, 20.0
 #: Of finding lengths by channels' spread, and the spread of what is divided by them.
@@ -113,6 +114,7 @@ class Trellis(Quantizer):
     order_: torch.Tensor
     spread_: torch.Tensor
     shared_: list[SharedBits]
+    units_: list[torch.Tensor]
 
     def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
         self.config.stages(samples.shape[2])
@@ -130,11 +132,21 @@ class Trellis(Quantizer):
         spread = spread.maximum(LEAST_SPREAD * spread[:, :1]).clamp_min(1e-30)
         self.order_, self.spread_ = order.short(), spread
         variances = spread.unflatten(1, (-1, 2)).prod(2)
-        grown = [growth(book.tolist(), self._most_bytes, self._most_bits) for book in variances]
-        self.shared_ = [
-            SharedBits(pairs.to(energy.device), gains.to(energy.device), energy.shape[1] // 2)
-            for pairs, gains in grown
-        ]
+        most = self._most_bytes(energy.shape[1])
+        grown = [growth(book.tolist(), most, self._most_bits) for book in variances]
+        self._share([(pairs.to(energy.device), gains.to(energy.device)) for pairs, gains in grown])
+
+    def _share(self, grown: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Of each book, by order and spread: who gets which bits, and the `units_`.
+
+        These are s `[B + 1, P, 2]` of the pairs of a token of so many bytes: what is decoded varies
+        less than what is coded, by its error, and not at all without bits.
+        """
+        self.shared_ = [SharedBits(*book, self.order_.shape[1] // 2) for book in grown]
+        self.units_ = []
+        for shared, spread in zip(self.shared_, self.spread_, strict=True):
+            left = (1 - torch.exp2(-shared.widths.float())).sqrt()
+            self.units_.append(spread.unflatten(0, (-1, 2)) * left.unsqueeze(-1))
 
     def prepare(self, subspaces: int, dim: int) -> None:
         """Variances are always learned: raises NotFittedError."""
@@ -161,7 +173,7 @@ class Trellis(Quantizer):
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Of the table; per channel 6 bytes; per byte that a token may have, 18."""
-        each = 6 * dim + 18 * self._bytes_for(dim)
+        each = 6 * dim + 18 * self._most_bytes(dim)
         return (4 << self.config.memory) + subspaces * each
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -193,8 +205,8 @@ class Trellis(Quantizer):
             table.shape == (2**self.config.memory, 2)
             and books > 0
             and spread.shape == order.shape
-            and gains.shape == (books, self._bytes_for(dim))
-            and grown.shape == (books, 8 * self._bytes_for(dim))
+            and gains.shape == (books, self._most_bytes(dim))
+            and grown.shape == (books, 8 * self._most_bytes(dim))
             and bool((order.long().sort(1).values == torch.arange(dim, device=order.device)).all())
             and bool(((grown >= 0) & (grown < dim // 2)).all())
             and bool((gains[:, 1:] <= gains[:, :-1]).all())
@@ -208,7 +220,7 @@ class Trellis(Quantizer):
                 f"has other tensors than {shapes}, or other orders and bits"
             )
         self.table_, self.order_, self.spread_ = table, order, spread
-        self.shared_ = [SharedBits(*book, dim // 2) for book in zip(grown, gains, strict=True)]
+        self._share(list(zip(grown, gains, strict=True)))
         self.health_ = []
 
     # -- learning --------------------------------------------------------------------------
@@ -254,9 +266,8 @@ class Trellis(Quantizer):
         codes = self._encode(x, m)
         scale, strings = self._read(codes, m)
         states = states_of(strings, self.config.memory)
-        widths = self.shared_[m].widths[strings.counts]  # [N, P]
-        coded = widths > 0
-        units = (self._scales(scale)[:, None, None] * self._units(widths, m))[coded]
+        coded = self.shared_[m].widths[strings.counts] > 0  # [N, P]
+        units = (self._scales(scale)[:, None, None] * self.units_[m][strings.counts])[coded]
         # An error in units of the table counts by what a unit is, as it does in the search.
         heavy = weights.unsqueeze(1).expand_as(states)[coded].unsqueeze(1) * units.square()
         moved = heavy * self._pairs(x, m)[coded] / units
@@ -269,7 +280,9 @@ class Trellis(Quantizer):
 
     def _encode(self, x: torch.Tensor, m: int) -> torch.Tensor:
         """Bytes `[N, S]` (int32) of vectors `[N, d]`."""
-        scale = self._scale_codes(x, m)
+        pairs, table = self._pairs(x, m), self.table_.float()
+        scale = self._scale_codes(pairs, m)
+        scaled = pairs / self._scales(scale)[:, None, None]
         size = self.config.stages(x.shape[1]) * self.config.run
         offsets, bytes_ = self._offsets(scale, m)
         runs = x.new_zeros(len(x) // self.config.run, size, dtype=torch.int32)
@@ -278,18 +291,17 @@ class Trellis(Quantizer):
             header = torch.nn.functional.pad(header, (0, 1))
         runs[:, : self.config.header_bytes] = header[:, ::2] << SCALE_BITS | header[:, 1::2]
         flat = runs.view(-1)
-        pairs = self._pairs(x, m)
         for count in bytes_.unique().tolist():
             if not count:
                 continue
             rows = (bytes_ == count).nonzero().squeeze(1)
             widths = self.shared_[m].widths[count]
             coded = widths > 0
-            units = self._units(widths, m)[coded]
-            given = pairs[rows][:, coded] / (self._scales(scale[rows])[:, None, None] * units)
+            units = self.units_[m][count, coded]
+            given = scaled[rows][:, coded] / units
             # Relative costs: sums of them stay far from what fp32 holds.
             cost = (units / units.amax()).square()
-            codes = encode_trellis(given, cost, self.table_.float(), widths[coded])
+            codes = encode_trellis(given, cost, table, widths[coded])
             place = offsets[rows].unsqueeze(1) + torch.arange(count, device=x.device)
             flat[place] = _as_bytes(codes, widths[coded])
         return runs.view(len(x), -1)
@@ -297,7 +309,7 @@ class Trellis(Quantizer):
     def _decode(self, codes: torch.Tensor, m: int) -> torch.Tensor:
         """Vectors `[N, d]` of bytes `[N, S]`; pairs without bits are 0."""
         scale, strings = self._read(codes, m)
-        pairs = decode_trellis(strings, self._units(self.shared_[m].widths, m), self.table_.float())
+        pairs = decode_trellis(strings, self.units_[m], self.table_.float())
         x = pairs.new_empty(len(pairs), self.order_.shape[1])
         x[:, self.order_[m].long()] = pairs.flatten(1) * self._scales(scale).unsqueeze(1)
         return x
@@ -319,28 +331,21 @@ class Trellis(Quantizer):
         offsets = first + self.config.header_bytes + bytes_.cumsum(1) - bytes_
         return offsets.flatten(), bytes_.flatten()
 
-    def _scale_codes(self, x: torch.Tensor, m: int) -> torch.Tensor:
-        """How long vectors `[N, d]` are, by the channels that usually get bits."""
+    def _scale_codes(self, pairs: torch.Tensor, m: int) -> torch.Tensor:
+        """How long vectors are, as pairs `[N, P, 2]`, by the channels that usually get bits."""
         spread = self.spread_[m].unflatten(0, (-1, 2))
-        usual = self.shared_[m].widths[self.config.stages(x.shape[1])] > 0
-        energy = (self._pairs(x, m)[:, usual] / spread[usual]).square()
+        usual = self.shared_[m].widths[self.config.stages(self.order_.shape[1])] > 0
+        energy = (pairs[:, usual] / spread[usual]).square()
         # Of vectors that are 0 the logarithm is −∞, and the code 0.
         steps = (energy.mean((1, 2)).log2() / (2 * SCALE_STEP)).round()
         codes: torch.Tensor = (steps + SCALES // 2).clamp(0, SCALES - 1).int()
         return codes
 
     def _scaled(self, x: torch.Tensor, m: int) -> torch.Tensor:
-        return x / self._scales(self._scale_codes(x, m)).unsqueeze(1)
+        return x / self._scales(self._scale_codes(self._pairs(x, m), m)).unsqueeze(1)
 
     def _scales(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.exp2((codes.float() - SCALES // 2) * SCALE_STEP)
-
-    def _units(self, widths: torch.Tensor, m: int) -> torch.Tensor:
-        """s of pairs of so many bits `[.., P]`: what is decoded varies less than what is coded, by
-        its error, and not at all without bits."""
-        spread = self.spread_[m].unflatten(0, (-1, 2))
-        units: torch.Tensor = spread * (1 - torch.exp2(-widths.float())).sqrt().unsqueeze(-1)
-        return units
 
     def _pairs(self, x: torch.Tensor, m: int) -> torch.Tensor:
         """Vectors `[N, d]` as pairs `[N, P, 2]`, strongest first."""
@@ -351,11 +356,7 @@ class Trellis(Quantizer):
     def _most_bits(self) -> int:
         return self.config.memory - LEAST_MEMORY
 
-    @property
-    def _most_bytes(self) -> int:
-        return self._bytes_for(self.order_.shape[1])
-
-    def _bytes_for(self, dim: int) -> int:
+    def _most_bytes(self, dim: int) -> int:
         """The most bytes that a token gets: three times the usual, or all that its pairs take."""
         return min(3 * self.config.stages(dim), self._most_bits * dim // 2 // 8) if dim else 0
 

@@ -1,11 +1,7 @@
 /* Nearest codewords at one SIMD level. Included once per level by nearest.c, which defines
  *
- *   NAME(x)     x with the level's suffix        TARGET      the function attribute of the level
- *   W           floats per vector, at most BLOCK UNROLL      vectors of x at a time
- *   V, I        vectors of floats and of int32   V_LOAD, V_STORE, V_SET1, I_SET1, I_STORE
- *   V_FNMA(a, b, c) = c - a*b                    V_MIN(a, b) = a < b ? a : b
- *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
- *   V_EQUAL(a, b): bits of the lanes where a == b
+ *   NAME(x)     x with the level's suffix        W       floats per vector, at most BLOCK
+ *   UNROLL      vectors of x at a time
  *
  * The score of a codeword is |c|^2 / 2 - <x, c>, which orders codewords as the squared distance
  * does. All blocks of codewords pass by, with different vectors x in the lanes and a codeword's
@@ -14,6 +10,8 @@
  * same order, so that the least one is found by equality. A NaN score is never less, so a vector
  * with NaN gets code 0.
  */
+
+#include "lanes.h"
 
 #define LANES (UNROLL * W)
 
@@ -156,17 +154,4 @@ static TARGET void NAME(search_rows)(const float *x, int64_t stride, int64_t row
 
 #undef LANES
 #undef UNROLL
-#undef NAME
-#undef TARGET
-#undef W
-#undef V
-#undef I
-#undef V_LOAD
-#undef V_STORE
-#undef V_SET1
-#undef V_FNMA
-#undef V_MIN
-#undef V_KEEP_LESS
-#undef V_EQUAL
-#undef I_SET1
-#undef I_STORE
+#include "lanes_end.h"

@@ -10,64 +10,17 @@
 #define FAR 1e30f
 
 #define NAME(x) x##_scalar
-#define TARGET
 #define W 1
-#define V float
-#define I int32_t
-#define V_LOAD(p) (*(p))
-#define V_STORE(p, a) (*(p) = (a))
-#define V_SET1(a) (a)
-#define V_SUB(a, b) ((a) - (b))
-#define V_MUL(a, b) ((a) * (b))
-#define V_FMA(a, b, c) ((a) * (b) + (c))
-#define V_KEEP_LESS(best, at, score, k) \
-    do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
-#define I_SET1(a) (a)
-#define I_STORE(p, a) (*(p) = (a))
 #include "trellis_impl.h"
 
 #ifdef HAVE_X86
 
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
 #define W 8
-#define V __m256
-#define I __m256i
-#define V_LOAD(p) _mm256_loadu_ps(p)
-#define V_STORE(p, a) _mm256_storeu_ps(p, a)
-#define V_SET1(a) _mm256_set1_ps(a)
-#define V_SUB(a, b) _mm256_sub_ps(a, b)
-#define V_MUL(a, b) _mm256_mul_ps(a, b)
-#define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define V_KEEP_LESS(best, at, score, k) \
-    do { \
-        const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
-        (best) = _mm256_blendv_ps(best, score, less_); \
-        (at) = _mm256_blendv_epi8(at, k, _mm256_castps_si256(less_)); \
-    } while (0)
-#define I_SET1(a) _mm256_set1_epi32(a)
-#define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 #include "trellis_impl.h"
 
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f")))
 #define W 16
-#define V __m512
-#define I __m512i
-#define V_LOAD(p) _mm512_loadu_ps(p)
-#define V_STORE(p, a) _mm512_storeu_ps(p, a)
-#define V_SET1(a) _mm512_set1_ps(a)
-#define V_SUB(a, b) _mm512_sub_ps(a, b)
-#define V_MUL(a, b) _mm512_mul_ps(a, b)
-#define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define V_KEEP_LESS(best, at, score, k) \
-    do { \
-        const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \
-        (best) = _mm512_min_ps(score, best); \
-        (at) = _mm512_mask_mov_epi32(at, less_, k); \
-    } while (0)
-#define I_SET1(a) _mm512_set1_epi32(a)
-#define I_STORE(p, a) _mm512_storeu_si512(p, a)
 #include "trellis_impl.h"
 
 #endif

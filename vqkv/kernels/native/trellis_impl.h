@@ -1,4 +1,6 @@
-/* The best paths of W vectors; included once per level, with the macros of that level. */
+/* The best paths of W vectors; included once per level, with NAME and W. */
+
+#include "lanes.h"
 
 /* Of `states`, each reached at the cost `best[state >> width]` and the distance of a pair of
  * channels to its entry of the table, those of least cost among the ones that agree in all but
@@ -47,17 +49,4 @@ TARGET static void NAME(paths)(const float *x, const float *cost, const float *t
     }
 }
 
-#undef NAME
-#undef TARGET
-#undef W
-#undef V
-#undef I
-#undef V_LOAD
-#undef V_STORE
-#undef V_SET1
-#undef V_SUB
-#undef V_MUL
-#undef V_FMA
-#undef V_KEEP_LESS
-#undef I_SET1
-#undef I_STORE
+#include "lanes_end.h"
