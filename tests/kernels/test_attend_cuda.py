@@ -102,7 +102,7 @@ def test_large_scores_late_in_a_context_scale_sums_down(emulator: Emulator) -> N
 def test_look_ups_meet_in_no_more_banks_than_planned(
     emulator: Emulator, dim: int, wavefronts: int
 ) -> None:
-    """Of 32 lanes, whatever the codes are: random ones in one table would take 3.5 and 5.8."""
+    """Of 32 lanes, whatever the codes are."""
     case = Case(head_dim=128, dim=dim, heads=1, group=4, lengths=(256,), rope=False)
     query, coded = problem(case)
     attend(query, coded, 1, emulator.launch, merge)

@@ -13,7 +13,7 @@ CODEWORDS = 256
 #: Query rows that a launch reads codes for; more need another.
 MOST_ROWS = 16
 #: Of every entry in shared memory. With two, look-ups of 32 lanes take two wavefronts at d = 4 and
-#: four at d = 8. One copy takes about three and five; four do not fit at D = 128.
+#: four at d = 8, whatever the codes; four copies do not fit at D = 128.
 COPIES = 2
 #: The first GPU whose blocks may have so much shared memory; consumer GPUs after it have less.
 HOPPER, MOST_SHARED_BYTES = 90, 227 * 1024
