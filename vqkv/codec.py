@@ -198,7 +198,7 @@ class Codec:
             z, side = self._forward(x)
         packed = []
         for (part, segment), quantizer in zip(self._split(z), self.quantizers, strict=True):
-            codes = quantizer.encode(self._to_books(part, segment))
+            codes = self._codes(quantizer, self._to_books(part, segment))
             codes = self._from_books(codes, segment).flatten(2)  # [N, U, codes per unit]
             packed.append(pack(codes, segment.code_bits, self.layout))
         return Encoded(torch.cat(packed, -1), side)
@@ -225,7 +225,7 @@ class Codec:
             start += segment.bytes_per_unit
             codes = unpack(packed, segment.code_bits, segment.codes_per_unit, self.layout)
             codes = codes.unflatten(-1, (segment.groups, segment.stages))
-            vectors = quantizer.decode(self._to_books(self._read(codes), segment))
+            vectors = self._vectors(quantizer, self._to_books(self._read(codes), segment))
             parts.append(self._from_books(vectors, segment).flatten(2))
         coded = torch.cat(parts, -1).flatten(1)
         z = torch.empty_like(coded)
@@ -509,6 +509,14 @@ class Codec:
     def _read(self, codes: torch.Tensor) -> torch.Tensor:
         """Of codes `[..., S]` the stages that are decoded: all."""
         return codes
+
+    def _codes(self, quantizer: Quantizer, vectors: torch.Tensor) -> torch.Tensor:
+        """What stands for vectors of one segment."""
+        return quantizer.encode(vectors)
+
+    def _vectors(self, quantizer: Quantizer, codes: torch.Tensor) -> torch.Tensor:
+        """What codes of one segment stand for."""
+        return quantizer.decode(codes)
 
     def _inverse(self, z: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         end = side.shape[1]

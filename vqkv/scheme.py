@@ -15,7 +15,8 @@ from vqkv.groupings import Contiguous, GroupingChoice, RopePairs, Strided, Whole
 from vqkv.layouts import ACROSS_LAYERS, Rope, Sharing, Stream
 from vqkv.predictors import PREDICTORS, PredictorChoice, PredictorConfig
 from vqkv.predictors.copy import CopyConfig
-from vqkv.quantizers import QuantizerChoice, QuantizerConfig
+from vqkv.quantizers import QUANTIZERS, QuantizerChoice, QuantizerConfig
+from vqkv.quantizers.codebook import CodebookQuantizer
 from vqkv.registry import Config
 from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
 from vqkv.transforms.pair_metric import PairMetricConfig
@@ -204,6 +205,22 @@ class Residency(Config):
     window: int = Field(default=128, ge=0)
 
 
+class DistillationConfig(Config):
+    """Codewords go on to follow the gradient of what the model makes of them.
+
+    The loss is the KL divergence of the model's predictions from the exact model's where each
+    state is read as its reconstruction. One step of Adam per window of the calibration text.
+    """
+
+    passes: int = Field(default=3, ge=1, description="Over the calibration text.")
+    step: float = Field(
+        default=0.02,
+        gt=0,
+        le=1,
+        description="Of a codeword's channel, in rms errors of its stream; falls to 0 by the end.",
+    )
+
+
 class CalibrationConfig(Config):
     """What learners see: at most `samples` tokens, drawn at random. Statistics use all tokens.
 
@@ -213,6 +230,7 @@ class CalibrationConfig(Config):
 
     samples: int = Field(default=32768, ge=1)
     weights: Literal["none", "fisher"] = "none"
+    distillation: DistillationConfig | None = None
 
 
 class LayerOverride(Config):
@@ -318,6 +336,17 @@ class Scheme(Config):
                     "residency.window: runs of tokens need a window in which a run is exact until "
                     "it is whole, given 0"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _has_codewords_to_distil(self) -> Self:
+        used = [s.quantizer for config in self._streams() for s in config.all_segments]
+        if self.calibration.distillation and not any(map(learns_codewords, used)):
+            found = sorted({quantizer.type for quantizer in used})  # type: ignore[attr-defined]
+            raise ValueError(
+                "calibration.distillation: moves learned codewords, which product, residual and "
+                f"joint_product quantizers have; given {', '.join(found)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -487,6 +516,12 @@ def check_runs(config: Config, books: int) -> None:
     for learner in (getattr(config, "learner", None), *side_by_side):
         if learner is not None:
             check_runs(learner, books // max(1, len(side_by_side)))
+
+
+def learns_codewords(quantizer: QuantizerConfig) -> bool:
+    """Whether it fits `CodebookQuantizer.codewords_`, which distillation can move on."""
+    kind = QUANTIZERS.get(quantizer.type)  # type: ignore[attr-defined]
+    return issubclass(kind, CodebookQuantizer) and not quantizer.data_free
 
 
 def learners_of(config: Config) -> Iterator[Config]:

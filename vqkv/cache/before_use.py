@@ -141,5 +141,6 @@ class BeforeUseLayer(ReconstructingLayer):
         given = rearrange(states, "b h t d -> (b t) h d")
         decoded = codec.there_and_back(given, sources, batch)
         if self.compressor.last_use(self.index, stream) is not None:
-            self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded)
+            # What others are predicted from is stored, so nothing is learned through it.
+            self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded.detach())
         return rearrange(decoded, "(b t) h d -> b h t d", b=batch)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from vqkv.attention import attention_modules, model_type
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
+from vqkv.calibration.gradients import differentiable, embedded
 from vqkv.errors import ModelError
 from vqkv.exchange import AttentionExchange
 
@@ -131,22 +132,15 @@ class StateCapture:
         tables = self._rotary.tables(layer)
         return self._adapter.unrotate(layer, rotated, tables).to(rotated.dtype)
 
-    @torch.enable_grad()
     def _differentiate(self, ids: torch.Tensor) -> None:
         """One forward and backward pass that leaves the weights without gradients."""
-        weights = [weight for weight in self._model.parameters() if weight.requires_grad]
-        for weight in weights:
-            weight.requires_grad_(False)
-        try:
-            embedded = self._model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = self._model(inputs_embeds=embedded, use_cache=False).logits
+        with differentiable(self._model):
+            inputs = embedded(self._model, ids)
+            logits = self._model(inputs_embeds=inputs, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
             )
             loss.backward()
-        finally:
-            for weight in weights:
-                weight.requires_grad_()
 
     def _await_gradient(self, layer: int, kind: Kind, states: Mapping[str, torch.Tensor]) -> None:
         """Hand out the gradient by a state when the backward pass comes to it."""

@@ -26,6 +26,7 @@ _MANIFEST = "manifest.json"
 _DRAFT = "manifest.new"
 _STATES = "states"
 _FITTED = "fitted"
+_DISTILLED = "distilled"
 
 
 @contextmanager
@@ -60,7 +61,8 @@ def working(partial: Path) -> Iterator[None]:
 
 def _check_ours(partial: Path) -> None:
     """The folder will be deleted, so nothing else may be in it."""
-    others = {p.name for p in partial.iterdir()} - {_LOCK, _MANIFEST, _DRAFT, _STATES, _FITTED}
+    ours = {_LOCK, _MANIFEST, _DRAFT, _STATES, _FITTED, _DISTILLED}
+    others = {path.name for path in partial.iterdir()} - ours
     if others:
         raise ArtefactError(
             f"{partial} is where work in progress goes, but it holds {', '.join(sorted(others))}: "
@@ -86,13 +88,20 @@ def resume(partial: Path, manifest: dict[str, Any], sinks: int) -> Spool:
             log.warning("%s: starting anew, %s", partial, error)
     # The manifest goes first and comes last: what it vouches for is always whole.
     path.unlink(missing_ok=True)
-    for name in (_STATES, _FITTED):
+    for name in (_STATES, _FITTED, _DISTILLED):
         if (partial / name).exists():
             shutil.rmtree(partial / name)
     draft = partial / _DRAFT
     draft.write_text(json.dumps(wanted, indent=2, sort_keys=True), encoding="utf-8")
     draft.replace(path)
     return Spool(partial / _STATES, sinks)
+
+
+def distilled_file(partial: Path) -> Path:
+    """Where distillation keeps what is done."""
+    folder = partial / _DISTILLED
+    folder.mkdir(exist_ok=True)
+    return folder / "steps.safetensors"
 
 
 class StreamFiles(MutableMapping[str, FittedStream]):

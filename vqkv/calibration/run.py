@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.artefact import FILES, base_model_name
-from vqkv.calibration.partial import StreamFiles, resume, working
+from vqkv.calibration.distillation import Distillation
+from vqkv.calibration.partial import StreamFiles, distilled_file, resume, working
 from vqkv.calibration.source import CapturedStates
 from vqkv.calibration.spool import Spool
 from vqkv.calibration.spooling import Progress, capture, wanted_kinds
@@ -38,7 +39,7 @@ class CalibrationReport:
         compressor: as saved.
         folder: of the artefact.
         seconds_capture: running the model, in this process; a resumed calibration had less to do.
-        seconds_learn: fitting transforms and codebooks, likewise.
+        seconds_learn: fitting transforms and codebooks, and distillation, likewise.
         peak_rss_bytes: of the process since it started, the model included.
     """
 
@@ -142,6 +143,10 @@ def calibrate(
             middle = time.perf_counter()
             source = CapturedStates(spool, model, compressor, context)
             _learn(compressor, source, partial, seed, progress)
+            if scheme.calibration.distillation is not None:
+                compressor = Distillation(
+                    model, compressor, windows, distilled_file(partial), seed
+                ).run(progress)
             capture_seconds, learn_seconds = middle - start, time.perf_counter() - middle
         compressor.save_pretrained(out, overwrite=overwrite)
         shutil.rmtree(partial)

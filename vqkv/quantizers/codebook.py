@@ -42,6 +42,21 @@ class CodebookQuantizer(Quantizer):
             )
         return decode(codes, books[:, : codes.shape[2]])
 
+    def gradient(self, codes: torch.Tensor, by_vectors: torch.Tensor) -> torch.Tensor:
+        """By each codeword `[M, S, K, d]` (fp32), of a loss with a gradient by decoded vectors.
+
+        Args:
+            codes: `[N, M, S]`.
+            by_vectors: `[N, M, d]`, by what these codes decode to; a codeword's is the sum over the
+                vectors that it is part of.
+        """
+        subspaces, stages, count, dim = self._codewords().shape
+        books = torch.arange(subspaces * stages, device=codes.device).view(subspaces, stages)
+        places = (codes + books * count).flatten()
+        spread = by_vectors.unsqueeze(2).expand(-1, -1, stages, -1).reshape(-1, dim)
+        found = spread.new_zeros(subspaces * stages * count, dim)
+        return found.index_add_(0, places, spread).view(subspaces, stages, count, dim)
+
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Codewords `[M, S, K, d]` in fp16."""
         return 2 * subspaces * self.config.stages(dim) * dim << self.config.bits()
@@ -76,7 +91,8 @@ class CodebookQuantizer(Quantizer):
             )
         return x.float()
 
-    def _keep(self, codewords: torch.Tensor) -> None:
+    def keep(self, codewords: torch.Tensor) -> None:
+        """Take codewords `[M, S, K, d]`, rounded. Raises StateError where fp16 cannot hold them."""
         rounded = codewords.to(torch.float16)
         if not bool(torch.isfinite(rounded).all()):
             raise StateError(

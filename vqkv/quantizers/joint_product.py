@@ -102,7 +102,7 @@ class JointProductQuantizer(CodebookQuantizer):
         books = learner.codewords_.clone()
         if hasattr(self, "coupling_"):
             self._improve(samples, weights, books)
-        self._keep(books)
+        self.keep(books)
 
     def _improve(
         self, samples: torch.Tensor, weights: torch.Tensor | None, books: torch.Tensor

@@ -43,7 +43,7 @@ class ProductQuantizer(CodebookQuantizer):
     def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
         learner = LEARNERS.build(self.config.learner)
         learner.fit(samples, 2**self.config.code_bits, weights, seed=seed)
-        self._keep(learner.codewords_)
+        self.keep(learner.codewords_)
         self.health_ = learner.health_
 
     def prepare(self, subspaces: int, dim: int) -> None:
@@ -62,5 +62,5 @@ class ProductQuantizer(CodebookQuantizer):
                 f"{fixed.shape[0]} subspaces, needed are {subspaces}: learners side by side share "
                 "subspaces equally"
             )
-        self._keep(fixed)
+        self.keep(fixed)
         self.health_ = []

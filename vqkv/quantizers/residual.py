@@ -87,7 +87,7 @@ class ResidualQuantizer(CodebookQuantizer):
         stages = self.config.stages(samples.shape[2])
         learner = ResidualLearner(stages=stages, learner=self.config.learner)
         learner.fit(samples, 2**self.config.code_bits, weights, seed=seed)
-        self._keep(learner.codewords_)
+        self.keep(learner.codewords_)
         self.health_ = learner.health_
 
     def prepare(self, subspaces: int, dim: int) -> None:
