@@ -44,7 +44,7 @@ def test_config_reference_is_current() -> None:
 
 def test_measured_figures_are_those_of_the_committed_results() -> None:
     module = tool("results_pages")
-    for path, text in module.pages(module.results()).items():
+    for path, text in module.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make docs`"
 
 
@@ -77,7 +77,7 @@ def test_peers_are_marked_with_the_package_that_does_the_work() -> None:
     theirs = copy.deepcopy(ours) | {"peer": "faiss-cpu 1.2.3"}
     for row in theirs["rows"]:
         row["evaluation"]["scheme"] = "pq"
-    page = module.pages([ours, theirs])[ROOT / "docs" / "results.md"]
+    page = module.table(module.rows_of([ours, theirs]))
     assert page.count("| `pq` (peer: faiss-cpu 1.2.3) |") == len(theirs["rows"])
     assert page.count("| `cq-4c8b` |") == len(ours["rows"])
 

@@ -27,6 +27,8 @@ from vqkv.evaluation.report import plot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+#: Folders of what goes into one table: schemes, peers, and `make shootout` where it has been run.
+COMPARED = ("compare", "peers", "shootout")
 PLOT = RESULTS / "compare.png"
 END = "<!-- end -->"
 #: What a table takes up: nothing where it is new, and never another table's end.
@@ -55,11 +57,18 @@ abstract. [`published.yaml`](../benchmarks/published.yaml) has them all, with so
 """
 
 
-def results() -> list[dict[str, Any]]:
-    """Every comparison that is kept, of schemes and of peers, all with the same settings."""
-    folders = ("compare", "peers")
+LONG = """
+## On more text
+
+The same for some presets, scored on {tokens:,} tokens of each text
+([`benchmarks/results/compare-long`](../benchmarks/results/compare-long)).
+
+"""
+
+
+def results(*folders: str) -> list[dict[str, Any]]:
+    """Every comparison that is kept in these folders, all with the same settings."""
     files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
-    files.append(RESULTS / "shootout" / "comparison.json")
     kept = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     common = ("calibration_tokens", "tokens", "context", "sinks")
     if len({tuple(data["settings"][name] for name in common) for data in kept}) > 1:
@@ -73,11 +82,23 @@ def published() -> list[dict[str, Any]]:
     return entries
 
 
-def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
+def rows_of(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of comparisons; a later file's takes the place of an earlier one's."""
+    found = [{**row, "peer": data.get("peer")} for data in kept for row in data["rows"]]
+    return [*{(r["evaluation"]["scheme"], r["evaluation"]["text"]): r for r in found}.values()]
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By bits, then by quality."""
+    return sorted(
+        rows, key=lambda row: (row["evaluation"]["bits_per_value"], row["evaluation"]["kl"])
+    )
+
+
+def pages() -> dict[Path, str]:
     """Every page that holds figures, as it should be."""
-    found_rows = [{**row, "peer": data.get("peer")} for data in kept for row in data["rows"]]
-    # A later file's row takes the place of an earlier one's.
-    rows = [*{(r["evaluation"]["scheme"], r["evaluation"]["text"]): r for r in found_rows}.values()]
+    kept, long = results(*COMPARED), results("compare-long")
+    rows = rows_of(kept)
     settings = kept[0]["settings"]
     introduction = INTRODUCTION.format(
         calibration=settings["calibration_tokens"],
@@ -86,10 +107,12 @@ def pages(kept: list[dict[str, Any]]) -> dict[Path, str]:
         sinks=settings["sinks"],
         passages=_exact_passages(rows),
     )
-    ranked = sorted(
-        rows, key=lambda row: (row["evaluation"]["bits_per_value"], row["evaluation"]["kl"])
-    )
-    found = {ROOT / "docs" / "results.md": introduction + table(ranked, published()) + "\n"}
+    of_all = introduction + table(ranked(rows), published()) + "\n"
+    if long:
+        of_all += (
+            LONG.format(tokens=long[0]["settings"]["tokens"]) + table(ranked(rows_of(long))) + "\n"
+        )
+    found = {ROOT / "docs" / "results.md": of_all}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
     rvq = ROOT / "docs" / "methods" / "rvq.md"
@@ -306,10 +329,9 @@ def depths(data: dict[str, Any]) -> str:
 
 def main() -> int:
     """Write the pages that differ."""
-    kept = results()
-    rows = [row["evaluation"] for data in kept for row in data["rows"]]
+    rows = [row["evaluation"] for data in results(*COMPARED) for row in data["rows"]]
     plot([(e["text"], e["scheme"], e["bits_per_value"], e["kl"]) for e in rows], PLOT)
-    for path, text in pages(kept).items():
+    for path, text in pages().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
