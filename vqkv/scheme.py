@@ -212,7 +212,7 @@ class DistillationConfig(Config):
     state is read as its reconstruction. One step of Adam per window of the calibration text.
     """
 
-    passes: int = Field(default=3, ge=1, description="Over the calibration text.")
+    passes: int = Field(default=2, ge=1, description="Over the calibration text.")
     step: float = Field(
         default=0.02,
         gt=0,
