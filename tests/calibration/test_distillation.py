@@ -18,9 +18,16 @@ from tests.calibration.test_run import Interrupted, Tensors, assert_same, left, 
 from tests.tiny_models import tiny_model
 from vqkv import attach
 from vqkv.cache import BeforeUseCache
-from vqkv.calibration import CalibrationReport, calibrate, calibration_windows, read_text
+from vqkv.calibration import (
+    CalibrationReport,
+    calibrate,
+    calibration_windows,
+    distillation,
+    read_text,
+)
 from vqkv.calibration.distillation import Distillation, divergence
 from vqkv.compressor import KVCompressor
+from vqkv.errors import StateError
 from vqkv.quantizers.residual import ResidualConfig, ResidualQuantizer
 from vqkv.scheme import Scheme
 from vqkv.scheme_files import scheme_from_dict
@@ -93,7 +100,8 @@ def test_the_divergence_and_its_gradient() -> None:
     expected.backward()
     found, gradient = divergence(exact.clone(), logits.detach())
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
-    torch.testing.assert_close(gradient, logits.grad)
+    assert logits.grad is not None
+    torch.testing.assert_close(gradient, 70 * logits.grad)
 
 
 # --- what comes of it --------------------------------------------------------------------------
@@ -247,3 +255,17 @@ def test_there_must_be_codewords_that_are_learned() -> None:
                 "calibration": {"distillation": {}},
             }
         )
+
+
+def test_steps_that_lead_nowhere_are_refused(
+    run: Callable[..., CalibrationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(exact: torch.Tensor, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return float("nan"), exact
+
+    monkeypatch.setattr(distillation, "divergence", diverge)
+    with pytest.raises(
+        StateError, match=r"after 0 steps .* lower `calibration"
+    ):
+        run(distilled())
+    assert left(tmp_path) == set()

@@ -26,6 +26,7 @@ from vqkv.calibration.gradients import differentiable, embedded
 from vqkv.calibration.spooling import Progress
 from vqkv.codec import Codec, Encoded, take
 from vqkv.compressor import KVCompressor
+from vqkv.errors import StateError
 from vqkv.quantizers import Quantizer
 from vqkv.quantizers.codebook import CodebookQuantizer
 from vqkv.scheme import learns_codewords
@@ -39,11 +40,10 @@ BETAS = (0.9, 0.95)
 ROWS = 64
 
 
-class Pupil(nn.Module):
+class Pupil:
     """One quantizer's codewords while they learn, in fp32, and what they are rounded to."""
 
     def __init__(self, quantizer: CodebookQuantizer) -> None:
-        super().__init__()
         self.quantizer = quantizer
         self.codewords = nn.Parameter(quantizer.codewords_.float())
         #: Of its codes before the first step, in the metric that they are chosen in.
@@ -165,7 +165,7 @@ class Distillation:
         """The compressor with codewords as they are after the last step.
 
         Raises:
-            StateError: a step made codewords that are not finite, or beyond fp16.
+            StateError: a step made predictions that are not finite, or codewords beyond fp16.
         """
         self._resume()
         tell = progress or (lambda phase, done, total: None)
@@ -188,6 +188,11 @@ class Distillation:
         inputs = embedded(self.model, ids)
         logits = self.model(inputs_embeds=inputs, past_key_values=cache).logits[0]
         loss, gradient = divergence(exact, logits.detach())
+        if not math.isfinite(loss):
+            raise StateError(
+                f"distillation: after {len(self.losses)} steps predictions are not finite: lower "
+                f"`calibration.distillation.step`, {self.step_size:g}, or run the model in float32"
+            )
         self.optimizer.zero_grad()
         logits.backward(gradient)
         falling = (1 + math.cos(math.pi * len(self.losses) / len(self.order))) / 2
@@ -234,15 +239,16 @@ class Distillation:
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """KL of predictions from exact ones in nats per token, and its gradient by their logits.
+    """KL of predictions from exact ones in nats per token, and the gradient of its sum over tokens.
 
-    Both are `[T, vocabulary]`; the gradient takes the place of `exact`.
+    Logits are `[T, vocabulary]`; the gradient by the second ones takes the place of `exact`. Of a
+    mean it would be too small for fp16.
     """
     total = 0.0
     for p, q in zip(exact.split(ROWS), logits.split(ROWS), strict=True):
         wanted, given = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
         total += float((wanted.exp() * (wanted - given)).sum())
-        p.copy_((given.exp() - wanted.exp()) / len(logits))
+        p.copy_(given.exp() - wanted.exp())
     return total / len(logits), exact
 
 
