@@ -214,7 +214,7 @@ class DistillationConfig(Config):
 
     passes: int = Field(default=2, ge=1, description="Over the calibration text.")
     step: float = Field(
-        default=0.02,
+        default=0.04,
         gt=0,
         le=1,
         description="Of a codeword's channel, in rms errors of its stream; falls to 0 by the end.",
