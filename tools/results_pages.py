@@ -69,7 +69,7 @@ The same for some presets, scored on {tokens:,} tokens of each text
 def results(*folders: str) -> list[dict[str, Any]]:
     """Every comparison that is kept in these folders, all with the same settings."""
     files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
-    kept = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    kept = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     common = ("calibration_tokens", "tokens", "context", "sinks")
     if len({tuple(data["settings"][name] for name in common) for data in kept}) > 1:
         raise SystemExit(f"results differ in one of {', '.join(common)}: keep those of one kind")

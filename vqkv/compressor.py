@@ -455,8 +455,8 @@ class KVCompressor:
     def health(self) -> dict[str, Any]:
         """Codebook health over all streams: usage entropy, dead codewords, distance from the end.
 
-        `last_gain` is how much of its distortion a codebook's last iteration still took away,
-        mean and most; None where no learner says.
+        As learners left them, before distillation. `last_gain` is how much of its distortion a
+        codebook's last iteration still took away, mean and most; None where no learner says.
         """
         stages = [h for codec in self._codecs.values() for h in codec.health]
         learned = [h for h in stages if h.inertia]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -340,13 +340,8 @@ class Scheme(Config):
 
     @model_validator(mode="after")
     def _has_codewords_to_distil(self) -> Self:
-        used = [s.quantizer for config in self._streams() for s in config.all_segments]
-        if self.calibration.distillation and not any(map(learns_codewords, used)):
-            found = sorted({quantizer.type for quantizer in used})  # type: ignore[attr-defined]
-            raise ValueError(
-                "calibration.distillation: moves learned codewords, which product, residual and "
-                f"joint_product quantizers have; given {', '.join(found)}"
-            )
+        if self.calibration.distillation:
+            _check_codewords(self._streams())
         return self
 
     @model_validator(mode="after")
@@ -392,6 +387,7 @@ class Scheme(Config):
         for place, layer in enumerate(geometry.compressed):
             for stream in STREAMS:
                 self._check_sources(place, layer, stream, geometry)
+        self._check_distillation(geometry)
         meant = [layer % geometry.layers for layer in named]
         twice = sorted({layer for layer in meant if meant.count(layer) > 1})
         if twice:
@@ -399,6 +395,19 @@ class Scheme(Config):
                 f"{self.name}: layers: each layer is overridden once; {named} name {twice} twice "
                 f"in a model of {geometry.layers} layers"
             )
+
+    def _check_distillation(self, geometry: Geometry) -> None:
+        """Some layer of this very model has codewords to distil."""
+        if self.calibration.distillation:
+            used = [
+                self.stream(layer, stream, geometry.layers)
+                for layer in geometry.compressed
+                for stream in STREAMS
+            ]
+            try:
+                _check_codewords(used)
+            except ValueError as error:
+                raise SchemeError(f"{self.name}: {error}") from error
 
     def _check_sources(self, place: int, layer: int, stream: Stream, geometry: Geometry) -> None:
         """The sources of the compressed layer at `place` exist."""
@@ -516,6 +525,17 @@ def check_runs(config: Config, books: int) -> None:
     for learner in (getattr(config, "learner", None), *side_by_side):
         if learner is not None:
             check_runs(learner, books // max(1, len(side_by_side)))
+
+
+def _check_codewords(configs: Iterable[StreamConfig]) -> None:
+    """Raises ValueError where none of the streams has codewords to distil."""
+    used = [segment.quantizer for config in configs for segment in config.all_segments]
+    if not any(map(learns_codewords, used)):
+        found = sorted({quantizer.type for quantizer in used})  # type: ignore[attr-defined]
+        raise ValueError(
+            "calibration.distillation: moves learned codewords, which product, residual and "
+            f"joint_product quantizers have; given {', '.join(found)}"
+        )
 
 
 def learns_codewords(quantizer: QuantizerConfig) -> bool:

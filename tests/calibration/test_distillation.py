@@ -22,12 +22,11 @@ from vqkv.calibration import (
     CalibrationReport,
     calibrate,
     calibration_windows,
-    distillation,
     read_text,
 )
 from vqkv.calibration.distillation import Distillation, divergence
 from vqkv.compressor import KVCompressor
-from vqkv.errors import StateError
+from vqkv.errors import SchemeError, StateError
 from vqkv.quantizers.residual import ResidualConfig, ResidualQuantizer
 from vqkv.scheme import Scheme
 from vqkv.scheme_files import scheme_from_dict
@@ -45,7 +44,12 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def run(model: PreTrainedModel, tmp_path: Path) -> Callable[..., CalibrationReport]:
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt", 400)
+
+
+@pytest.fixture
+def run(model: PreTrainedModel, text: Path, tmp_path: Path) -> Callable[..., CalibrationReport]:
     """Calibrates the tiny model in 4 windows of 48 tokens."""
     text = write_text(tmp_path / "text.txt", 400)
 
@@ -55,7 +59,6 @@ def run(model: PreTrainedModel, tmp_path: Path) -> Callable[..., CalibrationRepo
         settings = {"model": model, "texts": [text], "out": tmp_path / "out", **changes}
         return calibrate(tokenizer=tokenizer, scheme=given, tokens=192, context=48, **settings)
 
-    run.text = text  # type: ignore[attr-defined]
     return run
 
 
@@ -109,9 +112,8 @@ def test_the_divergence_and_its_gradient() -> None:
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_predictions_come_nearer_to_the_exact_models(
-    run: Callable[..., CalibrationReport], model: PreTrainedModel, rope: str
+    run: Callable[..., CalibrationReport], model: PreTrainedModel, text: Path, rope: str
 ) -> None:
-    text: Path = run.text  # type: ignore[attr-defined]
     keys = scheme(rope).to_dict()["keys"]
     before = run(scheme(rope)).compressor
     after = run(distilled(keys=keys), overwrite=True).compressor
@@ -147,14 +149,17 @@ def test_codebooks_that_the_model_shares_move_as_one(
     compressor = run(scheme_from_dict(data)).compressor
     first, last = (compressor.codec(layer, "values").quantizers[0] for layer in (0, 1))
     assert first is last
+    plain = scheme_from_dict({**data, "calibration": scheme().to_dict()["calibration"]})
+    before = tensors(run(plain, out=tmp_path / "plain").compressor)
+    moved = tensors(compressor)["0.values.segments.0.codewords"]
+    assert not torch.equal(moved, before["0.values.segments.0.codewords"])
     loaded = KVCompressor.from_pretrained(tmp_path / "out")
     assert_same(tensors(loaded), tensors(compressor))
 
 
 def test_streams_that_are_predicted_from_others(
-    run: Callable[..., CalibrationReport], model: PreTrainedModel
+    run: Callable[..., CalibrationReport], model: PreTrainedModel, text: Path
 ) -> None:
-    text: Path = run.text  # type: ignore[attr-defined]
     data = distilled(step=0.02).to_dict()
     data["values"]["predictor"] = {
         "type": "linear",
@@ -166,11 +171,42 @@ def test_streams_that_are_predicted_from_others(
     assert mean_kl(model, after, text) < mean_kl(model, before, text)
 
 
-def test_residual_codes_of_a_bf16_model(run: Callable[..., CalibrationReport]) -> None:
-    data = distilled().to_dict()
-    data["values"]["quantizer"] = {"type": "residual", "depth": 2, "code_bits": 2}
-    report = run(scheme_from_dict(data), model=tiny_model("llama", dtype=torch.bfloat16))
-    assert report.compressor.fitted
+def test_residual_codes_of_a_bf16_model(run: Callable[..., CalibrationReport], text: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    values = scheme().to_dict()["values"]
+    values["quantizer"] = {"type": "residual", "depth": 2, "code_bits": 2}
+    before = run(scheme(values=values), model=model).compressor
+    after = run(distilled(values=values), model=model, overwrite=True).compressor
+    assert mean_kl(model, after, text) < mean_kl(model, before, text)
+
+
+def test_codes_chosen_together(
+    run: Callable[..., CalibrationReport], model: PreTrainedModel, text: Path
+) -> None:
+    keys = {
+        "rope": "pre",
+        "transforms": [{"type": "pair_metric", "metric": "fisher", "dim": 4}],
+        "grouping": {"type": "contiguous", "dim": 4},
+        "quantizer": {**scheme().to_dict()["values"]["quantizer"], "type": "joint_product"},
+    }
+    before = run(scheme(keys=keys)).compressor
+    after = run(distilled(keys=keys), overwrite=True).compressor
+    assert mean_kl(model, after, text) < mean_kl(model, before, text)
+
+
+def test_streams_without_codewords_stay_as_they_are(
+    run: Callable[..., CalibrationReport], model: PreTrainedModel, text: Path
+) -> None:
+    """Beside a data-free stream of one layer, and trellises over runs of tokens."""
+    data = scheme().to_dict()
+    data["keys"]["quantizer"] = {"type": "trellis", "rate": 2}
+    data["keys"]["grouping"] = {"type": "whole"}
+    exact = {"quantizer": {"type": "identity"}}
+    changed = {"keys": data["keys"], "layers": [{"layers": [0], "values": exact}]}
+    before = tensors(run(scheme(**changed)).compressor)
+    after = tensors(run(distilled(**changed), overwrite=True).compressor)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"1.values.segments.0.codewords"}
 
 
 def test_progress(run: Callable[..., CalibrationReport]) -> None:
@@ -217,13 +253,16 @@ def test_an_interrupted_distillation_goes_on(
 
 
 def test_a_damaged_checkpoint_starts_it_anew(
-    run: Callable[..., CalibrationReport], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Callable[..., CalibrationReport],
+    text: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     steps = tmp_path / "steps.safetensors"
     steps.write_bytes(b"rubbish")
     compressor = run(scheme()).compressor
     compressor.scheme = distilled(passes=1)
-    windows = windows_of(run.text)  # type: ignore[attr-defined]
+    windows = windows_of(text)
     teacher = Distillation(tiny_model("llama"), compressor, windows, steps, seed=0)
     teacher.run()
     assert len(teacher.losses) == 4
@@ -257,15 +296,21 @@ def test_there_must_be_codewords_that_are_learned() -> None:
         )
 
 
-def test_steps_that_lead_nowhere_are_refused(
-    run: Callable[..., CalibrationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverge(exact: torch.Tensor, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
-        return float("nan"), exact
+def test_a_model_without_codewords_to_distil(run: Callable[..., CalibrationReport]) -> None:
+    """They are all of layers that an override gives something else."""
+    exact = {"quantizer": {"type": "identity"}}
+    layers = [{"layers": [0, 1], "keys": exact, "values": exact}]
+    with pytest.raises(SchemeError, match=r"tiny: calibration\.distillation: .* given identity"):
+        run(distilled(layers=layers))
 
-    monkeypatch.setattr(distillation, "divergence", diverge)
-    with pytest.raises(
-        StateError, match=r"after 0 steps .* lower `calibration"
-    ):
-        run(distilled())
+
+def test_steps_that_lead_nowhere(run: Callable[..., CalibrationReport], tmp_path: Path) -> None:
+    """A model whose gradients are not finite, though its predictions are."""
+    model: Any = tiny_model("llama")
+    broken = model.model.layers[1].register_forward_hook(
+        lambda module, args, out: out + 0 * torch.sqrt(out - out)
+    )
+    with pytest.raises(StateError, match="after 0 steps predictions or gradients are not finite"):
+        run(distilled(), model=model)
+    broken.remove()
     assert left(tmp_path) == set()

@@ -141,6 +141,5 @@ class BeforeUseLayer(ReconstructingLayer):
         given = rearrange(states, "b h t d -> (b t) h d")
         decoded = codec.there_and_back(given, sources, batch)
         if self.compressor.last_use(self.index, stream) is not None:
-            # What others are predicted from is stored, so nothing is learned through it.
-            self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded.detach())
+            self.rows.decoded.put((self.index, stream), batch, rows, 0, decoded)
         return rearrange(decoded, "(b t) h d -> b h t d", b=batch)

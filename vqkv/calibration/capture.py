@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vqkv.attention import attention_modules, model_type
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
-from vqkv.calibration.gradients import differentiable, embedded
+from vqkv.calibration.gradients import differentiable
 from vqkv.errors import ModelError
 from vqkv.exchange import AttentionExchange
 
@@ -135,8 +135,8 @@ class StateCapture:
     def _differentiate(self, ids: torch.Tensor) -> None:
         """One forward and backward pass that leaves the weights without gradients."""
         with differentiable(self._model):
-            inputs = embedded(self._model, ids)
-            logits = self._model(inputs_embeds=inputs, use_cache=False).logits
+            embedded = self._model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = self._model(inputs_embeds=embedded, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
             )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from vqkv.cache.attachment import attach
 from vqkv.cache.before_use import BeforeUseCache
-from vqkv.calibration.gradients import differentiable, embedded
+from vqkv.calibration.gradients import differentiable
 from vqkv.calibration.spooling import Progress
 from vqkv.codec import Codec, Encoded, take
 from vqkv.compressor import KVCompressor
@@ -46,7 +46,7 @@ class Pupil:
     def __init__(self, quantizer: CodebookQuantizer) -> None:
         self.quantizer = quantizer
         self.codewords = nn.Parameter(quantizer.codewords_.float())
-        #: Of its codes before the first step, in the metric that they are chosen in.
+        #: Of its codes before the first step, in the space that is coded, sinks included.
         self.rms_error: float | None = None
 
     def vectors(self, codes: torch.Tensor) -> torch.Tensor:
@@ -98,8 +98,12 @@ class PupilCodec(Codec):
     def there_and_back(
         self, x: torch.Tensor, sources: Sequence[torch.Tensor] = (), rows: int = 1
     ) -> torch.Tensor:
-        """As coded, and with a derivative."""
-        return super().there_and_back(x.detach(), sources, rows) + (x - x.detach())
+        """As coded, and with a derivative.
+
+        Sources have none: what is predicted from them is taken off before coding and added after.
+        """
+        fixed = [source.detach() for source in sources]
+        return super().there_and_back(x.detach(), fixed, rows) + (x - x.detach())
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> Encoded:
@@ -165,12 +169,12 @@ class Distillation:
         """The compressor with codewords as they are after the last step.
 
         Raises:
-            StateError: a step made predictions that are not finite, or codewords beyond fp16.
+            StateError: predictions or gradients are not finite, or codewords beyond fp16.
         """
         self._resume()
         tell = progress or (lambda phase, done, total: None)
         tell("distil", len(self.losses), len(self.order))
-        with differentiable(self.model), attach(self.model, self._reading):
+        with differentiable(self.model), attach(self.model, self._reading, read="decode"):
             for window in self.order[len(self.losses) :]:
                 self._step(self.windows[window][None].to(self.model.device))
                 self._save()
@@ -178,6 +182,7 @@ class Distillation:
         for key, codec in self._compressor.codecs():
             for own, taught in zip(codec.quantizers, self._taught[key].quantizers, strict=True):
                 own.load_state({name: t.cpu() for name, t in taught.state().items()})
+        # Without the copies on other devices that the given one may hold, which are of before.
         return self._compressor.with_codecs(lambda codec: codec)
 
     def _step(self, ids: torch.Tensor) -> None:
@@ -185,16 +190,17 @@ class Distillation:
         with torch.no_grad():
             exact = self.model(ids, use_cache=False).logits[0]
         cache = BeforeUseCache(self._reading, self.model.config)
-        inputs = embedded(self.model, ids)
-        logits = self.model(inputs_embeds=inputs, past_key_values=cache).logits[0]
+        logits = self.model(ids, past_key_values=cache).logits[0]
         loss, gradient = divergence(exact, logits.detach())
-        if not math.isfinite(loss):
-            raise StateError(
-                f"distillation: after {len(self.losses)} steps predictions are not finite: lower "
-                f"`calibration.distillation.step`, {self.step_size:g}, or run the model in float32"
-            )
         self.optimizer.zero_grad()
         logits.backward(gradient)
+        gradients = [p.codewords.grad for p in self.pupils if p.codewords.grad is not None]
+        if not math.isfinite(loss) or not all(bool(g.isfinite().all()) for g in gradients):
+            raise StateError(
+                f"distillation: after {len(self.losses)} steps predictions or gradients are not "
+                f"finite: lower `calibration.distillation.step`, {self.step_size:g}, or run the "
+                "model in float32"
+            )
         falling = (1 + math.cos(math.pi * len(self.losses) / len(self.order))) / 2
         for group, pupil in zip(self.optimizer.param_groups, self.pupils, strict=True):
             assert pupil.rms_error is not None, "the forward has been through every codec"
@@ -221,15 +227,17 @@ class Distillation:
             return
         try:
             held = load_file(self.checkpoint)
-        except (SafetensorError, ValueError) as error:
+            losses = held.pop("losses").tolist()
+            states = [take(held, f"{index}.") for index in range(len(self.pupils))]
+            moved = [(float(own.pop("rms_error")), own.pop("codewords")) for own in states]
+        except (SafetensorError, LookupError, ValueError, TypeError) as error:
             log.warning("%s: damaged, so distilled anew: %s", self.checkpoint, error)
             return
-        self.losses = held.pop("losses").tolist()
-        for index, pupil in enumerate(self.pupils):
-            own = take(held, f"{index}.")
-            pupil.rms_error = float(own.pop("rms_error"))
+        self.losses = losses
+        for pupil, own, (rms_error, codewords) in zip(self.pupils, states, moved, strict=True):
+            pupil.rms_error = rms_error
             with torch.no_grad():
-                pupil.codewords.copy_(own.pop("codewords"))
+                pupil.codewords.copy_(codewords)
             # Its count of steps stays on the CPU.
             self.optimizer.state[pupil.codewords] = {
                 name: tensor if name == "step" else tensor.to(self.model.device)

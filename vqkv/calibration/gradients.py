@@ -24,9 +24,3 @@ def differentiable(model: PreTrainedModel) -> Iterator[None]:
         for weight in weights:
             weight.requires_grad_()
         model.train(training)
-
-
-def embedded(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings `[B, T, E]` of token ids `[B, T]`, which a graph can begin with."""
-    embeddings: torch.Tensor = model.get_input_embeddings()(ids)
-    return embeddings.detach().requires_grad_()

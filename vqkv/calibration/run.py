@@ -94,7 +94,8 @@ def calibrate(
         context: tokens of a window.
         overwrite: replace an artefact that is at `out`.
         captured: states of these very windows, of every kind that the scheme learns from, where
-            several schemes learn from the same ones: the model is not run. It stays as it is.
+            several schemes learn from the same ones: the model runs for distillation alone. It
+            stays as it is.
         progress: told how far it is.
 
     Raises:

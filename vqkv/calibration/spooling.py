@@ -12,7 +12,8 @@ from vqkv.calibration.source import gradients_of
 from vqkv.calibration.spool import Spool
 from vqkv.compressor import KVCompressor
 
-#: Called with a phase (`"capture"`, in tokens; `"learn"`, in streams), what is done, and of what.
+#: Called with a phase, what of it is done, and of what: `"capture"`, in tokens; `"learn"`, in
+#: streams; `"distil"`, in steps.
 Progress = Callable[[str, int, int], None]
 
 

@@ -54,8 +54,10 @@ class CodebookQuantizer(Quantizer):
         books = torch.arange(subspaces * stages, device=codes.device).view(subspaces, stages)
         places = (codes + books * count).flatten()
         spread = by_vectors.unsqueeze(2).expand(-1, -1, stages, -1).reshape(-1, dim)
-        found = spread.new_zeros(subspaces * stages * count, dim)
-        return found.index_add_(0, places, spread).view(subspaces, stages, count, dim)
+        found = spread.new_zeros(subspaces * stages * count, dim, dtype=torch.float64)
+        # In a fixed order on GPUs too, and on CPUs where it is fp64, which index_add_ is not.
+        found.index_put_((places,), spread.double(), accumulate=True)
+        return found.view(subspaces, stages, count, dim).float()
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Codewords `[M, S, K, d]` in fp16."""
