@@ -341,7 +341,7 @@ class Scheme(Config):
     @model_validator(mode="after")
     def _has_codewords_to_distil(self) -> Self:
         if self.calibration.distillation:
-            _check_codewords(self._streams())
+            _check_codewords(self._streams(), "calibration.distillation")
         return self
 
     @model_validator(mode="after")
@@ -399,15 +399,12 @@ class Scheme(Config):
     def _check_distillation(self, geometry: Geometry) -> None:
         """Some layer of this very model has codewords to distil."""
         if self.calibration.distillation:
-            used = [
+            used = (
                 self.stream(layer, stream, geometry.layers)
                 for layer in geometry.compressed
                 for stream in STREAMS
-            ]
-            try:
-                _check_codewords(used)
-            except ValueError as error:
-                raise SchemeError(f"{self.name}: {error}") from error
+            )
+            _check_codewords(used, f"{self.name}: calibration.distillation")
 
     def _check_sources(self, place: int, layer: int, stream: Stream, geometry: Geometry) -> None:
         """The sources of the compressed layer at `place` exist."""
@@ -527,14 +524,14 @@ def check_runs(config: Config, books: int) -> None:
             check_runs(learner, books // max(1, len(side_by_side)))
 
 
-def _check_codewords(configs: Iterable[StreamConfig]) -> None:
-    """Raises ValueError where none of the streams has codewords to distil."""
+def _check_codewords(configs: Iterable[StreamConfig], where: str) -> None:
+    """Raises SchemeError, which begins with `where`, if no stream has codewords to distil."""
     used = [segment.quantizer for config in configs for segment in config.all_segments]
     if not any(map(learns_codewords, used)):
         found = sorted({quantizer.type for quantizer in used})  # type: ignore[attr-defined]
-        raise ValueError(
-            "calibration.distillation: moves learned codewords, which product, residual and "
-            f"joint_product quantizers have; given {', '.join(found)}"
+        raise SchemeError(
+            f"{where}: moves learned codewords, which product, residual and joint_product "
+            f"quantizers have; given {', '.join(found)}"
         )
 
 

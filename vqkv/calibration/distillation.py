@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from vqkv.cache.attachment import attach
 from vqkv.cache.before_use import BeforeUseCache
 from vqkv.calibration.gradients import differentiable
+from vqkv.calibration.partial import save_whole
 from vqkv.calibration.spooling import Progress
 from vqkv.codec import Codec, Encoded, take
 from vqkv.compressor import KVCompressor
@@ -217,9 +218,7 @@ class Distillation:
             held = {"codewords": pupil.codewords.detach(), **self.optimizer.state[pupil.codewords]}
             tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
             tensors[f"{index}.rms_error"] = torch.tensor(pupil.rms_error).double()
-        draft = self.checkpoint.with_suffix(".new")
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, draft)
-        draft.replace(self.checkpoint)
+        save_whole({name: tensor.cpu() for name, tensor in tensors.items()}, self.checkpoint)
 
     def _resume(self) -> None:
         """Go on after what is done; a damaged checkpoint is one that is not there."""

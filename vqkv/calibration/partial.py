@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -97,6 +98,17 @@ def resume(partial: Path, manifest: dict[str, Any], sinks: int) -> Spool:
     return Spool(partial / _STATES, sinks)
 
 
+def save_whole(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file that appears whole, or takes another one's place."""
+    draft = path.with_suffix(".new")
+    # safetensors wants memory of its own for each.
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, draft, metadata)
+    draft.replace(path)
+
+
 def distilled_file(partial: Path) -> Path:
     """Where distillation keeps what is done."""
     folder = partial / _DISTILLED
@@ -124,11 +136,8 @@ class StreamFiles(MutableMapping[str, FittedStream]):
             raise KeyError(name) from error
 
     def __setitem__(self, name: str, fitted: FittedStream) -> None:
-        path = self._path(name)
-        draft = path.with_suffix(".new")
-        tensors = {key: tensor.contiguous().clone() for key, tensor in fitted.tensors.items()}
-        save_file(tensors, draft, {"health": json.dumps([h.to_dict() for h in fitted.health])})
-        draft.replace(path)
+        health = json.dumps([h.to_dict() for h in fitted.health])
+        save_whole(fitted.tensors, self._path(name), {"health": health})
 
     def __delitem__(self, name: str) -> None:
         self._path(name).unlink()

@@ -30,21 +30,9 @@ def through(op: Callable[..., Found], query: Tensor, coded: Coded) -> Partial:
     return Partial(output, lse, key_mean if coded.key_sums else None)
 
 
-def fake(
-    query: Tensor,
-    key_codes: Tensor,
-    key_books: Tensor,
-    value_codes: Tensor,
-    value_books: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    pages: Tensor | None,
-    page_turns: Tensor | None,
-    offset_turns: Tensor | None,
-    pairs: Tensor | None,
-    key_sums: bool,
-) -> Found:
-    """Shapes and types that such an op gives, for `register_fake`."""
+def fake(query: Tensor, *others: Tensor | bool | None) -> Found:
+    """Shapes and types that such an op gives, for `register_fake`. `key_sums` come last."""
+    key_sums = others[-1]
     output = query.new_empty(query.shape, dtype=torch.float32)
     return (
         output,
