@@ -5,28 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from vqkv.errors import KernelError, StateError
+from vqkv.errors import StateError
 from vqkv.kernels import native
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
 )
-
-LEVELS: tuple[native.Level, ...] = ("scalar", "avx2", "avx512")  # encoding needs no bfloat16
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
-    try:
-        with native.forced_level(request.param):
-            yield request.param
-    except KernelError as error:
-        pytest.skip(str(error))
 
 
 def squared_distances(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:

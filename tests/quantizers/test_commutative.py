@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_model
 from vqkv.cache.rope import RotaryAdapter
-from vqkv.codebooks.commuting import codeword, turned
+from vqkv.codebooks.commuting import addends, codeword, turned
 from vqkv.errors import NotFittedError, SchemeError, StateError
 from vqkv.kernels.attend.commuting import as_complex
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-from vqkv.quantizers.commutative import Commutative, CommutativeConfig, _addends
+from vqkv.quantizers.commutative import Commutative, CommutativeConfig
 from vqkv.rotation import rope_pairs
 from vqkv.scheme_files import load_scheme, scheme_from_dict
 
@@ -86,8 +86,8 @@ def test_a_beam_is_never_worse_than_greedy_indices(seed: int) -> None:
     x = vectors(60, seed=seed)
     one, four = (Commutative(rate=2, size=8, beam=beam) for beam in (2, 8))
     one.units_ = four.units_ = vectors(40, seed=seed).view(5, 8, 2, DIM).permute(2, 0, 1, 3)
-    addends = _addends(one.units_)
-    greedy = (x - decode(encode(x, addends), addends)).square().sum(-1)
+    words = addends(one.units_)
+    greedy = (x - decode(encode(x, words), words)).square().sum(-1)
     for quantizer in (one, four):
         errors = (x - quantizer.decode(quantizer.encode(x))).square().sum(-1)
         assert bool((errors <= greedy * (1 + 1e-5) + 1e-6).all())

@@ -13,6 +13,7 @@ import torch
 
 from vqkv.codebooks.base import Health, last_gain, usage_entropy
 from vqkv.codebooks.em import EMConfig, temperatures
+from vqkv.kernels.encode.beam import encode_beam
 
 #: Scores held at a time, which bounds the transient `[M, n, K]`. On a CPU 2 MiB of them stay in a
 #: core's cache, which is worth a factor of three; elsewhere 64 MiB keep launches few.
@@ -32,10 +33,20 @@ def codeword(codes: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
     return units[subspace, first] + turned(units)[subspace, second]
 
 
+def addends(units: torch.Tensor) -> torch.Tensor:
+    """What two indices a stage add up, `u` and `i u` in turn: `[M, 2 S, size, d]`, in fp32.
+
+    Of units `[M, S, size, d]`.
+    """
+    units = units.float()
+    return torch.stack([units, turned(units)], 2).flatten(1, 2)
+
+
 def nearest(x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`, the lowest among equals."""
-    codes = [scores.flatten(2).argmin(2).t() for scores in _scores(x, units)]
-    return torch.cat(codes).int() if codes else x.new_zeros(0, units.shape[0], dtype=torch.int32)
+    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`."""
+    size = units.shape[1]
+    first, second = encode_beam(x, addends(units.unsqueeze(1)), size).unbind(-1)
+    return first * size + second
 
 
 def learn_stage(

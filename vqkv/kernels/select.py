@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Op = Literal[
     "encode",
+    "encode_beam",
     "encode_joint",
     "encode_pair",
     "encode_trellis",
@@ -75,6 +76,8 @@ KERNELS: Registry[Kernel] = Registry(
         "encode.naive": "vqkv.kernels.encode.naive:KERNEL",
         "encode.cpu": "vqkv.kernels.encode.cpu:KERNEL",
         "encode.triton": "vqkv.kernels.encode.triton:KERNEL",
+        "encode_beam.naive": "vqkv.kernels.encode.beam_naive:KERNEL",
+        "encode_beam.cpu": "vqkv.kernels.encode.beam_cpu:KERNEL",
         "encode_joint.naive": "vqkv.kernels.encode.joint_naive:KERNEL",
         "encode_joint.cpu": "vqkv.kernels.encode.joint_cpu:KERNEL",
         "encode_trellis.naive": "vqkv.kernels.encode.trellis_naive:KERNEL",

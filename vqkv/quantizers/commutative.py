@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from vqkv.codebooks.commuting import codeword, learn_stage, nearest, turned
+from vqkv.codebooks.commuting import addends, codeword, learn_stage, nearest
 from vqkv.codebooks.em import EMConfig
 from vqkv.errors import SchemeError, StateError
 from vqkv.kernels.decode import decode
@@ -96,7 +96,7 @@ class Commutative(Quantizer):
                 f"vectors have shape [N, {units.shape[0]}, {units.shape[3]}], given {list(x.shape)}"
             )
         if self.config.beam > 1:
-            indices = beam_search(x.float(), _addends(units), self.config.beam)
+            indices = beam_search(x.float(), addends(units), self.config.beam)
             return indices[..., 0::2] * self.config.size + indices[..., 1::2]
         residual, codes = x.float(), []
         for stage in units.float().unbind(1):
@@ -113,7 +113,7 @@ class Commutative(Quantizer):
                 f"given {list(codes.shape)}"
             )
         size = self.config.size
-        return decode(torch.stack([codes // size, codes % size], -1).flatten(-2), _addends(units))
+        return decode(torch.stack([codes // size, codes % size], -1).flatten(-2), addends(units))
 
     def planned_bytes(self, subspaces: int, dim: int) -> int:
         """Units in fp16."""
@@ -175,12 +175,6 @@ class Commutative(Quantizer):
             self.health_.append(health)
             residual = residual - codeword(codes, rounded.float())
         self.units_ = torch.stack(stages, 1)
-
-
-def _addends(units: torch.Tensor) -> torch.Tensor:
-    """What two indices a stage add up: `u` and `i u` in turn, `[M, 2 S, size, d]` in fp32."""
-    units = units.float()
-    return torch.stack([units, turned(units)], 2).flatten(1, 2)
 
 
 def _weights(samples: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -6,21 +6,16 @@ import torch
 
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-
-#: Scores held at a time; bounds the transients to about 16 MiB.
-MAX_SCORES = 1 << 22
+from vqkv.kernels.encode.beam import encode_beam
 
 
 def beam_search(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
     """Codes `[N, M, S]` of `x` `[N, M, d]` that are never worse than greedy ones, stage by stage.
 
-    Keeps the `width` best partial sums of every vector (Babenko, Lempitsky 2014). A greedy path
-    may fall out of the beam and yet end better, so the greedy codes stay a candidate.
+    A greedy path may fall out of the beam of `width` partial sums and yet end better, so the
+    greedy codes stay a candidate.
     """
-    rows = max(1, MAX_SCORES // (width * codewords.shape[0] * codewords.shape[2]))
-    found = [_beam(part, codewords.float(), width) for part in x.split(rows)]
-    beam = torch.cat(found) if found else x.new_zeros(0, *codewords.shape[:2], dtype=torch.int32)
-    return better(x, codewords, encode(x, codewords), beam)
+    return better(x, codewords, encode(x, codewords), encode_beam(x, codewords, width))
 
 
 def refine(
@@ -50,37 +45,3 @@ def better(
     """Of two codes of each vector the one of less error, the first among equals."""
     errors = [(x - decode(codes, codewords)).square().sum(-1) for codes in (first, second)]
     return torch.where((errors[1] < errors[0]).unsqueeze(-1), second, first)
-
-
-def _beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
-    count, books, dim = x.shape
-    size = codewords.shape[2]
-    residual = x.transpose(0, 1).unsqueeze(2)  # [M, N, B, d], B growing up to width
-    codes = torch.zeros(books, count, 1, 0, dtype=torch.int32, device=x.device)
-    for stage in codewords.unbind(1):  # [M, K, d]
-        beams = residual.shape[2]
-        flat = residual.reshape(books, count * beams, dim)
-        # ‖r − c‖² = ‖r‖² − 2⟨r, c⟩ + ‖c‖²
-        scores = torch.baddbmm(
-            stage.square().sum(-1).unsqueeze(1), flat, stage.transpose(1, 2), alpha=-2
-        )
-        scores = scores + flat.square().sum(-1, keepdim=True)
-        kept = min(width, beams * size)
-        chosen = scores.view(books, count, beams * size).topk(kept, largest=False).indices
-        parent, code = chosen // size, chosen % size  # [M, N, B]
-        codes = torch.cat(
-            [
-                codes.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, codes.shape[3])),
-                code.unsqueeze(-1).int(),
-            ],
-            -1,
-        )
-        # By rows: `gather` would look every channel up.
-        parents = parent + beams * torch.arange(books * count, device=x.device).view(books, -1, 1)
-        picked = code + size * torch.arange(books, device=x.device).view(-1, 1, 1)
-        chosen_residual = flat.flatten(0, 1)[parents.flatten()]
-        chosen_codeword = stage.flatten(0, 1)[picked.flatten()]
-        residual = (chosen_residual - chosen_codeword).view(books, count, kept, dim)
-    best = residual.square().sum(-1).argmin(2)  # [M, N]
-    index = best[..., None, None].expand(-1, -1, 1, codes.shape[3])
-    return codes.gather(2, index)[:, :, 0].transpose(0, 1)

@@ -3,6 +3,7 @@
  * nothing reads or writes outside of memory and that what is wrong is refused; other tests check
  * results. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +20,9 @@ int vqkv_nearest(int level, const float *x, const float *words, int64_t subspace
 int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
                int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
                int64_t end, int32_t *codes);
+int vqkv_beam(int level, const float *x, const float *words, const float *norms,
+              const float *products, int64_t books, int64_t stages, int64_t size, int64_t room,
+              int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes);
 int vqkv_trellis(int level, const float *x, const float *cost, const float *table,
                  const int32_t *widths, int64_t pairs, int64_t memory, int64_t begin, int64_t end,
                  int32_t *codes);
@@ -124,6 +128,29 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     free(codes);
 }
 
+static void beam(int level, int64_t rows, int64_t stages, int64_t size, int64_t dim, int64_t width)
+{
+    const int64_t books = 2, room = (size + 15) / 16 * 16, before = stages * (stages - 1) / 2;
+    float *x = floats(rows * books * dim), *words = floats(books * stages * dim * room);
+    float *norms = floats(books * stages * room), *products = floats(books * before * size * room);
+    int32_t *codes = integers(rows * books * stages, 1);
+    for (int64_t i = 0; i < books * stages * room; i++)
+        norms[i] = i % room < size ? norms[i] : 1e30f;
+    for (int bad = 0; bad < 2; bad++) {
+        if (bad)
+            x[0] = NAN;
+        expect(vqkv_beam(level, x, words, norms, products, books, stages, size, room, dim, width, 0,
+                         rows, codes) == 0, "no memory");
+        for (int64_t i = 0; i < rows * books * stages; i++)
+            expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
+    }
+    free(x);
+    free(words);
+    free(norms);
+    free(products);
+    free(codes);
+}
+
 static void trellis(int level, int64_t rows, int64_t pairs, int64_t memory)
 {
     float *x = floats(rows * pairs * 2), *cost = floats(pairs * 2);
@@ -210,6 +237,9 @@ int main(void)
         for (int64_t dim = 1; dim <= 9; dim++)
             for (int64_t rows = 1; rows < 140; rows += 127)
                 joint(level, rows, 3, 5, dim);
+        for (int64_t size = 1; size < 100; size += 9)
+            for (int64_t width = 1; width < 40; width += 7)
+                beam(level, 66, 1 + size % 4, size, 1 + width % 5, width);
         for (int64_t pairs = 1; pairs < 6; pairs++)
             for (int64_t rows = 1; rows < 40; rows += 19)
                 trellis(level, rows, pairs, 5);

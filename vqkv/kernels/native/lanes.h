@@ -3,7 +3,8 @@
  * guard; lanes_end.h takes all of it back.
  *
  *   V_FMA(a, b, c) = a*b + c                     V_FNMA(a, b, c) = c - a*b
- *   V_MIN(a, b) = a < b ? a : b                  V_EQUAL(a, b): bits of the lanes where a == b
+ *   V_MIN(a, b) = a < b ? a : b
+ *   V_EQUAL(a, b), V_LESS(a, b): bits of the lanes where a == b, a < b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
  */
 
@@ -15,12 +16,14 @@
 #define V_LOAD(p) (*(p))
 #define V_STORE(p, a) (*(p) = (a))
 #define V_SET1(a) (a)
+#define V_ADD(a, b) ((a) + (b))
 #define V_SUB(a, b) ((a) - (b))
 #define V_MUL(a, b) ((a) * (b))
 #define V_FMA(a, b, c) ((a) * (b) + (c))
 #define V_FNMA(a, b, c) ((c) - (a) * (b))
 #define V_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define V_EQUAL(a, b) ((a) == (b))
+#define V_LESS(a, b) ((a) < (b))
 #define V_KEEP_LESS(best, at, score, k) \
     do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
 #define I_SET1(a) (a)
@@ -34,12 +37,14 @@
 #define V_LOAD(p) _mm256_loadu_ps(p)
 #define V_STORE(p, a) _mm256_storeu_ps(p, a)
 #define V_SET1(a) _mm256_set1_ps(a)
+#define V_ADD(a, b) _mm256_add_ps(a, b)
 #define V_SUB(a, b) _mm256_sub_ps(a, b)
 #define V_MUL(a, b) _mm256_mul_ps(a, b)
 #define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define V_FNMA(a, b, c) _mm256_fnmadd_ps(a, b, c)
 #define V_MIN(a, b) _mm256_min_ps(a, b)
 #define V_EQUAL(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))
+#define V_LESS(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ))
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
@@ -57,12 +62,14 @@
 #define V_LOAD(p) _mm512_loadu_ps(p)
 #define V_STORE(p, a) _mm512_storeu_ps(p, a)
 #define V_SET1(a) _mm512_set1_ps(a)
+#define V_ADD(a, b) _mm512_add_ps(a, b)
 #define V_SUB(a, b) _mm512_sub_ps(a, b)
 #define V_MUL(a, b) _mm512_mul_ps(a, b)
 #define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define V_FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
 #define V_MIN(a, b) _mm512_min_ps(a, b)
 #define V_EQUAL(a, b) _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)
+#define V_LESS(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \

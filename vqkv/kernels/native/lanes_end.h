@@ -8,12 +8,14 @@
 #undef V_LOAD
 #undef V_STORE
 #undef V_SET1
+#undef V_ADD
 #undef V_SUB
 #undef V_MUL
 #undef V_FMA
 #undef V_FNMA
 #undef V_MIN
 #undef V_EQUAL
+#undef V_LESS
 #undef V_KEEP_LESS
 #undef I_SET1
 #undef I_STORE

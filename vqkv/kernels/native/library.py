@@ -113,6 +113,8 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_nearest.restype = number
     loaded.vqkv_joint.argtypes = [number, *[pointer] * 3, *[size] * 7, pointer]
     loaded.vqkv_joint.restype = number
+    loaded.vqkv_beam.argtypes = [number, *[pointer] * 4, *[size] * 8, pointer]
+    loaded.vqkv_beam.restype = number
     loaded.vqkv_trellis.argtypes = [number, *[pointer] * 4, *[size] * 4, pointer]
     loaded.vqkv_trellis.restype = number
     loaded.vqkv_trellis_decode.argtypes = [
