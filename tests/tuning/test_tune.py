@@ -97,8 +97,21 @@ def test_models_of_few_layers_and_with_sliding_ones_are_tuned(
     fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
     monkeypatch.setitem(run.TEMPLATES, "fast", fast)
     network = tiny_model(family)
-    found = list(tune(network, tiny_tokenizer(), [texts[1]], 1.5, settings(texts), kind))
+    found = list(tune(network, tiny_tokenizer(), [texts[1]], 1.5, settings(texts), kind, "ratio"))
     assert best(found, 1.5, "ratio").bits <= 1.5
+
+
+def test_only_the_best_is_distilled(texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
+    monkeypatch.setitem(run.TEMPLATES, "fast", fast)
+    arguments: Any = (tiny_model("llama"), tiny_tokenizer(), [texts[1]], 1.5, settings(texts))
+    *compared, last = tune(*arguments, family="fast")
+    assert {candidate.scheme.calibration.distillation for candidate in compared} == {None}
+    preset = load_scheme("fast-2bit")
+    assert last.scheme.calibration == preset.calibration
+    chosen = best(compared, 1.5, "kl").scheme
+    assert last.scheme.name == f"{chosen.name}-distilled"
+    assert (last.scheme.keys, last.scheme.layers) == (chosen.keys, chosen.layers)
 
 
 def test_heads_that_no_group_divides_are_refused(texts: list[Path]) -> None:

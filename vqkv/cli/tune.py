@@ -88,7 +88,9 @@ def tune(
         passages=0,
     )
     with progress_bars() as report:
-        tried = list(run(network, tokenizer, text, bits, settings, family.value, report))
+        tried = list(
+            run(network, tokenizer, text, bits, settings, family.value, objective.value, report)
+        )
     blind = [candidate.scheme.name for candidate in tried if candidate.blind]
     if blind:
         fail(f"the canary failed for {', '.join(blind)}", code=3)

@@ -16,13 +16,14 @@ from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
 from vqkv.evaluation.compare import Bench, Progress, Settings, keep, open_bench
 from vqkv.geometry import Geometry
-from vqkv.scheme import STREAMS, Scheme
+from vqkv.scheme import STREAMS, DistillationConfig, Scheme
 from vqkv.scheme_files import load_scheme
 from vqkv.tuning.allocation import allocate
 from vqkv.tuning.costs import stream_costs
 from vqkv.tuning.curves import Curve
 from vqkv.tuning.rates import Step, eighths, ladder, whole_bytes, with_steps
 
+Steps = dict[StreamKey, Step]
 Family = Literal["recommended", "fast"]
 Objective = Literal["kl", "ratio"]
 
@@ -84,16 +85,20 @@ def tune(
     bits: float,
     settings: Settings,
     family: Family = "recommended",
+    objective: Objective = "kl",
     progress: Progress | None = None,
 ) -> Iterator[Candidate]:
     """Each candidate as it is scored: uniform rates, then rates by stream.
 
-    Fits and scores are kept as those of `compare` are: the same call goes on where it was.
+    Where the family's preset is distilled, candidates are compared before that, which takes longer
+    than all the rest of a fit; the best of them is then distilled and comes last. Fits and scores
+    are kept as those of `compare` are: the same call goes on where it was.
 
     Args:
         texts: to score candidates on; no figure of them is one of a text that was not seen.
         bits: per value, that the best may take.
         settings: what candidates have in common; they learn from its calibration texts.
+        objective: by which the one to distil is chosen.
 
     Raises:
         SchemeError: no rate of the family is so low.
@@ -117,31 +122,38 @@ def tune(
     # The preset as this model can have it.
     base = with_steps(base, base.name, dict.fromkeys(streams_of(geometry), available[0]), geometry)
     with open_bench(model, tokenizer, [base], settings, progress) as bench:
-        search = _Search(bench, base, read, available)
-        measured: list[tuple[dict[StreamKey, Step], dict[StreamKey, float]]] = []
+        search = _Search(bench, _distilled(base, None), read, available)
+        measured: list[tuple[Candidate, Steps, dict[StreamKey, float]]] = []
         for step in search.anchors(bits, template.anchors):
             steps = dict.fromkeys(search.keys, step)
-            candidate, costs = search.scored(steps, f"{family}-{step.rate:g}")
-            measured.append((steps, costs))
-            yield candidate
-        tried = [steps for steps, _ in measured]
+            measured.append(search.scored(steps, f"{family}-{step.rate:g}"))
+            yield measured[-1][0]
         for turn in range(ROUNDS):
             curves = {
-                key: Curve([(steps[key].rate, costs[key]) for steps, costs in measured])
+                key: Curve([(steps[key].rate, costs[key]) for _, steps, costs in measured])
                 for key in search.keys
             }
             steps = allocate(curves, available, bits)
-            if steps in tried:
-                return
-            tried.append(steps)
-            candidate, costs = search.scored(steps, f"{family}-{bits:g}-round{turn + 1}")
-            measured.append((steps, costs))
-            yield candidate
+            if any(steps == tried for _, tried, _ in measured):
+                break
+            measured.append(search.scored(steps, f"{family}-{bits:g}-round{turn + 1}"))
+            yield measured[-1][0]
+        distillation = base.calibration.distillation
+        if distillation is not None:
+            found = best([candidate for candidate, *_ in measured], bits, objective).scheme
+            named = found.model_copy(update={"name": f"{found.name}-distilled"})
+            yield search.candidate(_distilled(named, distillation))
 
 
 def streams_of(geometry: Geometry) -> list[StreamKey]:
     """Every stream that is coded."""
     return [(layer, stream) for layer in geometry.compressed for stream in STREAMS]
+
+
+def _distilled(scheme: Scheme, distillation: DistillationConfig | None) -> Scheme:
+    """The scheme with this distillation."""
+    calibration = scheme.calibration.model_copy(update={"distillation": distillation})
+    return scheme.model_copy(update={"calibration": calibration})
 
 
 class _Search:
@@ -161,23 +173,23 @@ class _Search:
         chosen = [min(self.steps, key=lambda step: abs(step.rate - bits * p)) for p in parts]
         return list(dict.fromkeys(chosen))
 
-    def scored(
-        self, steps: dict[StreamKey, Step], name: str
-    ) -> tuple[Candidate, dict[StreamKey, float]]:
-        """The candidate with these steps, and what its streams cost."""
+    def scored(self, steps: Steps, name: str) -> tuple[Candidate, Steps, dict[StreamKey, float]]:
+        """The candidate with these steps, they, and what its streams cost."""
         scheme = with_steps(self.base, name, steps, self.bench.geometry)
+        return self.candidate(scheme), steps, self._costs(scheme)
+
+    def candidate(self, scheme: Scheme) -> Candidate:
+        """Fitted and scored."""
         rows = [row.evaluation for row in self.bench.rows(scheme, self.texts)]
-        costs = self._costs(scheme)
-        candidate = Candidate(
+        return Candidate(
             scheme,
             bits=rows[0]["bits_per_value"],
             kl=sum(row["kl"] for row in rows) / len(rows),
             ratio=sum(row["ratio"] for row in rows) / len(rows),
-            expected=sum(costs.values()),
+            expected=sum(self._costs(scheme).values()),
             blind=not all(row["canary_ok"] for row in rows),
             notes=tuple(dict.fromkeys(note for row in rows for note in row["notes"])),
         )
-        return candidate, costs
 
     def _costs(self, scheme: Scheme) -> dict[StreamKey, float]:
         kept = self.bench.home(scheme) / "costs.json"
