@@ -104,8 +104,8 @@ def test_models_of_few_layers_and_with_sliding_ones_are_tuned(
 def test_only_the_best_is_distilled(texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
     monkeypatch.setitem(run.TEMPLATES, "fast", fast)
-    arguments: Any = (tiny_model("llama"), tiny_tokenizer(), [texts[1]], 1.5, settings(texts))
-    *compared, last = tune(*arguments, family="fast")
+    network, given = tiny_model("llama"), settings(texts)
+    *compared, last = tune(network, tiny_tokenizer(), [texts[1]], 1.5, given, "fast")
     assert {candidate.scheme.calibration.distillation for candidate in compared} == {None}
     preset = load_scheme("fast-2bit")
     assert last.scheme.calibration == preset.calibration
