@@ -66,6 +66,23 @@ The same for some presets, scored on {tokens:,} tokens of each text
 """
 
 
+LONGER = """
+## In longer windows
+
+The same {tokens:,} tokens of each text in windows of 2,048, as calibration had, and of 8,192
+(`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess.
+
+"""
+
+CODE = """
+## On source code
+
+{tokens:,} tokens of the {text} (`benchmarks/elsewhere.py code`),
+and where schemes stand by KL there and on the prose above, among those of this table.
+
+"""
+
+
 def results(*folders: str) -> list[dict[str, Any]]:
     """Every comparison that is kept in these folders, all with the same settings."""
     files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
@@ -112,6 +129,7 @@ def pages() -> dict[Path, str]:
         of_all += (
             LONG.format(tokens=long[0]["settings"]["tokens"]) + table(ranked(rows_of(long))) + "\n"
         )
+    of_all += longer_windows() + source_code(rows)
     found = {ROOT / "docs" / "results.md": of_all}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
@@ -247,6 +265,60 @@ def table(rows: list[dict[str, Any]], entries: Sequence[dict[str, Any]] | None =
         more = () if entries is None else (as_published(entries, row["evaluation"]["scheme"]),)
         lines.append((*_cells(row), *more))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def longer_windows() -> str:
+    """What `benchmarks/elsewhere.py contexts` measured, a line for each scheme and text."""
+    file = RESULTS / "contexts.json"
+    if not file.exists():
+        return ""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    of = {(r["scheme"], r["text"], r["context"]): r for r in data["rows"]}
+    lines = [("preset", "text", "ratio at 2,048", "at 8,192", "excess grows by"), ("---",) * 5]
+    for scheme, text in dict.fromkeys((scheme, text) for scheme, text, _ in of):
+        short, long = of[scheme, text, 2048]["ratio"], of[scheme, text, 8192]["ratio"]
+        growth = f"{100 * ((long - 1) / (short - 1) - 1):+.0f} %"
+        lines.append(
+            (f"`{scheme}`", text.removesuffix(".txt"), f"{short:.4f}", f"{long:.4f}", growth)
+        )
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return LONGER.format(tokens=data["settings"]["tokens"]) + rows + "\n"
+
+
+def source_code(prose: list[dict[str, Any]]) -> str:
+    """What `benchmarks/elsewhere.py code` measured, in the order of bits and KL."""
+    file = RESULTS / "code.json"
+    if not file.exists():
+        return ""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    code = sorted(data["rows"], key=lambda row: row["kl"])
+    names = [row["scheme"] for row in code]
+    texts = sorted({row["evaluation"]["text"] for row in prose})
+    places = {}
+    for text in texts:
+        kl = {
+            row["evaluation"]["scheme"]: row["evaluation"]["kl"]
+            for row in prose
+            if row["evaluation"]["text"] == text
+        }
+        places[text] = sorted(names, key=kl.__getitem__)
+    titles = [text.removesuffix(".txt") for text in texts]
+    head = ("preset", "bits", "KL", "perplexity ratio", "place", *(f"on {t}" for t in titles))
+    lines = [head, ("---",) * len(head)]
+    for place, row in enumerate(code, 1):
+        low, high = map(math.exp, row["interval"])
+        lines.append(
+            (
+                f"`{row['scheme']}`",
+                f"{row['bits_per_value']:.4g}",
+                f"{row['kl']:.4f}",
+                f"{row['ratio']:.4f} [{low:.4f} … {high:.4f}]",
+                str(place),
+                *(str(places[text].index(row["scheme"]) + 1) for text in texts),
+            )
+        )
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return CODE.format(tokens=data["settings"]["tokens"], text=code[0]["text"]) + rows + "\n"
 
 
 def as_published(entries: Sequence[dict[str, Any]], preset: str) -> str:

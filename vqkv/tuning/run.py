@@ -44,7 +44,7 @@ class Template:
 
 
 TEMPLATES: dict[Family, Template] = {
-    "recommended": Template("recommended-2bit", eighths(0.5, 4.5)),
+    "recommended": Template("recommended-2bit", eighths(0.25, 4.5)),
     # What a kernel reads: one byte for 2, 4 or 8 channels.
     "fast": Template("fast-2bit", ladder((2, 4, 8), (8,)), anchors=(0.5, 1.0, 2.0)),
 }
