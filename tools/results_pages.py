@@ -273,11 +273,14 @@ def longer_windows() -> str:
     if not file.exists():
         return ""
     data = json.loads(file.read_text(encoding="utf-8"))
-    of = {(r["scheme"], r["text"], r["context"]): r for r in data["rows"]}
+    of = {(r["scheme"], r["text"], r["context"]): r["ratio"] for r in data["rows"]}
     lines = [("preset", "text", "ratio at 2,048", "at 8,192", "excess grows by"), ("---",) * 5]
     for scheme, text in dict.fromkeys((scheme, text) for scheme, text, _ in of):
-        short, long = of[scheme, text, 2048]["ratio"], of[scheme, text, 8192]["ratio"]
-        growth = f"{100 * ((long - 1) / (short - 1) - 1):+.0f} %"
+        short, long = (of.get((scheme, text, context)) for context in (2048, 8192))
+        if short is None or long is None:
+            continue
+        # Of an excess that is mostly noise no share means anything.
+        growth = f"{100 * (long - short) / (short - 1):+.0f} %" if short > 1.002 else ""
         lines.append(
             (f"`{scheme}`", text.removesuffix(".txt"), f"{short:.4f}", f"{long:.4f}", growth)
         )
@@ -286,22 +289,21 @@ def longer_windows() -> str:
 
 
 def source_code(prose: list[dict[str, Any]]) -> str:
-    """What `benchmarks/elsewhere.py code` measured, in the order of bits and KL."""
+    """What `benchmarks/elsewhere.py code` measured, by KL, and places by KL on prose."""
     file = RESULTS / "code.json"
     if not file.exists():
         return ""
     data = json.loads(file.read_text(encoding="utf-8"))
-    code = sorted(data["rows"], key=lambda row: row["kl"])
+    kl = {
+        (r["evaluation"]["scheme"], r["evaluation"]["text"]): r["evaluation"]["kl"] for r in prose
+    }
+    texts = sorted({text for _, text in kl})
+    code = sorted(
+        (row for row in data["rows"] if all((row["scheme"], text) in kl for text in texts)),
+        key=lambda row: row["kl"],
+    )
     names = [row["scheme"] for row in code]
-    texts = sorted({row["evaluation"]["text"] for row in prose})
-    places = {}
-    for text in texts:
-        kl = {
-            row["evaluation"]["scheme"]: row["evaluation"]["kl"]
-            for row in prose
-            if row["evaluation"]["text"] == text
-        }
-        places[text] = sorted(names, key=kl.__getitem__)
+    places = {text: sorted(names, key=lambda name: kl[name, text]) for text in texts}
     titles = [text.removesuffix(".txt") for text in texts]
     head = ("preset", "bits", "KL", "perplexity ratio", "place", *(f"on {t}" for t in titles))
     lines = [head, ("---",) * len(head)]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqkv.codebooks.commuting import (
+    HARD_ROWS,
     codeword,
     distortion,
     hard_step,
@@ -37,6 +38,29 @@ def test_the_nearest_sum_of_two_units_is_found() -> None:
         all_words = codeword(every[:, None].expand(-1, 2), units)[:, book]
         expected = torch.cdist(x[:, book], all_words).argmin(1)
         assert torch.equal(nearest(x, units)[:, book].long(), expected)
+
+
+def test_hard_steps_add_up_over_blocks() -> None:
+    x, units = vectors(HARD_ROWS + 300), vectors(8, seed=1).transpose(0, 1)
+    weights = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(2)).double()
+    codes = nearest(x, units)
+    mass, sums = hard_step(x, codes, units, weights)
+    parts = [
+        hard_step(x[part], codes[part], units, weights[part])
+        for part in (slice(0, 1000), slice(1000, None))
+    ]
+    torch.testing.assert_close(mass, parts[0][0] + parts[1][0])
+    torch.testing.assert_close(sums, parts[0][1] + parts[1][1], rtol=1e-4, atol=1e-3)
+    # Of a few by hand: samples by the first index, less the turned ones by the second.
+    few = slice(0, 3)
+    _, found = hard_step(x[few], codes[few], units, weights[few])
+    expected = torch.zeros_like(found)
+    for row in range(3):
+        for book in range(2):
+            code, weighted = int(codes[row, book]), (x[row, book] * weights[row, book]).double()
+            expected[book, code // 8] += weighted
+            expected[book, code % 8] -= turned(weighted)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)

@@ -29,7 +29,7 @@ from vqkv.tuning.costs import stream_costs
 from vqkv.tuning.rates import eighths, ladder
 from vqkv.tuning.run import Template, best, tune
 
-SMALL = Template("recommended-2bit", eighths(0.5, 3))
+SMALL = Template("recommended-2bit", eighths(0.25, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +102,7 @@ def test_models_of_few_layers_and_with_sliding_ones_are_tuned(
 
 
 def test_only_the_best_is_distilled(texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Canary, "ok", property(lambda canary: True))
     fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
     monkeypatch.setitem(run.TEMPLATES, "fast", fast)
     network, given = tiny_model("llama"), settings(texts)
@@ -112,6 +113,25 @@ def test_only_the_best_is_distilled(texts: list[Path], monkeypatch: pytest.Monke
     chosen = best(compared, 1.5, "kl").scheme
     assert last.scheme.name == f"{chosen.name}-distilled"
     assert (last.scheme.keys, last.scheme.layers) == (chosen.keys, chosen.layers)
+
+
+def test_the_objective_says_which_one_is_distilled(
+    texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = Template("fast-2bit", ladder((2, 4, 8), (4,)), anchors=(0.5, 1.0, 2.0))
+    monkeypatch.setitem(run.TEMPLATES, "fast", fast)
+    monkeypatch.setattr(Canary, "ok", property(lambda canary: True))
+    asked: list[str] = []
+
+    def by(candidates: Any, bits: float, objective: Any) -> Any:
+        asked.append(objective)
+        return candidates[0]
+
+    monkeypatch.setattr(run, "best", by)
+    network, given = tiny_model("llama"), settings(texts)
+    found = list(tune(network, tiny_tokenizer(), [texts[1]], 1.5, given, "fast", "ratio"))
+    assert asked == ["ratio"]
+    assert found[-1].scheme.name == f"{found[0].scheme.name}-distilled"
 
 
 def test_heads_that_no_group_divides_are_refused(texts: list[Path]) -> None:

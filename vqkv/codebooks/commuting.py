@@ -13,7 +13,7 @@ import torch
 
 from vqkv.codebooks.base import Health, last_gain, usage_entropy
 from vqkv.codebooks.em import EMConfig, temperatures
-from vqkv.kernels.encode.beam import encode_beam
+from vqkv.kernels.encode.sums import encode_sums
 
 #: Scores held at a time, which bounds the transient `[M, n, K]`. On a CPU 2 MiB of them stay in a
 #: core's cache, which is worth a factor of three; elsewhere 64 MiB keep launches few.
@@ -45,10 +45,8 @@ def addends(units: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`."""
-    size = units.shape[1]
-    first, second = encode_beam(x, addends(units.unsqueeze(1)), size).unbind(-1)
-    return first * size + second
+    """Codes `[N, M]` (int32) of the nearest `u_a + i u_b`, the lowest among equals."""
+    return encode_sums(x, units, turned(units))
 
 
 def learn_stage(
@@ -146,7 +144,7 @@ def hard_step(
     at, w = codes.t().long(), weights.t()
     mass = w.new_zeros(units.shape[0], size**2).scatter_add_(1, at, w)
     sums = torch.zeros_like(units, dtype=torch.float64)
-    # By products with what codes choose: scattering every channel would take ten times as long.
+    # By products with what codes choose: scattering every channel takes several times as long.
     for start in range(0, len(x), HARD_ROWS):
         rows = slice(start, start + HARD_ROWS)
         block, near = x[rows].transpose(0, 1), at[:, rows].unsqueeze(2)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,6 +78,14 @@ class Candidate:
         return {**asdict(self), "scheme": self.scheme.to_dict()}
 
 
+class _Measured(NamedTuple):
+    """A candidate, what rates its streams have, and what each of them costs."""
+
+    candidate: Candidate
+    steps: Steps
+    costs: dict[StreamKey, float]
+
+
 def tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,25 +131,26 @@ def tune(
     base = with_steps(base, base.name, dict.fromkeys(streams_of(geometry), available[0]), geometry)
     with open_bench(model, tokenizer, [base], settings, progress) as bench:
         search = _Search(bench, _distilled(base, None), read, available)
-        measured: list[tuple[Candidate, Steps, dict[StreamKey, float]]] = []
+        measured: list[_Measured] = []
         for step in search.anchors(bits, template.anchors):
             steps = dict.fromkeys(search.keys, step)
-            measured.append(search.scored(steps, f"{family}-{step.rate:g}"))
-            yield measured[-1][0]
+            measured.append(search.measured(steps, f"{family}-{step.rate:g}"))
+            yield measured[-1].candidate
         for turn in range(ROUNDS):
             curves = {
-                key: Curve([(steps[key].rate, costs[key]) for _, steps, costs in measured])
+                key: Curve([(each.steps[key].rate, each.costs[key]) for each in measured])
                 for key in search.keys
             }
             steps = allocate(curves, available, bits)
-            if any(steps == tried for _, tried, _ in measured):
+            if any(steps == each.steps for each in measured):
                 break
-            measured.append(search.scored(steps, f"{family}-{bits:g}-round{turn + 1}"))
-            yield measured[-1][0]
+            measured.append(search.measured(steps, f"{family}-{bits:g}-round{turn + 1}"))
+            yield measured[-1].candidate
         distillation = base.calibration.distillation
-        if distillation is not None:
-            found = best([candidate for candidate, *_ in measured], bits, objective).scheme
-            named = found.model_copy(update={"name": f"{found.name}-distilled"})
+        found = best([each.candidate for each in measured], bits, objective)
+        # What a blind canary lets through is not worth distilling.
+        if distillation is not None and not found.blind:
+            named = found.scheme.model_copy(update={"name": f"{found.scheme.name}-distilled"})
             yield search.candidate(_distilled(named, distillation))
 
 
@@ -173,10 +182,10 @@ class _Search:
         chosen = [min(self.steps, key=lambda step: abs(step.rate - bits * p)) for p in parts]
         return list(dict.fromkeys(chosen))
 
-    def scored(self, steps: Steps, name: str) -> tuple[Candidate, Steps, dict[StreamKey, float]]:
-        """The candidate with these steps, they, and what its streams cost."""
+    def measured(self, steps: Steps, name: str) -> _Measured:
+        """The candidate with these steps."""
         scheme = with_steps(self.base, name, steps, self.bench.geometry)
-        return self.candidate(scheme), steps, self._costs(scheme)
+        return _Measured(self.candidate(scheme), steps, self._costs(scheme))
 
     def candidate(self, scheme: Scheme) -> Candidate:
         """Fitted and scored."""

@@ -20,9 +20,12 @@ int vqkv_nearest(int level, const float *x, const float *words, int64_t subspace
 int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
                int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
                int64_t end, int32_t *codes);
-int vqkv_beam(int level, const float *x, const float *words, const float *norms,
-              const float *products, int64_t books, int64_t stages, int64_t size, int64_t room,
+int vqkv_beam(int level, const float *x, const float *codewords, const float *words,
+              const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes);
+void vqkv_sums(int level, const float *first, const float *second, const float *sizes,
+               int64_t books, int64_t size, int64_t room, int64_t begin, int64_t end,
+               int32_t *codes);
 int vqkv_trellis(int level, const float *x, const float *cost, const float *table,
                  const int32_t *widths, int64_t pairs, int64_t memory, int64_t begin, int64_t end,
                  int32_t *codes);
@@ -128,26 +131,43 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     free(codes);
 }
 
-static void beam(int level, int64_t rows, int64_t stages, int64_t size, int64_t dim, int64_t width)
+/* With all that is in `words` times `scale`, where no sum may be a number. */
+static void beam(int level, int64_t rows, int64_t stages, int64_t size, int64_t dim, int64_t width,
+                 float scale)
 {
-    const int64_t books = 2, room = (size + 15) / 16 * 16, before = stages * (stages - 1) / 2;
+    const int64_t books = 2, room = (size + 15) / 16 * 16;
     float *x = floats(rows * books * dim), *words = floats(books * stages * dim * room);
-    float *norms = floats(books * stages * room), *products = floats(books * before * size * room);
+    float *codewords = floats(books * stages * size * dim), *norms = floats(books * stages * room);
     int32_t *codes = integers(rows * books * stages, 1);
     for (int64_t i = 0; i < books * stages * room; i++)
-        norms[i] = i % room < size ? norms[i] : 1e30f;
-    for (int bad = 0; bad < 2; bad++) {
-        if (bad)
-            x[0] = NAN;
-        expect(vqkv_beam(level, x, words, norms, products, books, stages, size, room, dim, width, 0,
-                         rows, codes) == 0, "no memory");
-        for (int64_t i = 0; i < rows * books * stages; i++)
-            expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
-    }
+        norms[i] = i % room < size ? norms[i] * scale : INFINITY;
+    for (int64_t i = 0; i < books * stages * dim * room; i++)
+        words[i] *= scale;
+    expect(vqkv_beam(level, x, codewords, words, norms, books, stages, size, room, dim, width, 0,
+                     rows, codes) == 0, "no memory");
+    for (int64_t i = 0; i < rows * books * stages; i++)
+        expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
     free(x);
     free(words);
+    free(codewords);
     free(norms);
-    free(products);
+    free(codes);
+}
+
+static void sums(int level, int64_t rows, int64_t size, float scale)
+{
+    const int64_t books = 2, room = (size + 15) / 16 * 16;
+    float *first = floats(rows * books * size), *second = floats(rows * books * room);
+    float *sizes = floats(books * size * room);
+    int32_t *codes = integers(rows * books, 1);
+    for (int64_t i = 0; i < books * size * room; i++)
+        sizes[i] = i % room < size ? sizes[i] * scale : INFINITY;
+    vqkv_sums(level, first, second, sizes, books, size, room, 0, rows, codes);
+    for (int64_t i = 0; i < rows * books; i++)
+        expect(codes[i] >= 0 && codes[i] < size * size, "a code out of range");
+    free(first);
+    free(second);
+    free(sizes);
     free(codes);
 }
 
@@ -237,9 +257,13 @@ int main(void)
         for (int64_t dim = 1; dim <= 9; dim++)
             for (int64_t rows = 1; rows < 140; rows += 127)
                 joint(level, rows, 3, 5, dim);
-        for (int64_t size = 1; size < 100; size += 9)
-            for (int64_t width = 1; width < 40; width += 7)
-                beam(level, 66, 1 + size % 4, size, 1 + width % 5, width);
+        static const float scales[] = {1.0f, 1e38f, NAN};
+        for (int i = 0; i < 3; i++)
+            for (int64_t size = 1; size < 100; size += 9) {
+                for (int64_t width = 1; width < 40; width += 7)
+                    beam(level, 34, 1 + size % 4, size, 1 + width % 19, width, scales[i]);
+                sums(level, 3, size, scales[i]);
+            }
         for (int64_t pairs = 1; pairs < 6; pairs++)
             for (int64_t rows = 1; rows < 40; rows += 19)
                 trellis(level, rows, pairs, 5);

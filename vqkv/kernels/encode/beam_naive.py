@@ -6,15 +6,15 @@ import torch
 
 from vqkv.kernels.select import Kernel, anywhere
 
-#: Scores held at a time; bounds the transients to about 16 MiB.
-MAX_SCORES = 1 << 22
+#: Scores and channels of residuals held at a time; each bounded to about 16 MiB.
+MAX_HELD = 1 << 22
 
 
 def encode_beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:
     """Codes `[N, M, S]`."""
-    rows = max(1, MAX_SCORES // (width * codewords.shape[0] * codewords.shape[2]))
-    found = [_beam(part, codewords, width) for part in x.split(rows)]
-    return torch.cat(found) if found else x.new_zeros(0, *codewords.shape[:2], dtype=torch.int32)
+    books, _, size, dim = codewords.shape
+    rows = max(1, MAX_HELD // (width * books * max(size, dim)))
+    return torch.cat([_beam(part, codewords, width) for part in x.split(rows)])
 
 
 def _beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.Tensor:

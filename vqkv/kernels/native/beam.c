@@ -7,18 +7,16 @@
 
 #include "levels.h"
 
-/* Vectors at a time: products of a stage's codewords stay in the caches while all of them pass by. */
-#define ROWS 64
+/* Vectors at a time: a stage's codewords stay in the caches while all of them pass by. */
+#define ROWS 32
 
 /* One vector's sums after some stages, in no order. */
 struct sums {
-    float *scores;  /* [width]: squared distances, less the vector's own square */
-    int32_t *codes; /* [width, S] */
+    float *scores;    /* [width]: squared distances, less the vector's own square */
+    float *residuals; /* [width, d] */
+    int32_t *codes;   /* [width, S] */
     int64_t count;
 };
-
-/* More than any score that is taken. */
-#define FAR 1e30f
 
 /* The best continuations so far of one vector's sums, in no order. */
 struct found {
@@ -27,13 +25,12 @@ struct found {
     int32_t *codes;   /* [wanted] */
     int64_t count, wanted;
     int64_t worst; /* of them, once there are as many as are wanted */
-    float bar;     /* what the score of any other must be less than */
 };
 
-/* Take a continuation if it is among the best; among equals the first stays. */
+/* Take a continuation if it is a number and among the best. */
 INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
 {
-    if (!(score < f->bar))
+    if (!(score < (f->count < f->wanted ? INFINITY : f->scores[f->worst])))
         return;
     const int64_t place = f->count < f->wanted ? f->count++ : f->worst;
     f->scores[place] = score;
@@ -45,7 +42,6 @@ INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
     for (int64_t i = 1; i < f->count; i++)
         if (f->scores[i] > f->scores[f->worst])
             f->worst = i;
-    f->bar = f->scores[f->worst];
 }
 
 #define NAME(x) x##_scalar
@@ -64,81 +60,78 @@ INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
 
 #endif
 
-typedef void starts(const float *x, int64_t stride, const float *words, const float *norms,
-                    int64_t rows, int64_t dim, int64_t room, float *scores);
-typedef void extend(const struct sums *before, const float *start, const float *products,
-                    int64_t stage, int64_t stages, int64_t size, int64_t room, float *scratch,
-                    struct found *f);
+typedef void extend(const struct sums *before, const float *words, const float *norms, int64_t dim,
+                    int64_t room, float *scratch, struct found *f);
+typedef void leave(const float *residual, const float *word, int64_t dim, float *left);
 
-/* What was found becomes a vector's sums: codes of the parents, and one more. */
-static void take(const struct found *f, const struct sums *before, int64_t stage, int64_t stages,
-                 struct sums *after)
-{
-    after->count = f->count;
-    for (int64_t i = 0; i < f->count; i++) {
-        int32_t *codes = after->codes + i * stages;
-        memcpy(codes, before->codes + f->parents[i] * stages, (size_t)stage * sizeof(int32_t));
-        codes[stage] = f->codes[i];
-        after->scores[i] = f->scores[i];
-    }
-}
-
-/* Codes [N, M, S] of rows `begin` to `end` of x [N, M, d]. Of codewords c of which a codebook has
- * [S, K]: `words` [M, S, d, room] are −2 c, `norms` [M, S, room] their squares, huge beyond K, and
- * `products` [M, K (0 + … + S − 1), room] twice those of a stage's with all of the stages' before,
- * for stage after stage. Returns 0, or -1 where memory ran out. */
-int vqkv_beam(int level, const float *x, const float *words, const float *norms,
-              const float *products, int64_t books, int64_t stages, int64_t size, int64_t room,
+/* Codes [N, M, S] of rows `begin` to `end` of x [N, M, d] in codewords c [M, S, K, d]; all
+ * contiguous. `words` [M, S, d, room] are −2 c and `norms` [M, S, room] their squares, infinite
+ * beyond K; room is a multiple of 16. Returns 0, or -1 where memory ran out. */
+int vqkv_beam(int level, const float *x, const float *codewords, const float *words,
+              const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes)
 {
-    starts *start_scores = starts_scalar;
     extend *extended = extend_scalar;
+    leave *left_over = leave_scalar;
 #ifdef HAVE_X86
     if (level >= AVX2) {
-        start_scores = level >= AVX512 ? starts_avx512 : starts_avx2;
         extended = level >= AVX512 ? extend_avx512 : extend_avx2;
+        left_over = level >= AVX512 ? leave_avx512 : leave_avx2;
     }
 #endif
-    float *numbers = malloc((size_t)((ROWS + width) * room + (2 * ROWS + 1) * width) * sizeof(float));
-    int32_t *integers = malloc((size_t)((2 * ROWS * stages + 2) * width) * sizeof(int32_t));
+    const size_t kept_sums = 2 * ROWS * (size_t)width;
+    float *numbers = malloc((kept_sums * (dim + 1) + width * (room + 1)) * sizeof(float));
+    int32_t *integers = malloc((kept_sums * stages + 2 * width) * sizeof(int32_t));
     if (numbers == NULL || integers == NULL) {
         free(numbers);
         free(integers);
         return -1;
     }
-    float *const start = numbers, *const scratch = numbers + ROWS * room;
-    float *const scores = scratch + width * room;
-    struct found f = {.scores = scores + 2 * ROWS * width,
-                      .parents = integers + 2 * ROWS * stages * width};
-    f.codes = f.parents + width;
+    float *const scratch = numbers, *const scores = scratch + width * room;
     struct sums kept[2][ROWS];
     for (int64_t i = 0; i < 2 * ROWS; i++)
         kept[i / ROWS][i % ROWS] =
-            (struct sums){scores + i * width, integers + i * stages * width, 0};
-    const int64_t before_all = size * (stages * (stages - 1) / 2); /* rows of products per codebook */
+            (struct sums){scores + i * width, scores + kept_sums + i * width * dim,
+                          integers + i * width * stages, 0};
+    struct found f = {.scores = scores + kept_sums * (dim + 1),
+                      .parents = integers + kept_sums * stages};
+    f.codes = f.parents + width;
     for (int64_t first = begin; first < end; first += ROWS) {
         const int64_t rows = end - first < ROWS ? end - first : ROWS;
         for (int64_t m = 0; m < books; m++) {
-            const float *table = products + m * before_all * room;
             for (int64_t r = 0; r < rows; r++) {
                 kept[0][r].count = 1;
                 kept[0][r].scores[0] = 0;
+                memcpy(kept[0][r].residuals, x + ((first + r) * books + m) * dim,
+                       (size_t)dim * sizeof(float));
             }
             for (int64_t s = 0; s < stages; s++) {
-                const int64_t at = m * stages + s;
-                start_scores(x + (first * books + m) * dim, books * dim, words + at * dim * room,
-                             norms + at * room, rows, dim, room, start);
+                const int64_t stage = m * stages + s;
                 for (int64_t r = 0; r < rows; r++) {
                     const struct sums *before = &kept[s % 2][r];
+                    struct sums *after = &kept[(s + 1) % 2][r];
                     const int64_t all = before->count * size;
                     f.wanted = s + 1 == stages ? 1 : all < width ? all : width;
-                    f.count = 0;
-                    extended(before, start + r * room, table, s, stages, size, room, scratch, &f);
-                    if (f.count == 0) /* no score is a number: any code will do */
-                        f.scores[f.count++] = f.parents[0] = f.codes[0] = 0;
-                    take(&f, before, s, stages, &kept[(s + 1) % 2][r]);
+                    f.count = f.worst = 0;
+                    extended(before, words + stage * dim * room, norms + stage * room, dim, room,
+                             scratch, &f);
+                    if (f.count == 0) { /* no score is a number: any code will do */
+                        f.scores[0] = 0;
+                        f.parents[0] = f.codes[0] = 0;
+                        f.count = 1;
+                    }
+                    after->count = f.count;
+                    for (int64_t i = 0; i < f.count; i++) {
+                        const int64_t parent = f.parents[i], code = f.codes[i];
+                        after->scores[i] = f.scores[i];
+                        memcpy(after->codes + i * stages, before->codes + parent * stages,
+                               (size_t)s * sizeof(int32_t));
+                        after->codes[i * stages + s] = (int32_t)code;
+                        left_over(before->residuals + parent * dim,
+                                  codewords + (stage * size + code) * dim, dim,
+                                  after->residuals + i * dim);
+                    }
                 }
-                table += s * size * room;
             }
             for (int64_t r = 0; r < rows; r++)
                 memcpy(codes + ((first + r) * books + m) * stages, kept[stages % 2][r].codes,

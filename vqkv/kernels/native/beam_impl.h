@@ -2,91 +2,70 @@
 
 #include "lanes.h"
 
-/* Rows that share what is loaded of the codewords. */
+/* Sums that share what is loaded of the codewords. */
 #define TOGETHER 4
 
-/* What each code of a stage adds to the score of nothing: [rows, room]. Of the rows of x, the next
- * one is `stride` further. */
-TARGET static void NAME(starts)(const float *x, int64_t stride, const float *words,
-                                const float *norms, int64_t rows, int64_t dim, int64_t room,
-                                float *scores)
+/* Scores of `sums` sums, TOGETHER at most, with each code of a stage: their own, and
+ * ‖c‖² − 2⟨r, c⟩ for what a sum leaves over. Returns the least of each lane. */
+TARGET INLINE V NAME(score)(const float *own, const float *residuals, const float *words,
+                            const float *norms, int64_t dim, int64_t room, int sums, V least,
+                            float *scores)
 {
-    for (int64_t r = 0; r < rows; r += TOGETHER) {
-        const float *row[TOGETHER];
-        int64_t to[TOGETHER];
-        for (int64_t i = 0; i < TOGETHER; i++) {
-            to[i] = r + i < rows ? r + i : rows - 1; /* the last row again, where there is no other */
-            row[i] = x + to[i] * stride;
+    for (int64_t v = 0; v < room; v += W) {
+        V score[TOGETHER];
+        for (int i = 0; i < sums; i++)
+            score[i] = V_ADD(V_SET1(own[i]), V_LOAD(norms + v));
+        for (int64_t j = 0; j < dim; j++) {
+            const V word = V_LOAD(words + j * room + v);
+            for (int i = 0; i < sums; i++)
+                score[i] = V_FMA(V_SET1(residuals[i * dim + j]), word, score[i]);
         }
-        for (int64_t v = 0; v < room; v += W) {
-            const V norm = V_LOAD(norms + v);
-            V sum[TOGETHER] = {norm, norm, norm, norm};
-            for (int64_t j = 0; j < dim; j++) {
-                const V word = V_LOAD(words + j * room + v);
-                for (int64_t i = 0; i < TOGETHER; i++)
-                    sum[i] = V_FMA(V_SET1(row[i][j]), word, sum[i]);
-            }
-            for (int64_t i = 0; i < TOGETHER; i++)
-                V_STORE(scores + to[i] * room + v, sum[i]);
+        for (int i = 0; i < sums; i++) {
+            least = V_MIN(score[i], least);
+            V_STORE(scores + i * room + v, score[i]);
         }
-    }
-}
-
-/* Scores of one sum with `vectors` times W codes, the first of which the pointers are at. */
-TARGET INLINE V NAME(add_up)(float so_far, const int32_t *codes, const float *start,
-                             const float *products, int64_t stage, int64_t size, int64_t room,
-                             int vectors, V least, float *scores)
-{
-    V score[TOGETHER];
-    for (int i = 0; i < vectors; i++)
-        score[i] = V_ADD(V_SET1(so_far), V_LOAD(start + i * W));
-    for (int64_t t = 0; t < stage; t++) {
-        const float *row = products + (t * size + codes[t]) * room;
-        for (int i = 0; i < vectors; i++)
-            score[i] = V_ADD(score[i], V_LOAD(row + i * W));
-    }
-    for (int i = 0; i < vectors; i++) {
-        least = V_MIN(score[i], least);
-        V_STORE(scores + i * W, score[i]);
     }
     return least;
 }
 
-/* The best of all sums with each code of one more stage. `products` are those of that stage's
- * codewords with codewords of the stages before, [stage, size, room]; scratch is [count, room]. */
-TARGET static void NAME(extend)(const struct sums *before, const float *start,
-                                const float *products, int64_t stage, int64_t stages, int64_t size,
-                                int64_t room, float *scratch, struct found *f)
+/* The best of all sums with each code of one more stage; scratch is [count, room]. */
+TARGET static void NAME(extend)(const struct sums *before, const float *words, const float *norms,
+                                int64_t dim, int64_t room, float *scratch, struct found *f)
 {
-    V least = V_SET1(FAR);
-    for (int64_t p = 0; p < before->count; p++) {
-        const float so_far = before->scores[p];
-        const int32_t *codes = before->codes + p * stages;
-        float *scores = scratch + p * room;
-        int64_t v = 0;
-        for (; v + TOGETHER * W <= room; v += TOGETHER * W)
-            least = NAME(add_up)(so_far, codes, start + v, products + v, stage, size, room,
-                                 TOGETHER, least, scores + v);
-        for (; v < room; v += W)
-            least = NAME(add_up)(so_far, codes, start + v, products + v, stage, size, room, 1,
-                                 least, scores + v);
-    }
-    /* Lanes share no score, so as many as are wanted are no more than the wanted'th least minimum
-     * of a lane: few others pass this bar. */
-    f->bar = FAR;
+    V least = V_SET1(INFINITY);
+    int64_t p = 0;
+    for (; p + TOGETHER <= before->count; p += TOGETHER)
+        least = NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim,
+                            room, TOGETHER, least, scratch + p * room);
+    for (; p < before->count; p++)
+        least = NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim,
+                            room, 1, least, scratch + p * room);
+    /* No score is in two lanes, so as many as are wanted are no more than the wanted'th least
+     * minimum of a lane: few others get past this bar. */
+    float bar = INFINITY;
     if (f->wanted <= W) {
-        float minima[W], bar = -FAR;
+        float minima[W];
         V_STORE(minima, least);
         for (int i = 0; i < W; i++)
-            if (__builtin_popcount(V_LESS(least, V_SET1(minima[i]))) < f->wanted && minima[i] > bar)
+            if (minima[i] < bar &&
+                __builtin_popcount(V_AT_MOST(least, V_SET1(minima[i]))) >= f->wanted)
                 bar = minima[i];
-        f->bar = nextafterf(bar, FAR);
     }
     for (int64_t i = 0; i < before->count * room; i += W)
-        for (uint32_t bits = V_LESS(V_LOAD(scratch + i), V_SET1(f->bar)); bits; bits &= bits - 1) {
+        for (uint32_t bits = V_AT_MOST(V_LOAD(scratch + i), V_SET1(bar)); bits; bits &= bits - 1) {
             const int64_t at = i + __builtin_ctz(bits);
             offer(f, scratch[at], at / room, at % room);
         }
+}
+
+/* What a sum leaves over when a codeword is added to it, `[dim]`. */
+TARGET static void NAME(leave)(const float *residual, const float *word, int64_t dim, float *left)
+{
+    int64_t j = 0;
+    for (; j + W <= dim; j += W)
+        V_STORE(left + j, V_SUB(V_LOAD(residual + j), V_LOAD(word + j)));
+    for (; j < dim; j++)
+        left[j] = residual[j] - word[j];
 }
 
 #undef TOGETHER

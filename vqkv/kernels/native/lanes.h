@@ -4,7 +4,7 @@
  *
  *   V_FMA(a, b, c) = a*b + c                     V_FNMA(a, b, c) = c - a*b
  *   V_MIN(a, b) = a < b ? a : b
- *   V_EQUAL(a, b), V_LESS(a, b): bits of the lanes where a == b, a < b
+ *   V_EQUAL(a, b), V_AT_MOST(a, b): bits of the lanes where a == b, a <= b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
  */
 
@@ -23,7 +23,7 @@
 #define V_FNMA(a, b, c) ((c) - (a) * (b))
 #define V_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define V_EQUAL(a, b) ((a) == (b))
-#define V_LESS(a, b) ((a) < (b))
+#define V_AT_MOST(a, b) ((a) <= (b))
 #define V_KEEP_LESS(best, at, score, k) \
     do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
 #define I_SET1(a) (a)
@@ -44,7 +44,7 @@
 #define V_FNMA(a, b, c) _mm256_fnmadd_ps(a, b, c)
 #define V_MIN(a, b) _mm256_min_ps(a, b)
 #define V_EQUAL(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))
-#define V_LESS(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ))
+#define V_AT_MOST(a, b) (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ))
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __m256 less_ = _mm256_cmp_ps(score, best, _CMP_LT_OQ); \
@@ -69,7 +69,7 @@
 #define V_FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
 #define V_MIN(a, b) _mm512_min_ps(a, b)
 #define V_EQUAL(a, b) _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)
-#define V_LESS(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define V_AT_MOST(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ)
 #define V_KEEP_LESS(best, at, score, k) \
     do { \
         const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \

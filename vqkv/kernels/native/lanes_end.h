@@ -15,7 +15,7 @@
 #undef V_FNMA
 #undef V_MIN
 #undef V_EQUAL
-#undef V_LESS
+#undef V_AT_MOST
 #undef V_KEEP_LESS
 #undef I_SET1
 #undef I_STORE

@@ -20,6 +20,9 @@ from vqkv.errors import KernelError
 Level = Literal["scalar", "avx2", "avx512", "avx512_bf16"]
 LEVELS: tuple[Level, ...] = ("scalar", "avx2", "avx512", "avx512_bf16")
 
+#: Floats of the longest vectors.
+MOST_LANES = 16
+
 R = TypeVar("R")
 
 _forced: list[Level] = []
@@ -74,6 +77,12 @@ def forced_level(level: Level) -> Iterator[None]:
         _forced.pop()
 
 
+def padded(x: torch.Tensor, value: float) -> torch.Tensor:
+    """The last axis made up to whole vectors of any level, contiguous."""
+    missing = -x.shape[-1] % MOST_LANES
+    return torch.nn.functional.pad(x, (0, missing), value=value).contiguous()
+
+
 def in_ranges(count: int, least: int, work: Callable[[int, int], R]) -> list[R]:
     """`work(begin, end)` over ranges of `count` things, one per thread of torch's.
 
@@ -115,6 +124,8 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_joint.restype = number
     loaded.vqkv_beam.argtypes = [number, *[pointer] * 4, *[size] * 8, pointer]
     loaded.vqkv_beam.restype = number
+    loaded.vqkv_sums.argtypes = [number, *[pointer] * 3, *[size] * 5, pointer]
+    loaded.vqkv_sums.restype = None
     loaded.vqkv_trellis.argtypes = [number, *[pointer] * 4, *[size] * 4, pointer]
     loaded.vqkv_trellis.restype = number
     loaded.vqkv_trellis_decode.argtypes = [
