@@ -69,7 +69,7 @@ test-oldest: $(OLDEST_DONE)
 demo: env
 	$(OFFLINE) $(BIN)/vqkv demo
 
-# Every scheme of ours and of the literature on one axis; an hour or more on 2 cores, resumable.
+# Every scheme of ours and of the literature on one axis; hours on 2 cores, resumable.
 SHOOTOUT := $(basename $(notdir $(sort $(wildcard vqkv/presets/*.yaml))))
 SHOOTOUT_TOKENS ?= 16384
 
