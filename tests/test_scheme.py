@@ -496,7 +496,7 @@ def predicted(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"values": {"predictor": {"type": "linear", "sources": [SELF]}}},
-            "a stream cannot be predicted from itself",
+            "own values, are coded last",
         ),
         (
             {"values": {"predictor": {"type": "linear", "sources": SAME * 2}}},

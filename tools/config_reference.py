@@ -18,6 +18,7 @@ from vqkv.quantizers import QUANTIZERS
 from vqkv.registry import Choice, Config, Registry, config_class
 from vqkv.scheme import (
     CalibrationConfig,
+    DistillationConfig,
     KeysConfig,
     LayerOverride,
     Residency,
@@ -39,7 +40,12 @@ errors. `vqkv schemes show NAME` prints a scheme with every default filled in.
 SECTIONS: dict[str, tuple[type[Config], ...]] = {
     "The file": (Scheme,),
     "Streams": (KeysConfig, StreamConfig, SegmentConfig, Source),
-    "Residency, calibration, layers": (Residency, CalibrationConfig, LayerOverride),
+    "Residency, calibration, layers": (
+        Residency,
+        CalibrationConfig,
+        DistillationConfig,
+        LayerOverride,
+    ),
 }
 
 CHOICES: dict[str, Registry[Any]] = {

@@ -89,8 +89,9 @@ class StreamConfig(Config):
         for index, source in enumerate(sources):
             if source.back == 0 and source.stream == "values":
                 raise ValueError(
-                    f"sources.{index}: a stream cannot be predicted from itself: values with "
-                    "`back` 0; give keys, or `back` of at least 1"
+                    f"sources.{index}: values with `back` 0, a layer's own values, are coded last "
+                    "and predict nothing in it; give `back` of at least 1, or for values "
+                    "`{stream: keys, back: 0}`"
                 )
         if len(set(sources)) < len(sources):
             raise ValueError("sources: each stream is named once")

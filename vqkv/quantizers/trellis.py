@@ -58,9 +58,10 @@ class TrellisConfig(QuantizerConfig):
         """Bytes of a vector. Raises SchemeError where `dim` or `rate` does not give whole ones."""
         total = self.rate * dim
         if dim % 2 or total % 8:
+            remedy = "" if dim % 2 else f"; give a multiple of {8 / dim:g}"
             raise SchemeError(
                 f"quantizer.rate: 'trellis' codes pairs of channels in whole bytes; {self.rate:g} "
-                f"bits of {dim} channels are {total:g}"
+                f"bits of {dim} channels are {total:g}{remedy}"
             )
         if PAGE_TOKENS % self.run:
             raise SchemeError(
