@@ -7,17 +7,13 @@ angle. All pairs share a code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from vqkv.codebooks.base import Health, last_gain, usage_entropy
 from vqkv.codebooks.em import EMConfig, temperatures
-from vqkv.kernels.encode.sums import encode_sums
+from vqkv.kernels.encode.sums import encode_sums, sum_terms
+from vqkv.kernels.encode.sums_naive import score_blocks
 
-#: Scores held at a time, which bounds the transient `[M, n, K]`. On a CPU 2 MiB of them stay in a
-#: core's cache, which is worth a factor of three; elsewhere 64 MiB keep launches few.
-CPU_SCORES, MAX_SCORES = 1 << 19, 1 << 24
 #: Samples of a hard step at a time.
 HARD_ROWS = 2048
 
@@ -124,13 +120,13 @@ def soft_step(
     mass = x.new_zeros(units.shape[0], size, size, dtype=torch.float64)
     sums = torch.zeros_like(units, dtype=torch.float64)
     start = 0
-    for scores in _scores(x, units):
-        rows = slice(start, start + scores.shape[1])
+    for scores in score_blocks(*sum_terms(x, units, turned(units))):
+        rows = slice(start, start + len(scores))
         p = torch.softmax(-scores.flatten(2) / max(temperature, 1e-30), -1)
-        p = (p * weights[rows].t().unsqueeze(-1).float()).unflatten(2, (size, size))
+        p = (p * weights[rows].unsqueeze(-1).float()).unflatten(2, (size, size))
         block = x[rows].transpose(0, 1)
-        mass += p.sum(1).double()
-        first, second = p.sum(3).transpose(1, 2), p.sum(2).transpose(1, 2)
+        mass += p.sum(0).double()
+        first, second = (p.sum(axis).permute(1, 2, 0) for axis in (3, 2))
         sums += (first @ block - turned(second @ block)).double()
         start = rows.stop
     return mass, sums
@@ -174,20 +170,3 @@ def m_step(mass: torch.Tensor, sums: torch.Tensor, units: torch.Tensor) -> torch
         matrix + slack[:, None, None] * eye, right + slack[:, None, None] * old
     )
     return torch.view_as_real(solved).flatten(-2).float()
-
-
-def _scores(x: torch.Tensor, units: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`‖u_a + i u_b‖² − 2⟨x, u_a + i u_b⟩` `[M, n, size, size]`, some rows at a time.
-
-    Scores of both halves add up, so that `size²` codewords cost `2 size` products.
-    """
-    right = turned(units)
-    norms = units.square().sum(-1)
-    sizes = norms.unsqueeze(2) + norms.unsqueeze(1) + 2 * units @ right.transpose(1, 2)
-    held = CPU_SCORES if x.device.type == "cpu" else MAX_SCORES
-    rows = max(1, held // sizes.numel())
-    for part in x.split(rows):
-        block = part.transpose(0, 1)
-        first = -2 * block @ units.transpose(1, 2)
-        second = -2 * block @ right.transpose(1, 2)
-        yield first.unsqueeze(3) + second.unsqueeze(2) + sizes.unsqueeze(1)

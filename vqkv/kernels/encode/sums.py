@@ -25,8 +25,18 @@ def encode_sums(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> t
         )
     books, size, dim = first.shape
     kernel = select("encode_sums", Layout.of_codebook(books, 2, size, dim), x.device).kernel
+    codes: torch.Tensor = kernel(*sum_terms(x, first, second))
+    return codes
+
+
+def sum_terms(
+    x: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`−2⟨x, c_a⟩` and `−2⟨x, c'_b⟩` `[N, M, K]` each, and `‖c_a + c'_b‖²` `[M, K, K]`.
+
+    They add up to `‖x − c_a − c'_b‖² − ‖x‖²`.
+    """
     norms = [words.square().sum(-1) for words in (first, second)]
     sizes = norms[0].unsqueeze(2) + norms[1].unsqueeze(1) + 2 * first @ second.mT
     products = [-2 * torch.einsum("nmd,mkd->nmk", x, words) for words in (first, second)]
-    codes: torch.Tensor = kernel(*products, sizes)
-    return codes
+    return products[0], products[1], sizes

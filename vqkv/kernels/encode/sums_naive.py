@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from vqkv.kernels.select import Kernel, anywhere
@@ -19,13 +21,18 @@ def encode_sums(first: torch.Tensor, second: torch.Tensor, sizes: torch.Tensor) 
         second: `[N, M, K]`.
         sizes: `[M, K, K]`.
     """
+    blocks = score_blocks(first, second, sizes)
+    return torch.cat([scores.flatten(2).argmin(2) for scores in blocks]).int()
+
+
+def score_blocks(
+    first: torch.Tensor, second: torch.Tensor, sizes: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Scores of all sums `[n, M, K, K]`, some vectors at a time."""
     held = CPU_SCORES if first.device.type == "cpu" else MAX_SCORES
     rows = max(1, held // sizes.numel())
-    codes = [
-        (a.unsqueeze(3) + b.unsqueeze(2) + sizes).flatten(2).argmin(2)
-        for a, b in zip(first.split(rows), second.split(rows), strict=True)
-    ]
-    return torch.cat(codes).int()
+    for a, b in zip(first.split(rows), second.split(rows), strict=True):
+        yield a.unsqueeze(3) + b.unsqueeze(2) + sizes
 
 
 KERNEL = Kernel("encode_sums", "naive", encode_sums, anywhere, speed=0)

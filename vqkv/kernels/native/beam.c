@@ -44,25 +44,8 @@ INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
             f->worst = i;
 }
 
-#define NAME(x) x##_scalar
-#define W 1
-#include "beam_impl.h"
-
-#ifdef HAVE_X86
-
-#define NAME(x) x##_avx2
-#define W 8
-#include "beam_impl.h"
-
-#define NAME(x) x##_avx512
-#define W 16
-#include "beam_impl.h"
-
-#endif
-
-typedef void extend(const struct sums *before, const float *words, const float *norms, int64_t dim,
-                    int64_t room, float *scratch, struct found *f);
-typedef void leave(const float *residual, const float *word, int64_t dim, float *left);
+#define IMPL "beam_impl.h"
+#include "each_level.h"
 
 /* Codes [N, M, S] of rows `begin` to `end` of x [N, M, d] in codewords c [M, S, K, d]; all
  * contiguous. `words` [M, S, d, room] are −2 c and `norms` [M, S, room] their squares, infinite
@@ -71,14 +54,10 @@ int vqkv_beam(int level, const float *x, const float *codewords, const float *wo
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes)
 {
-    extend *extended = extend_scalar;
-    leave *left_over = leave_scalar;
-#ifdef HAVE_X86
-    if (level >= AVX2) {
-        extended = level >= AVX512 ? extend_avx512 : extend_avx2;
-        left_over = level >= AVX512 ? leave_avx512 : leave_avx2;
-    }
-#endif
+    void (*const extended)(const struct sums *, const float *, const float *, int64_t, int64_t,
+                           float *, struct found *) = AT_LEVEL(level, extend);
+    void (*const left_over)(const float *, const float *, int64_t, float *) =
+        AT_LEVEL(level, leave);
     const size_t kept_sums = 2 * ROWS * (size_t)width;
     float *numbers = malloc((kept_sums * (dim + 1) + width * (room + 1)) * sizeof(float));
     int32_t *integers = malloc((kept_sums * stages + 2 * width) * sizeof(int32_t));

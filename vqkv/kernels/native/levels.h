@@ -11,6 +11,14 @@
 /* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16). */
 enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
+/* Of a function that each_level.h made, the one for a level. */
+#ifdef HAVE_X86
+#define AT_LEVEL(level, name) \
+    ((level) >= AVX512 ? name##_avx512 : (level) >= AVX2 ? name##_avx2 : name##_scalar)
+#else
+#define AT_LEVEL(level, name) ((void)(level), name##_scalar)
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 #endif

@@ -9,24 +9,8 @@
 /* More than any cost; and a sum with one is none either. */
 #define FAR 1e30f
 
-#define NAME(x) x##_scalar
-#define W 1
-#include "trellis_impl.h"
-
-#ifdef HAVE_X86
-
-#define NAME(x) x##_avx2
-#define W 8
-#include "trellis_impl.h"
-
-#define NAME(x) x##_avx512
-#define W 16
-#include "trellis_impl.h"
-
-#endif
-
-typedef void search(const float *x, const float *cost, const float *table, const int32_t *widths,
-                    int64_t pairs, int64_t states, float *best, float *next, int32_t *came);
+#define IMPL "trellis_impl.h"
+#include "each_level.h"
 
 /* Bits [N, pairs] of rows `begin` to `end` of x [N, pairs, 2], `widths` [pairs] of them each, under
  * `table` [2^memory, 2] and `cost` [pairs, 2]; all contiguous. Returns 0, or -1 where memory ran out. */
@@ -34,14 +18,7 @@ int vqkv_trellis(int level, const float *x, const float *cost, const float *tabl
                  const int32_t *widths, int64_t pairs, int64_t memory, int64_t begin, int64_t end,
                  int32_t *codes)
 {
-    search *best_paths = paths_scalar;
-    int64_t lanes = 1;
-#ifdef HAVE_X86
-    if (level >= AVX2) {
-        best_paths = level >= AVX512 ? paths_avx512 : paths_avx2;
-        lanes = level >= AVX512 ? 16 : 8;
-    }
-#endif
+    const int64_t lanes = AT_LEVEL(level, lanes);
     const int64_t states = (int64_t)1 << memory;
     int64_t paths = 0;
     for (int64_t p = 0; p < pairs; p++)
@@ -59,8 +36,8 @@ int vqkv_trellis(int level, const float *x, const float *cost, const float *tabl
         for (int64_t i = 0; i < 2 * pairs; i++)
             for (int64_t l = 0; l < lanes; l++)
                 turned[i * lanes + l] = l < rows ? x[(first + l) * 2 * pairs + i] : 0;
-        best_paths(turned, cost, table, widths, pairs, states, numbers, numbers + states * lanes,
-                   came);
+        AT_LEVEL(level, paths)(turned, cost, table, widths, pairs, states, numbers,
+                               numbers + states * lanes, came);
         for (int64_t l = 0; l < rows; l++) {
             const int32_t *back = came + paths * lanes;
             int64_t state = back[l];

@@ -2,6 +2,9 @@
 
 #include "lanes.h"
 
+/* Vectors at a time. */
+enum { NAME(lanes) = W };
+
 /* Of `states`, each reached at the cost `best[state >> width]` and the distance of a pair of
  * channels to its entry of the table, those of least cost among the ones that agree in all but
  * their oldest bits: `kept` of them, with the oldest bits of each in `came`. So costs of states are
