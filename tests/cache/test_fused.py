@@ -43,7 +43,7 @@ def logits(
 ) -> tuple[torch.Tensor, list[str]]:
     """Of a run of chunks over left-padded rows; and the kernels that ran."""
     total = sum(sizes)
-    ids = random_ids(len(pads), total)
+    ids = random_ids(len(pads), total).to(model.device)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
         mask[row, :pad] = 0

@@ -1,0 +1,184 @@
+"""Every GPU kernel on a real GPU, where there is one, against the naive kernels on the CPU.
+
+python -m pytest tests/kernels/test_on_gpu.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cache.test_fused import PREDICTED, byte_compressor, logits
+from tests.kernels import test_attend_cuda, test_triton_attend
+from tests.kernels.coded_cases import Case, askew, problem, with_codes
+from tests.kernels.test_attend_cuda import rounded
+from tests.kernels.test_decode_codes import CASES as DECODED
+from tests.kernels.test_encode_decode import make
+from tests.tiny_models import tiny_model
+from vqkv.errors import KernelError
+from vqkv.kernels import recording, select, using
+from vqkv.kernels.attend.codes import Coded, Partial, Plane, Turns, attend_codes
+from vqkv.kernels.attend.codes_naive import decoded, rotated
+from vqkv.kernels.attend.codes_op import first_odd
+from vqkv.kernels.cuda.configs import odd_shape
+from vqkv.kernels.decode import decode
+from vqkv.kernels.decode.codes import decode_codes
+from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.pair import encode_pair
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+GPU = "cuda"
+CASES = [*test_triton_attend.CASES, *test_attend_cuda.CASES]
+#: Long enough for many splits, and for several pages a warp.
+LONG = [
+    Case(head_dim=128, heads=3, group=4, lengths=(9000, 64 * 100, 1, 0), rope=False),
+    Case(head_dim=128, heads=2, group=4, lengths=(20000, 777), key_sums=True, sinks=4),
+    Case(head_dim=128, dim=8, heads=2, group=4, lengths=(20000, 777), paged=True),
+]
+
+
+def on_gpu(value: Any) -> Any:
+    """A tensor, or a tuple of them, on the GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.to(GPU)
+    if isinstance(value, (Coded, Plane, Turns)):
+        return type(value)(*map(on_gpu, value))
+    return value
+
+
+def readers(case: Case) -> list[str]:
+    names = ["triton"]
+    return names if first_odd(case.layout, odd_shape) else [*names, "cuda"]
+
+
+def on_both(query: torch.Tensor, coded: Coded, case: Case, kernel: str) -> tuple[Partial, Partial]:
+    """What the naive kernel gives on the CPU, and what another does on the GPU."""
+    with using(attend_codes="naive"):
+        expected = attend_codes(query, rounded(coded) if kernel == "cuda" else coded, case.layout)
+    with using(attend_codes=kernel), recording() as ran:
+        found = attend_codes(on_gpu(query), on_gpu(coded), case.layout)
+    assert ran == [f"attend_codes.{kernel}"]
+    return expected, found
+
+
+def assert_close(expected: Partial, found: Partial) -> None:
+    for one, other in zip(expected, found, strict=True):
+        if one is None or other is None:
+            assert one is other
+            continue
+        assert other.shape == one.shape and other.dtype == torch.float32 and other.is_cuda
+        other, some = other.cpu(), one.isfinite()
+        assert torch.equal(other[~some], one[~some])
+        assert (other - one)[some].square().mean() <= (2e-3) ** 2 * one[some].square().mean()
+
+
+@pytest.mark.parametrize(
+    "case, kernel", [(case, kernel) for case in CASES + LONG for kernel in readers(case)], ids=str
+)
+def test_attention_equals_the_naive_kernel(case: Case, kernel: str) -> None:
+    assert_close(*on_both(*problem(case), case, kernel))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cuda"])
+def test_codes_that_lie_askew_are_read(kernel: str) -> None:
+    case = Case(rope=False, lengths=(67, 67), group=4)
+    query, coded = problem(case)
+    assert_close(*on_both(query, with_codes(coded, askew), case, kernel))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cuda"])
+def test_attention_replays_in_a_graph_on_other_contexts(kernel: str) -> None:
+    """A launch is fixed, what it reads is not: lengths may change between replays."""
+    case = Case(head_dim=128, heads=2, group=4, lengths=(5000, 640), key_sums=True)
+    query, coded = (on_gpu(each) for each in problem(case))
+    with using(attend_codes=kernel):
+        attend_codes(query, coded, case.layout)  # compiles, and makes tables
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = attend_codes(query, coded, case.layout)
+        query.neg_()
+        coded.stop.copy_(torch.tensor([3001, 64]))
+        graph.replay()
+        expected = attend_codes(query, coded, case.layout)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cuda"])
+def test_attention_compiles_as_one_graph(kernel: str) -> None:
+    case = Case(head_dim=128, group=4, lengths=(700,))
+    query, coded = (on_gpu(each) for each in problem(case))
+    with using(attend_codes=kernel):
+        run = select("attend_codes", case.layout, GPU).kernel.run
+    compiled = torch.compile(lambda q: run(q * 2, coded).output + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(query), run(query * 2, coded).output + 1)
+
+
+def test_codebooks_are_not_converted_while_a_graph_is_captured() -> None:
+    case = Case(head_dim=128, group=4, lengths=(700,))
+    query, coded = (on_gpu(each) for each in problem(case))
+    with using(attend_codes="cuda"):
+        attend_codes(query, coded, case.layout)
+        fresh = coded._replace(keys=coded.keys._replace(codewords=coded.keys.codewords.clone()))
+        with (
+            pytest.raises(KernelError, match="before a graph is captured"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            attend_codes(query, fresh, case.layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 8, 1, 256, 4), (70, 3, 1, 256, 2), (1300, 5, 2, 200, 8)])
+def test_codes_name_the_nearest_codewords(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
+    x, books = make(shape)
+    with using(encode="triton"):
+        codes = encode(x.to(GPU, dtype), books.to(GPU)).cpu()
+    residual, subvectors = x.to(dtype).double(), torch.arange(shape[1])
+    for stage in range(shape[2]):
+        distances = (residual.unsqueeze(2) - books[:, stage].double()).square().sum(-1)
+        chosen = books[:, stage].double()[subvectors, codes[..., stage].long()]
+        assert ((residual - chosen).square().sum(-1) <= distances.amin(-1) + 1e-4).all()
+        residual = residual - chosen
+    with using(decode="triton"):
+        found = decode(codes.to(GPU), books.to(GPU))
+    torch.testing.assert_close(found.cpu(), (x.to(dtype).double() - residual).float())
+
+
+def test_pairs_of_streams_are_encoded_alike() -> None:
+    (keys, key_books), (values, value_books) = make((70, 3, 1, 256, 4)), make((70, 5, 1, 200, 8))
+    arguments = [each.to(GPU) for each in (keys, key_books, values, value_books)]
+    with using(encode_pair="triton", encode="triton"):
+        found = encode_pair(*arguments)
+        expected = (encode(*arguments[:2]), encode(*arguments[2:]))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.int(), other)
+
+
+@pytest.mark.parametrize("case", DECODED, ids=str)
+def test_pages_are_decoded(case: Case) -> None:
+    _, coded = problem(case)
+    expected = decoded(coded.keys, coded.pages)
+    if coded.turns is not None:
+        expected = rotated(expected, coded.turns)
+    keys, turns, pages = on_gpu(coded.keys), on_gpu(coded.turns), on_gpu(coded.pages)
+    with using(decode_codes="triton"):
+        states = decode_codes(keys, range(64, 101), case.layout.keys, turns, pages, torch.float16)
+    torch.testing.assert_close(states.cpu(), expected[:, :, 64:101].half(), atol=4e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_a_model_reads_codes(rope: str) -> None:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **PREDICTED)
+    model.to(GPU)
+    sizes, pads = (200, 1, 1), (10, 80)
+    expected, _ = logits(model, compressor, "decode", sizes, pads)
+    found, ran = logits(model, compressor, "attend", sizes, pads)
+    fused = [name for name in ran if name.startswith("attend_codes")]
+    assert fused == ["attend_codes.triton"] * 2 * len(compressor.geometry.compressed)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
