@@ -1,4 +1,4 @@
-"""`attend.cu` as a library for a CPU, see `emulated/warp.cuh`."""
+"""CUDA kernels as libraries for a CPU, see `emulated/warp.cuh`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from vqkv.kernels.attend.codes_op import Found
 from vqkv.kernels.cuda.attend_ops import Argument, pointers
-from vqkv.kernels.cuda.configs import AttendVariant
+from vqkv.kernels.cuda.configs import Variant
 
 HERE = Path(__file__).parent / "emulated"
 SOURCES = Path(__file__).parents[2] / "vqkv" / "kernels" / "cuda"
@@ -24,37 +20,35 @@ class Emulator:
     """Compiles variants into a folder and runs them.
 
     Attributes:
-        wavefronts: of shared memory that the last launch's look-ups took, per lane and look-up.
+        wavefronts: of shared memory that look-ups of the last launch of `attend` took, per 32 of
+            them; of keys and of values.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._libraries: dict[AttendVariant, ctypes.CDLL] = {}
-        self.wavefronts = 0.0
+        self._libraries: dict[Variant, ctypes.CDLL] = {}
+        self.wavefronts = (0.0, 0.0)
 
-    def launch(self, variant: AttendVariant, blocks: int, arguments: Sequence[Argument]) -> None:
+    def launch(self, variant: Variant, blocks: int, arguments: Sequence[Argument]) -> None:
         """As `attend_ops.on_gpu`."""
         library = self._library(variant)
         array, _held = pointers(arguments)
         library.run(blocks, variant.threads, variant.shared_bytes, array)
-        self.wavefronts = library.wavefronts() / max(1, library.lookups())
+        if variant.name != "attend":
+            return
+        keys, values = (32 * library.wavefronts(i) / max(1, library.lookups(i)) for i in range(2))
+        self.wavefronts = keys, values
 
-    def _library(self, variant: AttendVariant) -> ctypes.CDLL:
+    def _library(self, variant: Variant) -> ctypes.CDLL:
         if variant not in self._libraries:
-            path = self._folder / f"attend-{len(self._libraries)}.so"
+            path = self._folder / f"{variant.name}-{len(self._libraries)}.so"
             flags = ["-O1", "-g", "-fPIC", "-shared", "-std=c++17", f"-I{HERE}", f"-I{SOURCES}"]
             flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Werror"]
             macros = [f"-D{name}={int(value)}" for name, value in variant.macros()]
-            command = [str(COMPILER), *flags, *macros, str(HERE / "attend.cpp"), "-o", str(path)]
-            subprocess.run(command, check=True)
+            command = [str(COMPILER), *flags, *macros, str(HERE / f"{variant.name}.cpp"), "-o"]
+            subprocess.run([*command, str(path)], check=True)
             library = ctypes.CDLL(str(path))
-            library.lookups.restype = library.wavefronts.restype = ctypes.c_longlong
+            if variant.name == "attend":
+                library.lookups.restype = library.wavefronts.restype = ctypes.c_longlong
             self._libraries[variant] = library
         return self._libraries[variant]
-
-
-def merge(parts: Tensor, lses: Tensor, means: Tensor) -> Found:
-    """As `merge_splits`, in torch."""
-    lse = lses.logsumexp(0)
-    weights = torch.exp(lses - lse).nan_to_num(0.0).unsqueeze(-1)  # no tokens: −inf − −inf
-    return (parts * weights).sum(0), lse, (means * weights).sum(0)

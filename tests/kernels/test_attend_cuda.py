@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.kernels.coded_cases import Case, askew, by_token, problem, with_codes
-from tests.kernels.emulation import COMPILER, Emulator, merge
+from tests.kernels.emulation import COMPILER, Emulator
 from vqkv.kernels import select, using
 from vqkv.kernels.attend.codes import Coded, attend_codes
 from vqkv.kernels.attend.codes_op import Found
 from vqkv.kernels.cuda.attend_ops import attend
 from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES, AttendVariant
-from vqkv.kernels.cuda.tables import as_read, table
+from vqkv.kernels.cuda.tables import as_read, key_table, value_table
 
 needs_a_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
@@ -64,7 +64,7 @@ def assert_equals_the_naive_kernel(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_equals_the_naive_kernel(emulator: Emulator, case: Case, splits: int) -> None:
     query, coded = problem(case)
-    found = attend(query, coded, splits, emulator.launch, merge)
+    found = attend(query, coded, splits, emulator.launch)
     assert_equals_the_naive_kernel(found, query, coded, case)
 
 
@@ -73,7 +73,7 @@ def test_codes_that_lie_askew_are_read(emulator: Emulator) -> None:
     case = Case(rope=False, lengths=(67, 67), group=4)
     query, coded = problem(case)
     coded = with_codes(coded, askew)
-    found = attend(query, coded, 1, emulator.launch, merge)
+    found = attend(query, coded, 1, emulator.launch)
     assert_equals_the_naive_kernel(found, query, coded, case)
 
 
@@ -82,7 +82,7 @@ def test_a_head_may_hold_its_tokens_between_those_of_others(emulator: Emulator) 
     case = Case(rope=False, lengths=(100,), group=4)
     query, coded = problem(case)
     coded = with_codes(coded, by_token)
-    found = attend(query, coded, 1, emulator.launch, merge)
+    found = attend(query, coded, 1, emulator.launch)
     assert_equals_the_naive_kernel(found, query, coded, case)
 
 
@@ -93,27 +93,28 @@ def test_large_scores_late_in_a_context_scale_sums_down(emulator: Emulator) -> N
     coded.keys.codewords[:, :, :, 0] = 0
     coded.keys.codes[:, :, :256] = 0  # every warp's first tile scores 0
     query = query * 3
-    found = attend(query, coded, 1, emulator.launch, merge)
+    found = attend(query, coded, 1, emulator.launch)
     assert_equals_the_naive_kernel(found, query, coded, case)
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("dim, wavefronts", [(4, 2), (8, 4)])
+@pytest.mark.parametrize("head_dim, dim, of_keys", [(128, 4, 3.1), (128, 8, 4), (64, 4, 2)])
 def test_look_ups_meet_in_no_more_banks_than_planned(
-    emulator: Emulator, dim: int, wavefronts: int
+    emulator: Emulator, head_dim: int, dim: int, of_keys: float
 ) -> None:
-    """Of 32 lanes, whatever the codes are."""
-    case = Case(head_dim=128, dim=dim, heads=1, group=4, lengths=(256,), rope=False)
+    """32 of keys on random codes; 32 of values take the fewest there are, whatever the codes."""
+    case = Case(head_dim=head_dim, dim=dim, heads=1, group=4, lengths=(256,), rope=False)
     query, coded = problem(case)
-    attend(query, coded, 1, emulator.launch, merge)
-    assert emulator.wavefronts * 32 <= wavefronts
+    attend(query, coded, 1, emulator.launch)
+    keys, values = emulator.wavefronts
+    assert keys <= of_keys and values == dim / 4
 
 
 def test_codewords_are_rounded_by_a_sixteenth_at_most() -> None:
     words = torch.randn(2, 16, 1, 200, 4) * torch.tensor([1e-3, 1e3])[:, None, None, None, None]
     error = (as_read(words) - words).abs()
     # From 2⁻⁶ of the scale on, numbers are subnormal, with a fixed step of 2⁻⁹.
-    least = table(words).scale[:, None, None, None, None] * 2.0**-10
+    least = key_table(words).scale[:, None, None, None, None] * 2.0**-10
     assert (error <= torch.maximum(words.abs() / 16, least)).all()
     assert torch.equal(as_read(torch.zeros(1, 8, 1, 256, 4)), torch.zeros(1, 8, 1, 256, 4))
 
@@ -121,9 +122,12 @@ def test_codewords_are_rounded_by_a_sixteenth_at_most() -> None:
 def test_codewords_changed_in_place_are_converted_again() -> None:
     words = torch.randn(1, 8, 1, 256, 8)
     before = as_read(words)
-    assert table(words).entries is table(words).entries
+    assert key_table(words).entries is key_table(words).entries
+    entries = value_table(words).entries
     words.neg_()
     assert torch.equal(as_read(words), -before)
+    assert torch.equal(value_table(words).entries & 127, entries & 127)
+    assert not torch.equal(value_table(words).entries, entries)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -18,7 +18,7 @@ from tests.kernels.test_decode_codes import CASES as DECODED
 from tests.kernels.test_encode_decode import make
 from tests.tiny_models import tiny_model
 from vqkv.errors import KernelError
-from vqkv.kernels import recording, select, using
+from vqkv.kernels import gpu, recording, select, using
 from vqkv.kernels.attend.codes import Coded, Partial, Plane, Turns, attend_codes
 from vqkv.kernels.attend.codes_naive import decoded, rotated
 from vqkv.kernels.attend.codes_op import first_odd
@@ -28,7 +28,10 @@ from vqkv.kernels.decode.codes import decode_codes
 from vqkv.kernels.encode import encode
 from vqkv.kernels.encode.pair import encode_pair
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(gpu.interpreting(), reason="Triton's interpreter is asked for"),
+]
 
 GPU = "cuda"
 CASES = [*test_triton_attend.CASES, *test_attend_cuda.CASES]

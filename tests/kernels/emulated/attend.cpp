@@ -5,10 +5,11 @@
 #include "attend.cu"
 
 extern "C" void run(int blocks, int threads, int shared_bytes, void **arguments) {
-    emulation::looked_up_below = 2 * TABLE_BYTES;
-    emulation::lookups = emulation::wavefronts = 0;
+    emulation::table_end[0] = KEY_BYTES, emulation::table_end[1] = KEY_BYTES + VALUE_BYTES;
+    for (int stream = 0; stream < 2; stream++) emulation::lookups[stream] = emulation::wavefronts[stream] = 0;
     emulation::launch(attend, blocks, threads, shared_bytes, arguments);
 }
 
-extern "C" long long lookups() { return emulation::lookups; }
-extern "C" long long wavefronts() { return emulation::wavefronts; }
+// Of keys (0) or of values (1).
+extern "C" long long lookups(int stream) { return emulation::lookups[stream]; }
+extern "C" long long wavefronts(int stream) { return emulation::wavefronts[stream]; }

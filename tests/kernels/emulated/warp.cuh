@@ -19,10 +19,23 @@ typedef long long i64;
 struct uint2 {
     u32 x, y;
 };
+struct uint4 {
+    u32 x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
 
 #define KERNEL(threads) static void
-#define DEVICE static inline
+#define DEVICE inline
 #define SHARED(name) u8 *const name = emulation::shared.data()
 
 namespace emulation {
@@ -45,8 +58,8 @@ static std::vector<u8> shared;
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current, block;
-static u32 looked_up_below;   // look-ups go to shared memory below this
-static i64 lookups, wavefronts;
+static u32 table_end[2];      // look-ups of keys go to shared memory below the first, of values below the second
+static i64 lookups[2], wavefronts[2];
 
 [[noreturn]] static inline void fail(const char *why) {
     std::fprintf(stderr, "emulated kernel: %s (block %d, thread %d)\n", why, block, current);
@@ -113,6 +126,7 @@ static inline void count_wavefronts() {
     for (size_t first = 0; first < fibers.size(); first += LANES)
         for (size_t n = 0; n < fibers[first].addresses.size(); n++) {
             const u32 wide = fibers[first].addresses[n] & 1;  // marked below
+            const int stream = fibers[first].addresses[n] >= table_end[0];
             const int group = wide ? LANES / 2 : LANES;
             for (int start = 0; start < LANES; start += group) {
                 size_t fullest = 0;
@@ -127,9 +141,9 @@ static inline void count_wavefronts() {
                         }
                     fullest = words.size() > fullest ? words.size() : fullest;
                 }
-                wavefronts += fullest;
+                wavefronts[stream] += fullest;
             }
-            lookups += LANES;
+            lookups[stream] += LANES;
         }
 }
 
@@ -204,9 +218,11 @@ static inline float float_of_e4m3(u8 byte) {
 
 DEVICE int thread_index() { return emulation::current; }
 DEVICE int block_index() { return emulation::block; }
+DEVICE void wait_for_earlier() {}
+DEVICE void let_later_begin() {}
 DEVICE void barrier() { emulation::wait(emulation::IN_BLOCK); }
 
-template <class T> DEVICE u32 read_once(const T *from) {
+template <class T> DEVICE T read_once(const T *from) {
     if ((size_t)from % sizeof(T)) emulation::fail("codes are read askew");
     return *from;
 }
@@ -215,7 +231,7 @@ DEVICE u32 address_of(const void *at) { return u32((const u8 *)at - emulation::s
 DEVICE uint2 load_words(u32 address, int constant) {
     const u32 at = address + constant;
     if (at % 8 || at + 8 > emulation::shared.size()) emulation::fail("shared memory is read askew or past its end");
-    if (at < emulation::looked_up_below) emulation::fibers[emulation::current].addresses.push_back(at | 1);
+    if (at < emulation::table_end[1]) emulation::fibers[emulation::current].addresses.push_back(at | 1);
     uint2 words;
     std::memcpy(&words, &emulation::shared[at], 8);
     return words;
@@ -223,7 +239,7 @@ DEVICE uint2 load_words(u32 address, int constant) {
 DEVICE u32 load_word(u32 address, int constant) {
     const u32 at = address + constant;
     if (at % 4 || at + 4 > emulation::shared.size()) emulation::fail("shared memory is read askew or past its end");
-    if (at < emulation::looked_up_below) emulation::fibers[emulation::current].addresses.push_back(at);
+    if (at < emulation::table_end[1]) emulation::fibers[emulation::current].addresses.push_back(at);
     u32 word;
     std::memcpy(&word, &emulation::shared[at], 4);
     return word;
@@ -237,6 +253,7 @@ DEVICE u32 interleave(u32 a, u32 b, bool high) {
     a >>= 16 * high, b >>= 16 * high;
     return (a & 255) | (b & 255) << 8 | (a >> 8 & 255) << 16 | (b >> 8 & 255) << 24;
 }
+DEVICE u32 interleave_halves(u32 word) { return interleave(word, word >> 16, false); }
 DEVICE u32 halves_of_e4m3(u32 word, bool high) {
     word >>= 16 * high;
     return emulation::both(emulation::float_of_e4m3(u8(word)), emulation::float_of_e4m3(u8(word >> 8)));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vqkv.kernels import cuda, gpu
+from vqkv.kernels import cuda
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Partial, unfit
 from vqkv.kernels.attend.codes_op import first_odd, through
 from vqkv.kernels.cuda.configs import odd_shape
@@ -19,8 +19,8 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
 
 
 def refuses(layout: AttendLayout, device: torch.device) -> str | None:
-    """Besides the contract's conditions, shapes whose tables fit; `merge_splits` needs Triton."""
-    missing = cuda.unavailable_reason(device) or gpu.unavailable_reason(device)
+    """Besides the contract's conditions, shapes whose tables fit."""
+    missing = cuda.unavailable_reason(device)
     if reason := missing or unfit(layout) or first_odd(layout, odd_shape):
         return reason
     keys, values = (stream.segments[0].dim for stream in layout)

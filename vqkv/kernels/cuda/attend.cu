@@ -1,18 +1,25 @@
 // Split-KV attention on codes whose codebooks lie in shared memory, as fp8, in banks of a warp's lanes.
 //
-// A block of threads takes one split of one KV head of one row of the batch; `merge_splits` does the rest. Warp w
+// A block of threads takes one split of one KV head of one row of the batch; `merge.cu` does the rest. Warp w
 // reads tokens 16 (w % 4) to + 15 of every page it comes to, so that the turn of a token within its page is the
 // same in every page and stays in registers.
 //
-// A tile of 16 tokens is looked up as columns of 8 subvectors: lane (g, c) looks up the codewords of the subvectors
-// g W to g W + W - 1 of tokens 2c, 2c + 1, 2c + 8 and 2c + 9. Taken apart, they are fragments of V^T, whose product with
-// weights gives the output. Transposed 8 x 8, they are fragments of K, whose product with q gives scores.
+// What bounds it is the way through shared memory, a clock for each wavefront of look-ups and for each `movmatrix`.
+// So either stream is looked up as fragments of the product it is for, and nothing is transposed:
 //
-// Banks. The eight subvectors that lanes read at once lie in banks of their own, in COPIES copies that lanes of
-// c share.
+// Keys. Lane (g, c) looks up the c-th quarter of the subvectors of tokens g and g + 8, words of four channels
+// (x0, x1, y0, y1) of two pairs. A word's halves are fragments of K, whose product with q gives scores. Lanes of one
+// c read the same subvector; they meet in the banks that are theirs, less with two copies.
+//
+// Values. Lane (g, c) looks up the g-th eighth of the subvectors of tokens 2c, 2c + 1, 2c + 8 and 2c + 9. Interleaved
+// by bytes, words of two tokens are fragments of V^T, whose product with weights gives the output. With four copies
+// every lane has a bank of its own.
+//
+// Where sums of keys are asked for, words of keys, transposed as 8 x 8 blocks of byte pairs, are fragments of K^T.
 //
 // Given by the compiler's command line: HEAD_DIM (D), DIM (d), ROWS (query rows of a KV head, padded to 4, 8 or 16),
-// WARPS, COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and PAGED.
+// WARPS, KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and
+// PAGED.
 
 #include <warp.cuh>
 
@@ -20,84 +27,148 @@
 #define TILE 16
 #define HALF (HEAD_DIM / 2)
 #define THREADS (32 * WARPS)
-#define W (HEAD_DIM / DIM / 8)
-#define PAIRS (DIM / 2)
-#define STEPS (W * PAIRS)            // products of depth 16 that a score takes
-#define BLOCKS ((ROWS + 7) / 8)      // of 8 query rows
+#define QUARTER (HEAD_DIM / DIM / 4)  // subvectors of keys that a lane looks up of a token
+#define EIGHTH (HEAD_DIM / DIM / 8)   // and of values
+#define WORDS (DIM / 4)               // of four channels in a codeword
+#define STEPS (HEAD_DIM / 16)         // products of depth 16 that a score takes, each of a word of keys
+#define BLOCKS ((ROWS + 7) / 8)       // of 8 query rows
 #define COLUMNS (8 * BLOCKS)
-#define STRIDE (WARPS / 4)           // pages that the warps read at a time
-#define CHUNK (64 / ROWS / STRIDE * STRIDE)  // pages whose turned queries are made at a time
+#define STRIDE (WARPS / 4)            // pages that the warps read at a time
 #define NOTHING (-3e38f)
-#define ROOM 8.0f                    // weights may grow to 2^8 before sums are scaled down
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
+#define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
-#define ENTRIES (8 * COPIES * DIM)                 // bytes of one code: all copies of eight subvectors' entries
-#define ROW (ENTRIES < 128 ? ENTRIES : 128)       // of them side by side; the rest are in tables of their own
-#define TABLE_BYTES (W * 256 * ENTRIES)
+// A code's entries of keys, of the four lanes c in each copy: [QUARTER, 256, KEY_COPIES, 4, d] bytes.
+#define KEY_ROW (KEY_COPIES * 4 * DIM)
+#define KEY_BYTES (QUARTER * 256 * KEY_ROW)
+// And of values, of a warp's lanes: [EIGHTH, d / 4, 256, 32, 4] bytes at d = 4, [EIGHTH, 2, 256, 16, 8] at d = 8.
+#define VALUE_ROW 128
+#define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
 
-#if W == 4
-typedef u32 Codes;
-#elif W == 2
-typedef u16 Codes;
-#else
-typedef u8 Codes;
+#if ROPE
+#define CHUNK (32 / ROWS / STRIDE * STRIDE)  // pages whose turned queries are made between two barriers
+#define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
+#define OWN_ITEMS ((STRIDE * ITEMS + THREADS - 1) / THREADS)
 #endif
 
-// Four tokens' codes of one lane.
-struct Read {
+#if QUARTER == 8
+typedef uint2 KeyCodes;
+#elif QUARTER == 4
+typedef u32 KeyCodes;
+#else
+typedef u16 KeyCodes;
+#endif
+#if EIGHTH == 4
+typedef u32 ValueCodes;
+#elif EIGHTH == 2
+typedef u16 ValueCodes;
+#else
+typedef u8 ValueCodes;
+#endif
+
+// One lane's codes of tokens g and g + 8.
+struct KeyRead {
+    u32 token[2][(QUARTER + 3) / 4];
+};
+// And of tokens 2c, 2c + 1, 2c + 8 and 2c + 9.
+struct ValueRead {
     u32 token[4];
 };
 
-// The same four tokens of dimension i of the u-th subvector, as a column of V^T: tokens 2c and 2c + 1, then 2c + 8 and
+// Words of keys, of the first token and of the second.
+struct Keys {
+    u32 of[STEPS][2];
+};
+// The four tokens of dimension i of the u-th subvector, as a column of V^T: tokens 2c and 2c + 1, then 2c + 8 and
 // 2c + 9.
 struct Columns {
-    u32 of[W][DIM][2];
+    u32 of[STEPS][2][2];
 };
 
-// Where the g-th subvector's entries begin, from a table's start.
-DEVICE int entry_of(int g, int copy) {
-    const int byte = (g * COPIES + copy) * DIM;
-    return byte / ROW * (ROW * 256) + byte % ROW;
-}
-
-// A table [W, 256, 8, d] of fp8, spread over the banks.
-DEVICE void spread(u8 *table, const u8 *from) {
-    for (int entry = thread_index(); entry < W * 256 * 8; entry += THREADS) {
-        const int g = entry & 7, code = entry >> 3 & 255, u = entry >> 11;
-        for (int copy = 0; copy < COPIES; copy++) {
-            u8 *to = table + u * (256 * ENTRIES) + entry_of(g, copy) + code * ROW;
-#if DIM == 4
-            *(u32 *)to = ((const u32 *)from)[entry];
-#else
-            *(uint2 *)to = ((const uint2 *)from)[entry];
-#endif
+// A table [QUARTER, 256, 4, d] of fp8, each code's 4 d bytes copied.
+DEVICE void spread_keys(u8 *table, const u8 *from) {
+    constexpr int PARTS = KEY_COPIES * WORDS;  // of 16 bytes
+#pragma unroll 4
+    for (int entry = thread_index(); entry < QUARTER * 256; entry += THREADS) {
+        uint4 part[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) part[i] = ((const uint4 *)from)[entry * WORDS + i];
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            const int place = (i + entry * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
+            ((uint4 *)table)[entry * PARTS + place] = part[WORDS == 2 ? place % 2 : 0];
         }
     }
 }
 
-// `from` is of the lane's first token.
-DEVICE Read read_codes(const u8 *from, int stride) {
-    Read codes;
+// A table [EIGHTH, 256, 8, d] of fp8, four copies of every entry.
+DEVICE void spread_values(u8 *table, const u8 *from) {
+#pragma unroll 4
+    for (int entry = thread_index(); entry < EIGHTH * 256 * 8; entry += THREADS) {
+#if DIM == 4
+        const u32 word = ((const u32 *)from)[entry];
+        ((uint4 *)table)[entry] = make_uint4(word, word, word, word);
+#else
+        const uint2 words = ((const uint2 *)from)[entry];
+        const int g = entry & 7, code = entry >> 3 & 255, u = entry >> 11;
+        uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * VALUE_ROW + g % 4 * 32);
+        // Lanes of either half of g write to other banks.
+        to[g / 4] = to[1 - g / 4] = make_uint4(words.x, words.y, words.x, words.y);
+#endif
+    }
+}
+
+DEVICE KeyRead read_keys(const u8 *from) {
+    KeyRead codes;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-        codes.token[j] = read_once((const Codes *)(from + ((j & 1) + (j >> 1) * 8) * stride));
+    for (int j = 0; j < 2; j++) {
+        const KeyCodes word = read_once((const KeyCodes *)(from + j * 8 * KEY_TOKEN));
+#if QUARTER == 8
+        codes.token[j][0] = word.x, codes.token[j][1] = word.y;
+#else
+        codes.token[j][0] = word;
+#endif
+    }
     return codes;
 }
 
-// Codewords of a tile. Interleaving bytes of two tokens before they become fp16 makes columns of rows.
-DEVICE Columns look_up(Read codes, u32 entry) {
+DEVICE ValueRead read_values(const u8 *from) {
+    ValueRead codes;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        codes.token[j] = read_once((const ValueCodes *)(from + ((j & 1) + (j >> 1) * 8) * VALUE_TOKEN));
+    return codes;
+}
+
+DEVICE Keys look_up_keys(KeyRead codes, u32 entry) {
+    Keys keys;
+#pragma unroll
+    for (int s = 0; s < QUARTER; s++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const u32 address = add_scaled_byte(entry, codes.token[j][s / 4], s % 4, KEY_ROW);
+#if DIM == 4
+            keys.of[s][j] = load_word(address, s * (256 * KEY_ROW));
+#else
+            const uint2 words = load_words(address, s * (256 * KEY_ROW));
+            keys.of[2 * s][j] = words.x, keys.of[2 * s + 1][j] = words.y;
+#endif
+        }
+    return keys;
+}
+
+// Interleaving bytes of two tokens before they become fp16 makes columns of rows.
+DEVICE Columns look_up_values(ValueRead codes, u32 entry) {
     Columns columns;
 #pragma unroll
-    for (int u = 0; u < W; u++) {
+    for (int u = 0; u < EIGHTH; u++) {
         uint2 word[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const u32 address = add_scaled_byte(entry, codes.token[j], u, ROW);
+            const u32 address = add_scaled_byte(entry, codes.token[j], u, VALUE_ROW);
 #if DIM == 4
-            word[j].x = load_word(address, u * (256 * ENTRIES));
+            word[j].x = load_word(address, u * (256 * VALUE_ROW));
 #else
-            word[j] = load_words(address, u * (256 * ENTRIES));
+            word[j] = load_words(address, u * (512 * VALUE_ROW));
 #endif
         }
 #pragma unroll
@@ -105,17 +176,34 @@ DEVICE Columns look_up(Read codes, u32 entry) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 const u32 a = i < 4 ? word[2 * k].x : word[2 * k].y, b = i < 4 ? word[2 * k + 1].x : word[2 * k + 1].y;
-                columns.of[u][i][k] = halves_of_e4m3(interleave(a, b, i & 2), i & 1);
+                columns.of[(u * DIM + i) / 2][i % 2][k] = halves_of_e4m3(interleave(a, b, i & 2), i & 1);
             }
     }
     return columns;
 }
 
+#if KEY_SUMS
+// Of words whose byte pairs are channels of K, columns of K^T: either byte of the pair that the lane's g names.
+DEVICE Columns columns_of(const Keys &keys) {
+    Columns columns;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const u32 pairs = transposed(keys.of[step][k]);  // of tokens 2c and 2c + 1
+            const u32 bytes = interleave_halves(pairs);
+#pragma unroll
+            for (int i = 0; i < 2; i++) columns.of[step][i][k] = halves_of_e4m3(bytes, i);
+        }
+    return columns;
+}
+#endif
+
 // sums[D, rows] += columns weights.
 DEVICE void add_up(float sums[STEPS][BLOCKS][4], const Columns &columns, const u32 weights[BLOCKS][2]) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        const u32(*column)[2] = &columns.of[step / PAIRS][step % PAIRS * 2];
+        const u32(*column)[2] = columns.of[step];
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
             multiply(sums[step][block], column[0][0], column[1][0], column[0][1], column[1][1], weights[block][0],
@@ -123,43 +211,64 @@ DEVICE void add_up(float sums[STEPS][BLOCKS][4], const Columns &columns, const u
     }
 }
 
-// Which pair of a head's coded order is the first or second of a lane's two in a step.
-DEVICE int pair_of(int step, int lane, int second) {
-    return (W * (2 * (lane & 3) + second) + step / PAIRS) * PAIRS + step % PAIRS;
+// The first of the two pairs, in a head's coded order, of lane c's word in a step.
+DEVICE int pair_of(int step, int c) { return c * (HALF / 4) + 2 * step; }
+
+// Two pairs of a query [D] as a fragment: their even channels, then their odd ones.
+DEVICE uint2 fragment(float4 query) { return make_uint2(halves(query.x, query.z), halves(query.y, query.w)); }
+
+#if ROPE
+// Turned back by a page's start.
+DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
+    float4 turned;
+    turned.x = query.x * first.x + query.y * first.y, turned.y = query.y * first.x - query.x * first.y;
+    turned.z = query.z * second.x + query.w * second.y, turned.w = query.w * second.x - query.z * second.y;
+    return turned;
 }
 
-// Queries [ROWS, D] as fragments of a step: even channels of two pairs, then odd ones, turned back by a page's start.
-DEVICE uint2 query_fragment(const float *query, const float *turns, const int *pairs, int step, int lane) {
-    float even[2], odd[2];
+// What a thread turns of queries [ROWS, D], once for STRIDE pages: fragments [STRIDE, STEPS, ROWS, 4].
+struct Turning {
+    float4 query[OWN_ITEMS];
+    const float2 *first[OWN_ITEMS], *second[OWN_ITEMS];
+    float2 turns[OWN_ITEMS][2];
+
+    DEVICE void begin(const float *queries, const float *page_turns, const int *pairs) {
 #pragma unroll
-    for (int second = 0; second < 2; second++) {
-        const int pair = pair_of(step, lane, second);
-        const float x = query[2 * pair], y = query[2 * pair + 1];
-        even[second] = x, odd[second] = y;
-#if ROPE
-        const float cosine = turns[2 * pairs[pair]], sine = turns[2 * pairs[pair] + 1];
-        even[second] = x * cosine + y * sine, odd[second] = y * cosine - x * sine;
-#endif
+        for (int own = 0; own < OWN_ITEMS; own++) {
+            const int item = thread_index() + own * THREADS;
+            const int c = item & 3, row = item / 4 % ROWS, step = item / (4 * ROWS) % STEPS, pair = pair_of(step, c);
+            query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair);
+            const float2 *page = (const float2 *)page_turns + (i64)(item / ITEMS) * HALF;
+            first[own] = page + pairs[pair], second[own] = page + pairs[pair + 1];
+        }
     }
-    uint2 both;
-    both.x = halves(even[0], even[1]), both.y = halves(odd[0], odd[1]);
-    return both;
-}
+    DEVICE bool has(int own, int page, int end) const {
+        const int item = thread_index() + own * THREADS;
+        return item < STRIDE * ITEMS && page + item / ITEMS < end;
+    }
+    // Of the pages from `page` on.
+    DEVICE void read(int page, int end) {
+#pragma unroll
+        for (int own = 0; own < OWN_ITEMS; own++)
+            if (has(own, page, end))
+                turns[own][0] = first[own][(i64)page * HALF], turns[own][1] = second[own][(i64)page * HALF];
+    }
+    DEVICE void write(uint2 *fragments, int page, int end) const {
+#pragma unroll
+        for (int own = 0; own < OWN_ITEMS; own++)
+            if (has(own, page, end))
+                fragments[thread_index() + own * THREADS] = fragment(turned_back(query[own], turns[own][0], turns[own][1]));
+    }
+};
+#endif
 
-#if ROPE
-// Of all pages of a chunk, by all threads: [CHUNK, STEPS, ROWS, 4].
-DEVICE void turn_queries(uint2 *fragments, const float *query, const float *turns, const int *pairs, int page, int end) {
-    for (int item = thread_index(); item < CHUNK * STEPS * ROWS * 4; item += THREADS) {
-        const int c = item & 3, row = item / 4 % ROWS, step = item / (4 * ROWS) % STEPS;
-        const int at = page + item / (4 * ROWS * STEPS);
-        if (at < end) fragments[item] = query_fragment(query + row * HEAD_DIM, turns + (i64)at * HEAD_DIM, pairs, step, c);
-    }
-}
-#endif
+// The channel of a lane's i-th sum in a step.
+DEVICE int value_channel(int step, int g, int i) { return g * (HEAD_DIM / 8) + step * 2 + i; }
+DEVICE int key_channel(int step, int g, int i) { return 2 * (pair_of(step, g / 2) + i) + g % 2; }
 
 // Rows of D: sums of all warps, each scaled by its own factor of a row. `room` is for WARPS D COLUMNS floats.
 DEVICE void write_rows(float *to, float *room, const float *factors, float sums[STEPS][BLOCKS][4], int rows, int warp,
-                       int lane) {
+                       int lane, int (*channel)(int, int, int)) {
     barrier();
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
@@ -167,14 +276,16 @@ DEVICE void write_rows(float *to, float *room, const float *factors, float sums[
         for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int channel = (W * (lane >> 2) + step / PAIRS) * DIM + step % PAIRS * 2 + (i >> 1);
                 const int row = block * 8 + 2 * (lane & 3) + (i & 1);
-                room[(warp * COLUMNS + row) * HEAD_DIM + channel] = sums[step][block][i] * factors[warp * COLUMNS + row];
+                if (row < ROWS)
+                    room[(warp * ROWS + row) * HEAD_DIM + channel(step, lane >> 2, i >> 1)] =
+                        sums[step][block][i] * factors[warp * COLUMNS + row];
             }
     barrier();
     for (int place = thread_index(); place < rows * HEAD_DIM; place += THREADS) {
         float total = 0;
-        for (int other = 0; other < WARPS; other++) total += room[other * COLUMNS * HEAD_DIM + place];
+#pragma unroll
+        for (int other = 0; other < WARPS; other++) total += room[other * ROWS * HEAD_DIM + place];
         to[place] = total;
     }
 }
@@ -186,51 +297,72 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
        i64 key_row, i64 key_head, i64 value_row, i64 value_head, i64 pages_row,
        i64 turns_row, int batches, int heads, int rows, int splits) {
     SHARED(shared);
-    u8 *const keys_at = shared, *const values_at = keys_at + TABLE_BYTES;
-    float *const queries = (float *)(values_at + TABLE_BYTES);  // [ROWS, D]
-    float *const maxima = queries + ROWS * HEAD_DIM;                    // [WARPS, COLUMNS], and behind it as many weights
-    uint2 *const fragments = (uint2 *)(maxima + 2 * WARPS * COLUMNS);   // two chunks' turned queries
+    u8 *const keys_at = shared, *const values_at = keys_at + KEY_BYTES;
+    float *const queries = (float *)(values_at + VALUE_BYTES);  // [ROWS, D]
+    float *const maxima = queries + ROWS * HEAD_DIM;            // [WARPS, COLUMNS], and behind it as many weights
 
     const int warp = thread_index() / 32, lane = thread_index() % 32, tile = warp % 4 * TILE;
     const int split = block_index() % splits, head = block_index() / splits % heads;
     const i64 batch = block_index() / splits / heads;
+    let_later_begin();
+    // Nobody writes tables any more.
+    spread_keys(keys_at, key_table + (i64)head * (HEAD_DIM * 256));
+    wait_for_earlier();
     const int begin = start[batch], end = stop[batch];
+    spread_values(values_at, value_table + (i64)head * (HEAD_DIM * 256));
     const int first = begin / PAGE, count = end > begin ? (end + PAGE - 1) / PAGE - first : 0;
     const int share = (count + splits - 1) / splits, low = first + split * share;
     const int high = low + share < first + count ? low + share : first + count;
 
-    spread(keys_at, key_table + (i64)head * (HEAD_DIM * 256));
-    spread(values_at, value_table + (i64)head * (HEAD_DIM * 256));
     query += (batch * heads + head) * rows * HEAD_DIM;
     for (int at = thread_index(); at < ROWS * HEAD_DIM; at += THREADS)
         queries[at] = at < rows * HEAD_DIM ? query[at] * LOG2_E : 0;
+    const int g = lane >> 2, c = lane & 3;
     key_codes += head * key_head + (PAGED ? 0 : batch * key_row);
     value_codes += head * value_head + (PAGED ? 0 : batch * value_row);
     pages += batch * pages_row, page_turns += batch * turns_row, pairs += head * HALF;
+    key_codes += (tile + g) * KEY_TOKEN + c * QUARTER;
+    value_codes += (tile + 2 * c) * VALUE_TOKEN + g * EIGHTH;
+    KeyRead key_read;
+    ValueRead value_read;
+#define READ_PAGE(page)                                                                           \
+    do {                                                                                          \
+        const i64 at = PAGED ? pages[page] : page;                                                \
+        key_read = read_keys(key_codes + at * (PAGED ? key_row : PAGE * KEY_TOKEN));              \
+        value_read = read_values(value_codes + at * (PAGED ? value_row : PAGE * VALUE_TOKEN));    \
+    } while (0)
+    if (low + warp / 4 < high) READ_PAGE(low + warp / 4);
     barrier();
 
-    const int lane_entry = entry_of(lane >> 2, (lane & 3) % COPIES);
-    const u32 key_entry = address_of(keys_at) + lane_entry, value_entry = address_of(values_at) + lane_entry;
+    const u32 key_entry = address_of(keys_at) + (g % KEY_COPIES * 4 + c) * DIM;
+    const u32 value_entry = address_of(values_at) + (DIM == 4 ? lane * 4 : g / 4 * (256 * VALUE_ROW) + lane % 16 * 8);
     const float scale = key_scale[head];
-    const bool has_row = (lane >> 2) < ROWS;
+    const int lane_row = g % ROWS;  // where there are four, columns beside them are the same again, and not written
 #if ROPE
-    u32 cosine[STEPS][2], sine[STEPS][2];  // of tokens g and g + 8 of the tile
+    uint2 *const fragments = (uint2 *)(maxima + 2 * WARPS * COLUMNS);  // [2 CHUNK, STEPS, ROWS, 4]
+    u32 cosine[STEPS][2], sine[STEPS][2];                              // of tokens g and g + 8 of the tile
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const float *turn = offset_turns + (tile + (lane >> 2) + 8 * k) * HEAD_DIM;
-            const int a = 2 * pairs[pair_of(step, lane, 0)], b = 2 * pairs[pair_of(step, lane, 1)];
-            cosine[step][k] = halves(turn[a], turn[b]), sine[step][k] = halves(turn[a + 1], turn[b + 1]);
+            const float *turn = offset_turns + (tile + g + 8 * k) * HEAD_DIM;
+            const int first = 2 * pairs[pair_of(step, c)], second = 2 * pairs[pair_of(step, c) + 1];
+            cosine[step][k] = halves(turn[first], turn[second]), sine[step][k] = halves(turn[first + 1], turn[second + 1]);
         }
+    Turning turning;
+    turning.begin(queries, page_turns, pairs);
+    for (int ahead = 0; ahead < CHUNK; ahead += STRIDE) {
+        turning.read(low + ahead, high);
+        turning.write(fragments + ahead * ITEMS, low + ahead, high);
+    }
+    int turned = 0;  // place of the pages at hand among the fragments
 #else
     uint2 q[STEPS][BLOCKS];
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
-            q[step][block] = has_row ? query_fragment(queries + (block * 8 + (lane >> 2)) * HEAD_DIM, 0, 0, step, lane)
-                                     : make_uint2(0, 0);
+            q[step][block] = fragment(*(const float4 *)(queries + (block * 8 + lane_row) * HEAD_DIM + 2 * pair_of(step, c)));
 #endif
 
     float sums[STEPS][BLOCKS][4] = {};
@@ -241,44 +373,25 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = NOTHING;
 
-    const int lane_token = tile + 2 * (lane & 3);
-    key_codes += lane_token * KEY_TOKEN + (lane >> 2) * W;
-    value_codes += lane_token * VALUE_TOKEN + (lane >> 2) * W;
-    Read key_read, value_read;
-    int page = low + warp / 4;
-#define READ_PAGE()                                                                                 \
-    do {                                                                                            \
-        const i64 at = PAGED ? pages[page] : page;                                                  \
-        key_read = read_codes(key_codes + at * (PAGED ? key_row : PAGE * KEY_TOKEN), KEY_TOKEN);           \
-        value_read = read_codes(value_codes + at * (PAGED ? value_row : PAGE * VALUE_TOKEN), VALUE_TOKEN); \
-    } while (0)
-    if (page < high) READ_PAGE();
+    for (int first_page = low; first_page < high; first_page += STRIDE) {
+        const int page = first_page + warp / 4;
 #if ROPE
-    turn_queries(fragments, queries, page_turns, pairs, low, high);
+        if (turned % CHUNK == 0) barrier();
+        turning.read(first_page + CHUNK, high);
 #endif
-
-    for (int chunk = low, turn = 0; chunk < high; chunk += CHUNK, turn ^= 1) {
-#if ROPE
-        barrier();
-        turn_queries(fragments + (turn ^ 1) * (CHUNK * STEPS * ROWS * 4), queries, page_turns, pairs, chunk + CHUNK, high);
-        const u32 turned = address_of(fragments + turn * (CHUNK * STEPS * ROWS * 4) + lane);
-#endif
-        const int until = chunk + CHUNK < high ? chunk + CHUNK : high;
-        while (page < until) {
-            const int slot = page * PAGE + tile, here = page - chunk;
-            const Columns keys = look_up(key_read, key_entry);
-            const Read values_read = value_read;
-            page += STRIDE;
-            if (page < high) READ_PAGE();
+        if (page < high) {
+            const int slot = page * PAGE + tile;
+            const Keys keys = look_up_keys(key_read, key_entry);
+            const ValueRead values_read = value_read;
+            if (page + STRIDE < high) READ_PAGE(page + STRIDE);
 
             float score[BLOCKS][4] = {};
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                const u32(*column)[2] = &keys.of[step / PAIRS][step % PAIRS * 2];
-                u32 x[2], y[2];
+                u32 x[2], y[2];  // even channels and odd ones
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    const u32 even = transposed(column[0][k]), odd = transposed(column[1][k]);
+                    const u32 even = halves_of_e4m3(keys.of[step][k], false), odd = halves_of_e4m3(keys.of[step][k], true);
 #if ROPE
                     x[k] = product_minus(even, cosine[step][k], product(odd, sine[step][k]));
                     y[k] = product_plus(odd, cosine[step][k], product(even, sine[step][k]));
@@ -289,8 +402,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++) {
 #if ROPE
-                    uint2 b = make_uint2(0, 0);
-                    if (has_row) b = load_words(turned + here * (STEPS * ROWS * 32), (step * ROWS + block * 8) * 32);
+                    const uint2 b = fragments[(turned + warp / 4) * ITEMS + (step * ROWS + block * 8 + lane_row) * 4 + c];
 #else
                     const uint2 b = q[step][block];
 #endif
@@ -302,7 +414,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
             if (SELDOM(slot < begin || slot + TILE > end)) {
 #pragma unroll
                 for (int i = 0; i < 4 * BLOCKS; i++) {
-                    const int token = slot + (lane >> 2) + (i & 2 ? 8 : 0);
+                    const int token = slot + g + (i & 2 ? 8 : 0);
                     if (token < begin || token >= end) score[i / 4][i % 4] = -INFINITY;
                 }
             }
@@ -341,10 +453,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                     weights[block][k] = transposed(halves(p, r));
                 }
 #if KEY_SUMS
-            add_up(key_sums, keys, weights);
+            add_up(key_sums, columns_of(keys), weights);
 #endif
-            add_up(sums, look_up(values_read, value_entry), weights);
+            add_up(sums, look_up_values(values_read, value_entry), weights);
         }
+#if ROPE
+        const int ahead = turned < CHUNK ? turned + CHUNK : turned - CHUNK;
+        turning.write(fragments + ahead * ITEMS, first_page + CHUNK, high);
+        turned = turned + STRIDE < 2 * CHUNK ? turned + STRIDE : 0;
+#endif
     }
 
     // Of all warps: the highest top, and what each one's sums count in units of it.
@@ -353,7 +470,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         float all = weight[i / 2][i % 2];
 #pragma unroll
         for (int distance = 4; distance < 32; distance *= 2) all += from_lane(all, distance);
-        const int place = warp * COLUMNS + i / 2 * 8 + 2 * (lane & 3) + i % 2;
+        const int place = warp * COLUMNS + i / 2 * 8 + 2 * c + i % 2;
         if (lane < 4) maxima[place] = top[i / 2][i % 2], maxima[WARPS * COLUMNS + place] = all;
     }
     barrier();
@@ -378,8 +495,8 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         key_sums[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] *= scale;
 #endif
     }
-    write_rows(output + place * HEAD_DIM, (float *)shared, factors, sums, rows, warp, lane);
+    write_rows(output + place * HEAD_DIM, (float *)shared, factors, sums, rows, warp, lane, value_channel);
 #if KEY_SUMS
-    write_rows(key_mean + place * HEAD_DIM, (float *)shared, factors, key_sums, rows, warp, lane);
+    write_rows(key_mean + place * HEAD_DIM, (float *)shared, factors, key_sums, rows, warp, lane, key_channel);
 #endif
 }

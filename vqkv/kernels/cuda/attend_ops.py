@@ -12,16 +12,14 @@ from torch.nn.functional import pad
 from vqkv.kernels.attend.codes import Coded, Plane, Turns
 from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.cuda import build
-from vqkv.kernels.cuda.configs import MOST_ROWS, AttendVariant
-from vqkv.kernels.cuda.tables import table
+from vqkv.kernels.cuda.configs import MOST_ROWS, AttendVariant, MergeVariant, Variant
+from vqkv.kernels.cuda.tables import key_table, value_table
 from vqkv.kernels.gpu.configs import split_count
 from vqkv.layouts import PAGE_TOKENS
 
 Argument = Tensor | ctypes.c_int | ctypes.c_longlong
 #: Runs a variant on so many blocks.
-Launch = Callable[[AttendVariant, int, Sequence[Argument]], None]
-#: Of splits `[splits, ...]`, the whole.
-Merge = Callable[[Tensor, Tensor, Tensor], Found]
+Launch = Callable[[Variant, int, Sequence[Argument]], None]
 
 
 @torch.library.custom_op("vqkv::attend_codes_cuda", mutates_args=(), device_types="cuda")
@@ -40,7 +38,6 @@ def attend_codes(
     key_sums: bool,
 ) -> Found:
     """Output, log-sum-exp and key means (empty unless asked for) of `attend.codes.Coded`."""
-    from vqkv.kernels.gpu.attend_ops import merge
     from vqkv.kernels.gpu.tensors import multiprocessors
 
     turns = None
@@ -52,19 +49,20 @@ def attend_codes(
     programs = query.shape[0] * key_books.shape[0]
     # A block has a multiprocessor's shared memory for itself.
     splits = split_count(programs, count, multiprocessors(query.device), resident=1)
-    return attend(query, coded, splits, on_gpu, merge)
+    return attend(query, coded, splits, on_gpu)
 
 
 attend_codes.register_fake(fake)
 
 
-def attend(query: Tensor, coded: Coded, splits: int, launch: Launch, merge: Merge) -> Found:
+def attend(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     """Of queries `[B, Q, t, D]`; a launch for every 16 query rows of a KV head."""
-    keys, values = (Plane(_readable(codes), books) for codes, books in (coded.keys, coded.values))
+    keys = coded.keys._replace(codes=_readable(coded.keys.codes, of_lanes=4))
+    values = coded.values._replace(codes=_readable(coded.values.codes, of_lanes=8))
     coded = coded._replace(keys=keys, values=values)
     by_head = query.float().unflatten(1, (keys.codewords.shape[0], -1)).flatten(2, 3)
     found = [
-        merge(*_parts(rows.contiguous(), coded, splits, launch))
+        _merged(_parts(rows.contiguous(), coded, splits, launch), launch)
         for rows in by_head.split(MOST_ROWS, dim=2)
     ]
     outputs, lses, means = zip(*found, strict=True)
@@ -104,9 +102,9 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     arguments: list[Argument] = [
         query,
         keys,
-        *table(coded.keys.codewords),
+        *key_table(coded.keys.codewords),
         values,
-        *table(coded.values.codewords),
+        *value_table(coded.values.codewords),
         coded.start.contiguous(),
         coded.stop.contiguous(),
         pages,
@@ -129,9 +127,25 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     return output, lse, means
 
 
-def _readable(codes: Tensor) -> Tensor:
-    """As they are where a lane's codes of a token are a word and pages are whole, else a copy."""
-    width = codes.shape[3] // 8
+def _merged(parts: Found, launch: Launch) -> Found:
+    """Of splits `[splits, B, H, rows, ..]`, the whole."""
+    outputs, lses, means = parts
+    splits, *_, head_dim = outputs.shape
+    if splits == 1:
+        return outputs[0], lses[0], means[0]
+    output, lse, mean = (torch.empty_like(part[0]) for part in parts)
+    arguments: list[Argument] = [outputs, lses, means, output, lse, mean]
+    arguments += map(ctypes.c_int, (lse.numel(), splits))
+    launch(MergeVariant(head_dim, key_sums=mean.numel() > 0), lse.numel(), arguments)
+    return output, lse, mean
+
+
+def _readable(codes: Tensor, of_lanes: int) -> Tensor:
+    """Codes of a token that so many lanes share, a word each.
+
+    As they are where words are aligned and pages whole, else a copy.
+    """
+    width = codes.shape[3] // of_lanes
     missing = -codes.shape[2] % PAGE_TOKENS
     if not missing and all(n % width == 0 for n in (codes.data_ptr(), *codes.stride()[:3])):
         return codes
@@ -145,13 +159,13 @@ def pointers(arguments: Sequence[Argument]) -> tuple[ctypes.Array[ctypes.c_void_
     return (ctypes.c_void_p * len(values))(*addresses), list(values)
 
 
-def on_gpu(variant: AttendVariant, blocks: int, arguments: Sequence[Argument]) -> None:
+def on_gpu(variant: Variant, blocks: int, arguments: Sequence[Argument]) -> None:
     """Launch on the current stream of the queries' GPU."""
     query = arguments[0]
     assert isinstance(query, Tensor)
     shared = variant.shared_bytes
     array, _held = pointers(arguments)
     with torch.cuda.device(query.device):
-        kernel = build.function("attend.cu", "attend", variant.macros(), query.device, shared)
+        kernel = build.function(variant.name, variant.macros(), query.device, shared)
         stream = torch.cuda.current_stream().cuda_stream
         build.launch(kernel, blocks, variant.threads, shared, ctypes.addressof(array), stream)

@@ -41,13 +41,11 @@ def compiled(name: str, macros: tuple[tuple[str, int], ...], capability: int) ->
 
 @cache
 def function(
-    source: str,
-    name: str,
-    macros: tuple[tuple[str, int], ...],
-    device: torch.device,
-    shared_bytes: int,
+    name: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int
 ) -> Any:
     """A kernel on a GPU, the current one, allowed so much shared memory; compiled once.
+
+    Its source has its name.
 
     Raises:
         KernelError: it does not compile, or the driver does not take it.
@@ -55,8 +53,8 @@ def function(
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    error, module = driver.cuModuleLoadData(compiled(source, macros, 10 * major + minor))
-    _check(error, f"load {source}")
+    error, module = driver.cuModuleLoadData(compiled(f"{name}.cu", macros, 10 * major + minor))
+    _check(error, f"load {name}")
     error, kernel = driver.cuModuleGetFunction(module, name.encode())
     _check(error, f"find {name}")
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -70,14 +68,22 @@ def launch(
 ) -> None:
     """Start it; `arguments` is the address of an array of pointers to them.
 
+    It may begin while the kernel before it in the stream still runs, see `warp.cuh`.
+
     Raises:
         KernelError: the driver refuses.
     """
     from cuda.bindings import driver
 
-    (error,) = driver.cuLaunchKernel(
-        kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, 0
-    )
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [early], 1
+    (error,) = driver.cuLaunchKernelEx(config, kernel, arguments, 0)
     _check(error, "launch")
 
 

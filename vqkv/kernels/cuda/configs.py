@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqkv.kernels.gpu.configs import MOST_SPLITS
 from vqkv.layouts import Layout
 
 #: Head dims and channels of a codeword whose subvectors come in eighths of 1, 2 or 4.
@@ -12,9 +13,8 @@ HEAD_DIMS, DIMS = (64, 128), (4, 8)
 CODEWORDS = 256
 #: Query rows that a launch reads codes for; more need another.
 MOST_ROWS = 16
-#: Of every entry in shared memory. With two, look-ups of 32 lanes take two wavefronts at d = 4 and
-#: four at d = 8, whatever the codes; four copies do not fit at D = 128.
-COPIES = 2
+#: Of every entry of values: each lane of a warp has a bank of its own.
+VALUE_COPIES = 4
 #: The first GPU whose blocks may have so much shared memory; consumer GPUs after it have less.
 HOPPER, MOST_SHARED_BYTES = 90, 227 * 1024
 
@@ -36,9 +36,19 @@ class AttendVariant:
     paged: bool = False
 
     @property
+    def name(self) -> str:
+        """Of the kernel and of its source."""
+        return "attend"
+
+    @property
     def padded_rows(self) -> int:
         """4, 8 or 16."""
         return max(4, 1 << (self.rows - 1).bit_length())
+
+    @property
+    def key_copies(self) -> int:
+        """Of every entry of keys: the more, the fewer lanes meet in a bank."""
+        return 4 if self.head_dim <= 64 else 2
 
     @property
     def warps(self) -> int:
@@ -55,11 +65,11 @@ class AttendVariant:
     @property
     def shared_bytes(self) -> int:
         """Tables of both streams, queries, what warps found, and two chunks of turned queries."""
-        tables = 2 * COPIES * CODEWORDS * self.head_dim
+        tables = (self.key_copies + VALUE_COPIES) * CODEWORDS * self.head_dim
         columns = max(8, self.padded_rows)
         small = 4 * self.padded_rows * self.head_dim + 8 * self.warps * columns
         pages = self.warps // 4
-        chunk = 64 // self.padded_rows // pages * pages
+        chunk = 32 // self.padded_rows // pages * pages
         turned = 4 * chunk * self.padded_rows * self.head_dim if self.rope else 0
         return tables + small + turned
 
@@ -70,7 +80,7 @@ class AttendVariant:
             "DIM": self.dim,
             "ROWS": self.padded_rows,
             "WARPS": self.warps,
-            "COPIES": COPIES,
+            "KEY_COPIES": self.key_copies,
             "KEY_TOKEN": self.key_token,
             "VALUE_TOKEN": self.value_token,
             "ROPE": self.rope,
@@ -78,6 +88,36 @@ class AttendVariant:
             "PAGED": self.paged,
         }
         return tuple(values.items())
+
+
+@dataclass(frozen=True)
+class MergeVariant:
+    """One compiled variant of `merge.cu`."""
+
+    head_dim: int
+    key_sums: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the kernel and of its source."""
+        return "merge"
+
+    @property
+    def threads(self) -> int:
+        """One for each channel."""
+        return self.head_dim
+
+    @property
+    def shared_bytes(self) -> int:
+        """A weight for each split."""
+        return 4 * MOST_SPLITS
+
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        """What the source is compiled with."""
+        return (("HEAD_DIM", self.head_dim), ("KEY_SUMS", self.key_sums))
+
+
+Variant = AttendVariant | MergeVariant
 
 
 def odd_shape(layout: Layout) -> str | None:

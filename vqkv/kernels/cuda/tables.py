@@ -20,7 +20,9 @@ class Table(NamedTuple):
     """Codewords of a layer's stream are about `entries * scale`.
 
     Attributes:
-        entries: `[H, M / 8, 256, 8, d]` (uint8, bits of e4m3): the u-th subvectors of eighths.
+        entries: `[H, M / n, 256, n, d]` (uint8, bits of e4m3): the s-th subvectors of `n` parts,
+            quarters of keys and eighths of values. Of keys, the even channels of two pairs stand
+            before the odd ones.
         scale: `[H]` (fp32), powers of two.
     """
 
@@ -28,39 +30,64 @@ class Table(NamedTuple):
     scale: Tensor
 
 
-#: Codewords, the version of them that was converted, and the result.
-_tables: MutableMapping[Tensor, tuple[int, Table]] = WeakTensorKeyDictionary()
+class _Tables(NamedTuple):
+    """Of codewords of one version, however they are read."""
+
+    version: int
+    keys: Table
+    values: Table
 
 
-def table(codewords: Tensor) -> Table:
+_held: MutableMapping[Tensor, _Tables] = WeakTensorKeyDictionary()
+
+
+def key_table(codewords: Tensor) -> Table:
     """Of codewords `[H, M, 1, K, d]`; converted once for each tensor, not each call.
 
     Raises:
         KernelError: they would be converted while a CUDA graph is captured.
     """
-    version = 0 if codewords.is_inference() else codewords._version  # inference has none
-    held = _tables.get(codewords)
-    if held is None or held[0] != version:
-        if codewords.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise KernelError("codebooks are converted at a first call, before a graph is captured")
-        _tables[codewords] = held = (version, _converted(codewords))
-    return held[1]
+    return _tables(codewords).keys
+
+
+def value_table(codewords: Tensor) -> Table:
+    """As `key_table`."""
+    return _tables(codewords).values
 
 
 def as_read(codewords: Tensor) -> Tensor:
     """Codewords `[H, M, 1, K, d]` (fp32) as the kernel reads them: rounded to e4m3."""
-    entries, scale = table(codewords)
-    heads, per_eighth, size, _, dim = entries.shape
-    words = entries.view(FP8).float() * scale[:, None, None, None, None]
-    whole = words.permute(0, 3, 1, 2, 4).reshape(heads, 8 * per_eighth, 1, size, dim)
-    return whole[:, :, :, : codewords.shape[3]]
+    scaled, scale = _scaled(codewords)
+    return scaled.to(FP8).float() * scale[:, None, None, None, None]
 
 
-def _converted(codewords: Tensor) -> Table:
-    heads, subvectors, _, size, dim = codewords.shape
+def _tables(codewords: Tensor) -> _Tables:
+    version = 0 if codewords.is_inference() else codewords._version  # inference has none
+    held = _held.get(codewords)
+    if held is None or held.version != version:
+        if codewords.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise KernelError("codebooks are converted at a first call, before a graph is captured")
+        _held[codewords] = held = _converted(codewords, version)
+        if codewords.is_cuda:  # kernels read tables before they wait for what runs before them
+            torch.cuda.current_stream(codewords.device).synchronize()
+    return held
+
+
+def _scaled(codewords: Tensor) -> tuple[Tensor, Tensor]:
+    """Codewords in units of a power of two per head, in which they fit into e4m3."""
     most = codewords.float().abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.exp2(torch.ceil(torch.log2(most / torch.finfo(FP8).max)))
-    scaled = codewords.float() / scale[:, None, None, None, None]
-    words = pad(scaled, (0, 0, 0, CODEWORDS - size)).to(FP8).view(torch.uint8)
-    eighths = words.reshape(heads, 8, subvectors // 8, CODEWORDS, dim)
-    return Table(eighths.permute(0, 2, 3, 1, 4).contiguous(), scale)
+    return codewords.float() / scale[:, None, None, None, None], scale
+
+
+def _converted(codewords: Tensor, version: int) -> _Tables:
+    scaled, scale = _scaled(codewords)
+    words = pad(scaled, (0, 0, 0, CODEWORDS - codewords.shape[3])).to(FP8).view(torch.uint8)
+    even_first = words.unflatten(4, (-1, 2, 2)).transpose(5, 6).flatten(4)
+    keys, values = _side_by_side(even_first, 4), _side_by_side(words, 8)
+    return _Tables(version, Table(keys, scale), Table(values, scale))
+
+
+def _side_by_side(words: Tensor, parts: int) -> Tensor:
+    """Words `[H, M, 1, 256, d]` as `[H, M / parts, 256, parts, d]`."""
+    return words.squeeze(2).unflatten(1, (parts, -1)).permute(0, 2, 3, 1, 4).contiguous()

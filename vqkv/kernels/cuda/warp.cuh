@@ -12,6 +12,8 @@ typedef unsigned int u32;
 typedef long long i64;
 
 #define INFINITY __int_as_float(0x7f800000)
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define DEVICE __device__ __forceinline__
@@ -21,7 +23,13 @@ DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
 
+// A kernel begins while the one before it in a stream still runs, if launched so. What that one wrote, and what it
+// still reads, are to be touched after `wait_for_earlier` alone; `let_later_begin` is for the next one.
+DEVICE void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_later_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Codes are read once, and leave L1 to others.
+DEVICE uint2 read_once(const uint2 *from) { return __ldcs(from); }
 DEVICE u32 read_once(const u32 *from) { return __ldcs(from); }
 DEVICE u32 read_once(const u16 *from) { return __ldcs(from); }
 DEVICE u32 read_once(const u8 *from) { return __ldcs(from); }
@@ -46,6 +54,8 @@ DEVICE u32 add_scaled_byte(u32 start, u32 word, int which, u32 stride) {
 
 // Bytes (a0, b0, a1, b1), or with `high` (a2, b2, a3, b3).
 DEVICE u32 interleave(u32 a, u32 b, bool high) { return __byte_perm(a, b, high ? 0x7362 : 0x5140); }
+// Of one word's halves (a0, a1) and (b0, b1).
+DEVICE u32 interleave_halves(u32 word) { return __byte_perm(word, word, 0x3120); }
 
 // Two fp16 numbers of the two e4m3 numbers in a half of a word; all of them have an exact one.
 DEVICE u32 halves_of_e4m3(u32 word, bool high) {
