@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from vqkv.kernels.gpu.attend import merge_splits
-from vqkv.kernels.gpu.configs import block_rows, split_count
-from vqkv.kernels.gpu.tensors import capability, multiprocessors
+from vqkv.kernels.gpu.configs import split_count
+from vqkv.kernels.gpu.tensors import multiprocessors
 
 BLOCK = 64
 RESIDENT = 4
@@ -62,7 +62,7 @@ def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
     splits = split_count(programs, pages, multiprocessors(query.device), RESIDENT)
     output = query.new_empty((splits, *query.shape), dtype=torch.float32)
     lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
-    block = block_rows(rows, head_dim, capability(query.device))
+    block = max(16, 1 << (rows - 1).bit_length())
     exact_split[programs, splits](
         query.contiguous(), keys, values, output, lse, tokens, heads, rows, splits,
         D=head_dim, ROWS=block, BLOCK_T=BLOCK, num_warps=4, num_stages=3,

@@ -27,7 +27,7 @@ from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import AttendConfig, DecodeConfig, EncodeConfig, Words
 from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
 from vqkv.kernels.gpu.encode import encode_codes, encode_pair
-from vqkv.kernels.gpu.shipped import Config, shipped
+from vqkv.kernels.gpu.shipped import SHIPPED, Config
 from vqkv.layouts import PAGE_TOKENS
 
 CAPABILITIES = (80, 90)
@@ -92,7 +92,7 @@ def build_helpers(capability: int) -> None:
         (encode_pair, pair),
     ):
         build(kernel, constants, {"num_warps": 4}, capability)
-    config = shipped(capability)["attend/80/d4/rope"]
+    config = SHIPPED["attend/80/d4/rope"]
     ones = {name: 1 for name in attend_split.arg_names if name not in POINTERS}
     build(attend_split, ones | config.constants(), config.options(capability), capability)
 
@@ -111,6 +111,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
         "shared_bytes": binary.metadata.shared,
         "spills": sass.spills,
         "past_l1": sass.past_l1,
+        "unset_uniforms": sass.unset_uniforms,
         "matrix": "wgmma" if sass.count("HGMMA") else "mma" if sass.count("HMMA") else None,
         "gathers": gathers(config) // (32 * warps),
         "wide_loads": sum(loads[width] for width in loads if width >= gather_bytes(config)),
@@ -158,7 +159,7 @@ def main() -> None:
     for capability in CAPABILITIES:
         build_helpers(capability)
         reports[f"sm_{capability}"] = {
-            name: report(config, capability) for name, config in shipped(capability).items()
+            name: report(config, capability) for name, config in SHIPPED.items()
         }
     json.dump(reports, sys.stdout, indent=2)
     print()

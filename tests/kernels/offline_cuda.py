@@ -57,6 +57,7 @@ def report(one: AttendVariant) -> dict[str, Any]:
         "registers": registers,
         "shared_bytes": one.shared_bytes,
         "spills_in_loop": sum(i.starts("LDL", "STL") for i in sass.inner_loop),
+        "unset_uniforms": sass.unset_uniforms,
         "matrix": sum(i.starts("HMMA") for i in usual.inner_loop),
         "look_ups": sum(i.starts("IDP") for i in usual.inner_loop),
     }

@@ -10,6 +10,8 @@ from functools import cached_property
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
+#: But wgmma's, which names another register than it reads.
+_UNIFORM = re.compile(r"(?<!gdesc\[)\bUR(\d+)\b")
 _WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
@@ -24,6 +26,10 @@ class Instruction:
     def starts(self, *opcodes: str) -> bool:
         """Whether it is one of these, whatever the modifiers."""
         return self.opcode.split(".")[0] in opcodes
+
+    def starts_with(self, *prefixes: str) -> bool:
+        """Whether it is of a family of these."""
+        return self.opcode.startswith(prefixes)
 
 
 class Disassembly:
@@ -67,6 +73,22 @@ class Disassembly:
     def past_l1(self) -> int:
         """Copies that skip L1, as Triton's pipelining makes of wide gathers."""
         return sum("BYPASS" in i.opcode for i in self.instructions)
+
+    @property
+    def unset_uniforms(self) -> int:
+        """Instructions that read a uniform register before any writes it: the compiler erred."""
+        written: set[int] = set()
+        unset = 0
+        for instruction in self.instructions:
+            first, _, others = instruction.operands.partition(",")
+            target = _UNIFORM.fullmatch(first.strip(" ;"))
+            writes = target is not None and instruction.starts_with("U", "R2UR", "S2UR")
+            read = _UNIFORM.findall(others if writes else instruction.operands)
+            unset += any(int(register) not in written for register in read)
+            if writes and target is not None:
+                wide = re.search(r"\.(64|WIDE)\b", instruction.opcode) is not None
+                written.update(range(int(target[1]), int(target[1]) + 1 + wide))
+        return unset
 
     def count(self, *opcodes: str) -> int:
         """Of instructions in the main loop."""

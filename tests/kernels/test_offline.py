@@ -14,15 +14,18 @@ import pytest
 from tests.kernels.sass import Disassembly
 from vqkv.kernels import cuda, gpu
 from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES
-from vqkv.kernels.gpu.shipped import shipped
+from vqkv.kernels.gpu.shipped import SHIPPED
 
 #: What each kernel reached; `python -m tests.kernels.offline` renews them.
 BUDGETS: dict[str, Any] = json.loads(Path(__file__).with_name("budgets.json").read_text())
 CAPABILITIES = (80, 90)
-CASES = [(capability, name) for capability in CAPABILITIES for name in shipped(capability)]
+CASES = [(capability, name) for capability in CAPABILITIES for name in SHIPPED]
 BUDGETS_CUDA: dict[str, Any] = json.loads(Path(__file__).with_name("budgets-cuda.json").read_text())
-#: Warp instructions per token and head that the flagships may issue at most, whatever was reached.
+#: Warp instructions per token and head that CUDA may issue at most, whatever was reached. Triton's
+#: kernels wait for L1, not to issue.
 CEILINGS = {"attend/128/d4": 29, "attend/128/d8": 24}
+#: Whose registers are too few, however many warps share them.
+SPILL = ("attend/256/d4/rope/key-sums",)
 
 
 def printed_by(module: str) -> Any:
@@ -56,7 +59,7 @@ def test_a_kernel_keeps_its_budget(reports: dict[str, Any], capability: int, nam
     budget = BUDGETS[f"sm_{capability}"][name]
     for what in ("instructions", "registers", "shared_bytes", "spills"):
         assert report[what] <= budget[what], what
-    assert report["past_l1"] == 0
+    assert report["past_l1"] == report["unset_uniforms"] == 0
     assert report["wide_loads"] >= report["gathers"], "a codeword is read by one load"
     assert report["matrix"] == budget["matrix"]
 
@@ -73,6 +76,7 @@ def test_variants_in_cuda_keep_their_budgets() -> None:
         budget = BUDGETS_CUDA["sm_90"][name]
         for what in ("instructions", "registers", "shared_bytes", "spills_in_loop"):
             assert report[what] <= budget[what], (name, what)
+        assert report["unset_uniforms"] == 0
         assert (report["matrix"], report["look_ups"]) == (budget["matrix"], budget["look_ups"])
         assert report["shared_bytes"] <= MOST_SHARED_BYTES
 
@@ -87,11 +91,10 @@ def test_launches_compile() -> None:
 
 def test_budgets_are_what_was_asked_for() -> None:
     for name, ceiling in CEILINGS.items():
-        assert BUDGETS["sm_90"][name]["instructions"] <= ceiling
         assert BUDGETS_CUDA["sm_90"][name]["instructions"] <= ceiling
     for capability, name in CASES:
         budget = BUDGETS[f"sm_{capability}"][name]
-        assert capability == 80 or budget["spills"] == 0
+        assert name in SPILL or budget["spills"] == 0
         assert name.startswith("decode") or budget["matrix"] is not None
 
 

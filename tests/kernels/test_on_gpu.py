@@ -176,7 +176,7 @@ def test_pages_are_decoded(case: Case) -> None:
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_a_model_reads_codes(rope: str) -> None:
-    model = tiny_model("llama", max_position_embeddings=1024)
+    model: Any = tiny_model("llama", max_position_embeddings=1024)
     compressor = byte_compressor(model, rope, **PREDICTED)
     model.to(GPU)
     sizes, pads = (200, 1, 1), (10, 80)

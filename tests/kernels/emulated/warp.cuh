@@ -227,6 +227,8 @@ template <class T> DEVICE T read_once(const T *from) {
     return *from;
 }
 
+DEVICE float2 read_early(const float2 *from) { return *from; }
+
 DEVICE u32 address_of(const void *at) { return u32((const u8 *)at - emulation::shared.data()); }
 DEVICE uint2 load_words(u32 address, int constant) {
     const u32 at = address + constant;

@@ -34,6 +34,8 @@
 #define BLOCKS ((ROWS + 7) / 8)       // of 8 query rows
 #define COLUMNS (8 * BLOCKS)
 #define STRIDE (WARPS / 4)            // pages that the warps read at a time
+// Whether words of values are looked up before scores are made, where there are registers for both.
+#define EARLY_VALUES (!KEY_SUMS && !(ROPE && WARPS > 12))
 #define NOTHING (-3e38f)
 #define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
@@ -45,7 +47,7 @@
 #define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
 
 #if ROPE
-#define CHUNK (32 / ROWS / STRIDE * STRIDE)  // pages whose turned queries are made between two barriers
+#define CHUNK (64 / ROWS / STRIDE * STRIDE)  // pages whose turned queries are made between two barriers
 #define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
 #define OWN_ITEMS ((STRIDE * ITEMS + THREADS - 1) / THREADS)
 #endif
@@ -77,6 +79,10 @@ struct ValueRead {
 // Words of keys, of the first token and of the second.
 struct Keys {
     u32 of[STEPS][2];
+};
+// Codewords of values, of the four tokens; at d = 4 the first word alone.
+struct Values {
+    uint2 of[EIGHTH][4];
 };
 // The four tokens of dimension i of the u-th subvector, as a column of V^T: tokens 2c and 2c + 1, then 2c + 8 and
 // 2c + 9.
@@ -156,21 +162,28 @@ DEVICE Keys look_up_keys(KeyRead codes, u32 entry) {
     return keys;
 }
 
-// Interleaving bytes of two tokens before they become fp16 makes columns of rows.
-DEVICE Columns look_up_values(ValueRead codes, u32 entry) {
-    Columns columns;
+DEVICE Values look_up_values(ValueRead codes, u32 entry) {
+    Values values;
 #pragma unroll
-    for (int u = 0; u < EIGHTH; u++) {
-        uint2 word[4];
+    for (int u = 0; u < EIGHTH; u++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 address = add_scaled_byte(entry, codes.token[j], u, VALUE_ROW);
 #if DIM == 4
-            word[j].x = load_word(address, u * (256 * VALUE_ROW));
+            values.of[u][j].x = load_word(address, u * (256 * VALUE_ROW));
 #else
-            word[j] = load_words(address, u * (512 * VALUE_ROW));
+            values.of[u][j] = load_words(address, u * (512 * VALUE_ROW));
 #endif
         }
+    return values;
+}
+
+// Interleaving bytes of two tokens before they become fp16 makes columns of rows.
+DEVICE Columns columns_of(const Values &values) {
+    Columns columns;
+#pragma unroll
+    for (int u = 0; u < EIGHTH; u++) {
+        const uint2 *const word = values.of[u];
 #pragma unroll
         for (int i = 0; i < DIM; i++)
 #pragma unroll
@@ -228,36 +241,36 @@ DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
 
 // What a thread turns of queries [ROWS, D], once for STRIDE pages: fragments [STRIDE, STEPS, ROWS, 4].
 struct Turning {
+    const float2 *page_turns;
     float4 query[OWN_ITEMS];
-    const float2 *first[OWN_ITEMS], *second[OWN_ITEMS];
+    int first[OWN_ITEMS], second[OWN_ITEMS];  // pairs in the tables
     float2 turns[OWN_ITEMS][2];
 
-    DEVICE void begin(const float *queries, const float *page_turns, const int *pairs) {
+    DEVICE static int item(int own) { return thread_index() + own * THREADS; }
+    // Threads are as many as items, or some have nothing to do.
+    DEVICE static bool has(int own) { return STRIDE * ITEMS % THREADS == 0 || item(own) < STRIDE * ITEMS; }
+    DEVICE Turning(const float *queries, const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++) {
-            const int item = thread_index() + own * THREADS;
-            const int c = item & 3, row = item / 4 % ROWS, step = item / (4 * ROWS) % STEPS, pair = pair_of(step, c);
-            query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair);
-            const float2 *page = (const float2 *)page_turns + (i64)(item / ITEMS) * HALF;
-            first[own] = page + pairs[pair], second[own] = page + pairs[pair + 1];
+            const int c = item(own) & 3, row = item(own) / 4 % ROWS, step = item(own) / (4 * ROWS) % STEPS;
+            query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair_of(step, c));
+            first[own] = pairs[pair_of(step, c)], second[own] = pairs[pair_of(step, c) + 1];
         }
     }
-    DEVICE bool has(int own, int page, int end) const {
-        const int item = thread_index() + own * THREADS;
-        return item < STRIDE * ITEMS && page + item / ITEMS < end;
-    }
-    // Of the pages from `page` on.
+    // Of the pages from `page` on; past the last one it is read again, and what becomes of it is not.
     DEVICE void read(int page, int end) {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++)
-            if (has(own, page, end))
-                turns[own][0] = first[own][(i64)page * HALF], turns[own][1] = second[own][(i64)page * HALF];
+            if (has(own)) {
+                const int at = page + item(own) / ITEMS;
+                const float2 *const from = page_turns + (i64)(at < end ? at : end - 1) * HALF;
+                turns[own][0] = read_early(from + first[own]), turns[own][1] = read_early(from + second[own]);
+            }
     }
-    DEVICE void write(uint2 *fragments, int page, int end) const {
+    DEVICE void write(uint2 *fragments) const {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++)
-            if (has(own, page, end))
-                fragments[thread_index() + own * THREADS] = fragment(turned_back(query[own], turns[own][0], turns[own][1]));
+            if (has(own)) fragments[item(own)] = fragment(turned_back(query[own], turns[own][0], turns[own][1]));
     }
 };
 #endif
@@ -349,11 +362,10 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
             const int first = 2 * pairs[pair_of(step, c)], second = 2 * pairs[pair_of(step, c) + 1];
             cosine[step][k] = halves(turn[first], turn[second]), sine[step][k] = halves(turn[first + 1], turn[second + 1]);
         }
-    Turning turning;
-    turning.begin(queries, page_turns, pairs);
-    for (int ahead = 0; ahead < CHUNK; ahead += STRIDE) {
+    Turning turning(queries, page_turns, pairs);
+    for (int ahead = 0; ahead < CHUNK && low < high; ahead += STRIDE) {
         turning.read(low + ahead, high);
-        turning.write(fragments + ahead * ITEMS, low + ahead, high);
+        turning.write(fragments + ahead * ITEMS);
     }
     int turned = 0;  // place of the pages at hand among the fragments
 #else
@@ -382,7 +394,11 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         if (page < high) {
             const int slot = page * PAGE + tile;
             const Keys keys = look_up_keys(key_read, key_entry);
-            const ValueRead values_read = value_read;
+#if EARLY_VALUES
+            const Values values = look_up_values(value_read, value_entry);
+#else
+            const ValueRead codes_of_values = value_read;
+#endif
             if (page + STRIDE < high) READ_PAGE(page + STRIDE);
 
             float score[BLOCKS][4] = {};
@@ -455,11 +471,14 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #if KEY_SUMS
             add_up(key_sums, columns_of(keys), weights);
 #endif
-            add_up(sums, look_up_values(values_read, value_entry), weights);
+#if !EARLY_VALUES
+            const Values values = look_up_values(codes_of_values, value_entry);
+#endif
+            add_up(sums, columns_of(values), weights);
         }
 #if ROPE
         const int ahead = turned < CHUNK ? turned + CHUNK : turned - CHUNK;
-        turning.write(fragments + ahead * ITEMS, first_page + CHUNK, high);
+        turning.write(fragments + ahead * ITEMS);
         turned = turned + STRIDE < 2 * CHUNK ? turned + STRIDE : 0;
 #endif
     }

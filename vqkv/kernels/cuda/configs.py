@@ -47,8 +47,11 @@ class AttendVariant:
 
     @property
     def key_copies(self) -> int:
-        """Of every entry of keys: the more, the fewer lanes meet in a bank."""
-        return 4 if self.head_dim <= 64 else 2
+        """Of every entry of keys: the more, the fewer lanes meet in a bank.
+
+        One, where turns of queries need what else is left of L1.
+        """
+        return 4 if self.head_dim <= 64 else 1 if self.rope else 2
 
     @property
     def warps(self) -> int:
@@ -69,7 +72,7 @@ class AttendVariant:
         columns = max(8, self.padded_rows)
         small = 4 * self.padded_rows * self.head_dim + 8 * self.warps * columns
         pages = self.warps // 4
-        chunk = 32 // self.padded_rows // pages * pages
+        chunk = 64 // self.padded_rows // pages * pages
         turned = 4 * chunk * self.padded_rows * self.head_dim if self.rope else 0
         return tables + small + turned
 

@@ -31,7 +31,7 @@ merge(const float *output, const float *lse, const float *key_mean, float *merge
 #if KEY_SUMS
     float key_total = 0;
 #endif
-#pragma unroll 8
+#pragma unroll 16
     for (int split = 0; split < splits; split++) {
         const i64 place = ((i64)split * rows + row) * HEAD_DIM + thread_index();
         total += weights[split] * output[place];

@@ -90,4 +90,6 @@ def _converted(codewords: Tensor, version: int) -> _Tables:
 
 def _side_by_side(words: Tensor, parts: int) -> Tensor:
     """Words `[H, M, 1, 256, d]` as `[H, M / parts, 256, parts, d]`."""
-    return words.squeeze(2).unflatten(1, (parts, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    heads, subvectors, _, size, dim = words.shape
+    whole = words.reshape(heads, parts, subvectors // parts, size, dim)
+    return whole.permute(0, 2, 3, 1, 4).contiguous()

@@ -29,10 +29,32 @@ DEVICE void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory
 DEVICE void let_later_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Codes are read once, and leave L1 to others.
-DEVICE uint2 read_once(const uint2 *from) { return __ldcs(from); }
-DEVICE u32 read_once(const u32 *from) { return __ldcs(from); }
-DEVICE u32 read_once(const u16 *from) { return __ldcs(from); }
-DEVICE u32 read_once(const u8 *from) { return __ldcs(from); }
+DEVICE uint2 read_once(const uint2 *from) {
+    uint2 words;
+    asm("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+    return words;
+}
+DEVICE u32 read_once(const u32 *from) {
+    u32 word;
+    asm("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+}
+DEVICE u32 read_once(const u16 *from) {
+    u16 word;
+    asm("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(word) : "l"(from));
+    return word;
+}
+DEVICE u32 read_once(const u8 *from) {
+    u32 word;
+    asm("ld.global.L1::no_allocate.u8 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+}
+// Here, not where it is first needed.
+DEVICE float2 read_early(const float2 *from) {
+    float2 numbers;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(numbers.x), "=f"(numbers.y) : "l"(from));
+    return numbers;
+}
 
 // Of shared memory, at a byte that is a sum: the constant part of it becomes part of the instruction.
 DEVICE u32 address_of(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }

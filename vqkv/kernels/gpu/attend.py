@@ -1,7 +1,9 @@
 """Split-KV attention on codes, and the merge of its splits.
 
-A program reads one page of 64 tokens an iteration, once for all query rows of a KV head. Tokens are
-the M operand of both products: scores `[tokens, rows] = K q^T` and output `[D, rows] = V^T p`.
+A program reads one page of 64 tokens an iteration, once for all query rows of a KV head. Rows are
+the M operand of both products: scores `[rows, tokens] = q K^T` and output `[rows, D] = p V`. With
+tokens as M, Hopper's wgmma takes them; here it is hardly faster, and ptxas 12.8, which comes with
+Triton 3.6, then has some variants that turn queries read a register before it is written.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ def attend_split(
         pair_there = pair < D // 2
         which = tl.load(pairs + head * (D // 2) + pair, mask=pair_there, other=0)
         channel = tl.arange(0, KEY_WIDTH)
-        there = row_there[None, :] & (channel < D)[:, None]
-        rows_q = tl.load(query + row[None, :] * D + channel[:, None], mask=there, other=0.0)
+        there = row_there[:, None] & (channel < D)[None, :]
+        rows_q = tl.load(query + row[:, None] * D + channel[None, :], mask=there, other=0.0)
         rows_q = rows_q.to(tl.float32) * LOG2_E
-        q_even, q_odd = tl.split(rows_q.reshape(HALF, 2, ROWS).permute(0, 2, 1))
+        q_even, q_odd = tl.split(rows_q.reshape(ROWS, HALF, 2))
         page_turns += batch * turns_row
         # Of every pair in the order of `look_up`; the same in every page.
         coded_pair = (
@@ -75,13 +77,13 @@ def attend_split(
         coded_there = coded_pair < D // 2
         turned = tl.load(pairs + head * (D // 2) + coded_pair, mask=coded_there, other=0)
         angle = offset_turns + (token[None, :, None, None] * (D // 2) + turned) * 2
-        cosine = tl.load(angle).to(key_books.dtype.element_ty)
-        sine = tl.load(angle + 1).to(key_books.dtype.element_ty)
+        cosine = tl.load(angle).to(tl.float16)
+        sine = tl.load(angle + 1).to(tl.float16)
     else:
         channel = tl.arange(0, KEY_WIDTH)
-        there = row_there[None, :] & (channel < D)[:, None]
-        q = tl.load(query + row[None, :] * D + channel[:, None], mask=there, other=0.0)
-        q = (q.to(tl.float32) * LOG2_E).to(key_books.dtype.element_ty)
+        there = row_there[:, None] & (channel < D)[None, :]
+        q = tl.load(query + row[:, None] * D + channel[None, :], mask=there, other=0.0)
+        q = (q.to(tl.float32) * LOG2_E).to(tl.float16)
 
     first = begin // PAGE
     count = tl.where(end > begin, tl.cdiv(end, PAGE) - first, 0)
@@ -90,10 +92,10 @@ def attend_split(
     high = tl.minimum(low + share, first + count)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([PAGE, ROWS], tl.float32)  # added up over tokens after the loop
-    total = tl.zeros([VALUE_WIDTH, ROWS], tl.float32)
+    weight = tl.zeros([ROWS, PAGE], tl.float32)  # added up over tokens after the loop
+    total = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     if KEY_SUMS:
-        key_total = tl.zeros([KEY_WIDTH, ROWS], tl.float32)
+        key_total = tl.zeros([ROWS, KEY_WIDTH], tl.float32)
     for page in range(low, high):
         slot = page * PAGE + token
         present = (slot >= begin) & (slot < end)
@@ -111,47 +113,47 @@ def attend_split(
         value_words = load_words(value_page, value_token, present, PAGE, VM * VS, VWORD)
         if ROPE:
             page_angle = page_turns + (page * (D // 2) + which) * 2
-            c = tl.load(page_angle)[:, None]
-            s = tl.load(page_angle + 1)[:, None]
+            c = tl.load(page_angle)[None, :]
+            s = tl.load(page_angle + 1)[None, :]
             # Even channels of a subvector before its odd ones: pairs then fill whole registers.
             q = tl.join(q_even * c + q_odd * s, q_odd * c - q_even * s)
-            q = q.reshape(WORDS * PARTS, KD // 2, ROWS, 2).permute(0, 3, 1, 2)
-            q = q.reshape(KEY_WIDTH, ROWS).to(key_books.dtype.element_ty)
+            q = q.reshape(ROWS, WORDS * PARTS, KD // 2, 2).permute(0, 1, 3, 2)
+            q = q.reshape(ROWS, KEY_WIDTH).to(tl.float16)
             x, y = turn(keys, cosine, sine)
-            turned_keys = tl.join(x, y).permute(1, 0, 3, 4, 2).reshape(PAGE, KEY_WIDTH)
-            scores = tl.dot(turned_keys, q)
+            turned_keys = tl.join(x, y).permute(0, 3, 4, 2, 1).reshape(KEY_WIDTH, PAGE)
+            scores = tl.dot(q, turned_keys)
         else:
-            scores = tl.dot(keys.permute(1, 0, 3, 2).reshape(PAGE, KEY_WIDTH), q)
-        scores = tl.where(present[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        p = tl.exp2(scores - new_top[None, :])
+            scores = tl.dot(q, keys.permute(0, 3, 2, 1).reshape(KEY_WIDTH, PAGE))
+        scores = tl.where(present[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
         scale = tl.exp2(top - new_top)
-        weight = weight * scale[None, :] + p
+        weight = weight * scale[:, None] + p
         top = new_top
         values = look_up(value_words, value_books, VK, VS, VM, VD, VWORD)
-        values = values.permute(0, 3, 2, 1).reshape(VALUE_WIDTH, PAGE)
-        p = p.to(value_books.dtype.element_ty)
-        total = tl.dot(values, p, total * scale[None, :])
+        values = values.permute(1, 0, 3, 2).reshape(PAGE, VALUE_WIDTH)
+        p = p.to(tl.float16)
+        total = tl.dot(p, values, total * scale[:, None])
         if KEY_SUMS:
-            plain = keys.permute(0, 3, 2, 1).reshape(KEY_WIDTH, PAGE)
-            key_total = tl.dot(plain, p, key_total * scale[None, :])
+            plain = keys.permute(1, 0, 3, 2).reshape(PAGE, KEY_WIDTH)
+            key_total = tl.dot(p, plain, key_total * scale[:, None])
 
-    weight = tl.sum(weight, 0)
+    weight = tl.sum(weight, 1)
     weight = tl.where(weight > 0, weight, 1.0)  # no token: zeros, and top is -inf
     inverse = 1 / weight
     place = ((split * batches + batch) * heads + head) * rows + row
     tl.store(lse + place, (top + tl.log2(weight)) * LN_2, mask=row_there)
-    _store(output, place, total * inverse[None, :], row_there, D)
+    _store(output, place, total * inverse[:, None], row_there, D)
     if KEY_SUMS:
-        _store(key_mean, place, key_total * inverse[None, :], row_there, D)
+        _store(key_mean, place, key_total * inverse[:, None], row_there, D)
 
 
 @triton.jit
-def _store(to, place, columns, there, D: tl.constexpr):
-    """Columns `[D padded, rows]` as rows of `D`."""
-    channel = tl.arange(0, columns.shape[0])
-    where = to + place[None, :] * D + channel[:, None]
-    tl.store(where, columns, mask=there[None, :] & (channel < D)[:, None])
+def _store(to, place, found, there, D: tl.constexpr):
+    """Rows `[rows, D padded]` as rows of `D`."""
+    channel = tl.arange(0, found.shape[1])
+    where = to + place[:, None] * D + channel[None, :]
+    tl.store(where, found, mask=there[:, None] & (channel < D)[None, :])
 
 
 @triton.jit

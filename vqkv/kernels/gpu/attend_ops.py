@@ -7,11 +7,7 @@ from torch import Tensor
 
 from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
-from vqkv.kernels.gpu.configs import (
-    AttendConfig,
-    block_rows,
-    split_count,
-)
+from vqkv.kernels.gpu.configs import ROWS, AttendConfig, split_count
 from vqkv.kernels.gpu.tensors import capability, half, multiprocessors, readable, words
 from vqkv.layouts import PAGE_TOKENS
 
@@ -40,14 +36,13 @@ def attend_codes(
     value_codes, values = words(value_codes, value_books)
     config = AttendConfig(
         head_dim,
-        block_rows(rows, head_dim, capability(query.device)),
         keys,
         values,
         paged=pages is not None,
         rope=page_turns is not None,
         key_sums=key_sums,
     )
-    blocks = -(-rows // config.rows)
+    blocks = -(-rows // ROWS)
     count = -(-key_codes.shape[2] // PAGE_TOKENS) if pages is None else pages.shape[1]
     processors = multiprocessors(query.device)
     splits = split_count(

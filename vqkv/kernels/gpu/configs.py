@@ -12,11 +12,10 @@ from vqkv.layouts import PAGE_TOKENS, Layout
 
 #: What kernels that read codes take: channels of a codeword, stages, head dims.
 DIMS, STAGES, HEAD_DIMS = (2, 4, 8, 16, 32), (1, 2, 4), range(16, 257)
-#: Query rows of a program: fewer are no wgmma, and more do not fit into registers.
-LEAST_ROWS, MOST_ROWS = 16, 32
-#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes;
-#: before Hopper, operands of products take registers too.
-KEPT, KEPT_BEFORE_HOPPER = 160, 112
+#: Query rows of a program, padded: as a matrix instruction has them.
+ROWS = 16
+#: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes.
+MOST_KEPT = 100
 HOPPER = 90
 #: With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
 NUM_STAGES = 1
@@ -24,10 +23,7 @@ NUM_STAGES = 1
 LEAST_PAGES = 2
 MOST_SPLITS = 128
 #: Registers of a thread beside those kept, about, and of a multiprocessor.
-PASSING, REGISTERS = 100, 65536
-#: At most this many let a third program of 128 threads onto a multiprocessor. The compiler, left
-#: alone, takes a few more for keys turned in registers; of these (D, d) it spills none when told.
-THREE_FIT, TOLD = 168, ((128, 4), (128, 8))
+PASSING, REGISTERS = 80, 65536
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,6 @@ class AttendConfig:
     """One compiled variant of split-KV attention on codes."""
 
     head_dim: int
-    rows: int
     keys: Words
     values: Words
     paged: bool = False
@@ -69,7 +64,7 @@ class AttendConfig:
         """Compile-time arguments of `attend_split`."""
         return {
             "D": self.head_dim,
-            "ROWS": self.rows,
+            "ROWS": ROWS,
             **self.keys.constants("K"),
             **self.values.constants("V"),
             "PAGED": self.paged,
@@ -79,28 +74,19 @@ class AttendConfig:
 
     def options(self, capability: int) -> dict[str, int]:
         """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
-        most = KEPT if capability >= HOPPER else KEPT_BEFORE_HOPPER
-        options = {"num_warps": 4 if self._kept() < most else 8, "num_stages": NUM_STAGES}
-        if capability >= HOPPER and self._told():
-            options["maxnreg"] = THREE_FIT
-        return options
+        return {"num_warps": 4 if self._kept() <= MOST_KEPT else 8, "num_stages": NUM_STAGES}
 
     def resident(self, capability: int) -> int:
         """Programs that a multiprocessor holds at a time, by registers, about."""
         warps = self.options(capability)["num_warps"]
-        each = THREE_FIT if self._told() else self._kept() * 4 // warps + PASSING
-        return max(1, REGISTERS // (32 * warps * each))
+        return max(1, REGISTERS // (32 * warps * (self._kept() * 4 // warps + PASSING)))
 
     def _kept(self) -> int:
         """32-bit values that a thread of 128 keeps through the loop."""
-        sums = self.values.width * self.rows + self.keys.width * self.rows * self.key_sums
+        sums = ROWS * (self.values.width + self.keys.width * self.key_sums)
         page = self.keys.width * PAGE_TOKENS // 2  # fp16: two a register
-        turning = self.keys.width * self.rows + page if self.rope else 0
-        return (sums + turning + page) // 128
-
-    def _told(self) -> bool:
-        plain = self.keys.stages == 1 and not self.key_sums and self.rows == LEAST_ROWS
-        return self.rope and plain and (self.head_dim, self.keys.dim) in TOLD
+        turns = 2 * page if self.rope else 0  # of a page, and its turned keys
+        return (sums + turns + page) // 128
 
 
 @dataclass(frozen=True)
@@ -175,13 +161,6 @@ def odd_shape(layout: Layout) -> str | None:
     if layout.head_dim not in HEAD_DIMS:
         return f"head dim {layout.head_dim} is not within 16 to 256"
     return None
-
-
-def block_rows(rows: int, head_dim: int, capability: int) -> int:
-    """Query rows of a program, a power of two, where a KV head has `rows`."""
-    roomy = head_dim <= 128 and capability >= HOPPER
-    most = MOST_ROWS if roomy else LEAST_ROWS
-    return min(max(1 << (rows - 1).bit_length(), LEAST_ROWS), most)
 
 
 def encode_blocks(vectors: int) -> tuple[int, int]:

@@ -7,8 +7,6 @@ Others are compiled when they are first needed: head dims, dims and stages are f
 from __future__ import annotations
 
 from vqkv.kernels.gpu.configs import (
-    HOPPER,
-    LEAST_ROWS,
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
@@ -29,17 +27,16 @@ def attend(
     head_dim: int,
     dim: int,
     stages: int = 1,
-    rows: int = LEAST_ROWS,
     paged: bool = False,
     rope: bool = False,
     key_sums: bool = False,
 ) -> AttendConfig:
     """Keys and values coded alike."""
     plane = words(head_dim, dim, stages)
-    return AttendConfig(head_dim, rows, plane, plane, paged=paged, rope=rope, key_sums=key_sums)
+    return AttendConfig(head_dim, plane, plane, paged=paged, rope=rope, key_sums=key_sums)
 
 
-_EVERYWHERE: dict[str, Config] = {
+SHIPPED: dict[str, Config] = {
     "attend/128/d2": attend(128, 2),
     "attend/128/d4": attend(128, 4),
     "attend/128/d4/paged": attend(128, 4, paged=True),
@@ -63,13 +60,3 @@ _EVERYWHERE: dict[str, Config] = {
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
     "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
 }
-
-_FROM_HOPPER: dict[str, Config] = {
-    "attend/128/d4/32-rows": attend(128, 4, rows=32),
-    "attend/128/d4/rope/key-sums/32-rows": attend(128, 4, rows=32, rope=True, key_sums=True),
-}
-
-
-def shipped(capability: int) -> dict[str, Config]:
-    """For a GPU of this compute capability."""
-    return _EVERYWHERE | (_FROM_HOPPER if capability >= HOPPER else {})
