@@ -18,7 +18,7 @@
 // Where sums of keys are asked for, words of keys, transposed as 8 x 8 blocks of byte pairs, are fragments of K^T.
 //
 // Given by the compiler's command line: HEAD_DIM (D), DIM (d), ROWS (query rows of a KV head, padded to 4, 8 or 16),
-// WARPS, KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and
+// WARPS, TILES (that a warp reads at a time), KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and
 // PAGED.
 
 #include <warp.cuh>
@@ -33,9 +33,10 @@
 #define STEPS (HEAD_DIM / 16)         // products of depth 16 that a score takes, each of a word of keys
 #define BLOCKS ((ROWS + 7) / 8)       // of 8 query rows
 #define COLUMNS (8 * BLOCKS)
-#define STRIDE (WARPS / 4)            // pages that the warps read at a time
+#define STRIDE (WARPS / 4)            // pages that the warps read at a time, TILES times
+#define BATCH (TILES * STRIDE)
 // Whether words of values are looked up before scores are made, where there are registers for both.
-#define EARLY_VALUES (!KEY_SUMS && !(ROPE && WARPS > 12))
+#define EARLY_VALUES (!ROPE || WARPS <= 12)
 #define NOTHING (-3e38f)
 #define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
@@ -47,9 +48,9 @@
 #define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
 
 #if ROPE
-#define CHUNK (64 / ROWS / STRIDE * STRIDE)  // pages whose turned queries are made between two barriers
+#define CHUNK (64 / ROWS / BATCH * BATCH)    // pages whose turned queries are made between two barriers
 #define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
-#define OWN_ITEMS ((STRIDE * ITEMS + THREADS - 1) / THREADS)
+#define OWN_ITEMS ((BATCH * ITEMS + THREADS - 1) / THREADS)
 #endif
 
 #if QUARTER == 8
@@ -239,7 +240,7 @@ DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
     return turned;
 }
 
-// What a thread turns of queries [ROWS, D], once for STRIDE pages: fragments [STRIDE, STEPS, ROWS, 4].
+// What a thread turns of queries [ROWS, D], once for BATCH pages: fragments [BATCH, STEPS, ROWS, 4].
 struct Turning {
     const float2 *page_turns;
     float4 query[OWN_ITEMS];
@@ -248,7 +249,7 @@ struct Turning {
 
     DEVICE static int item(int own) { return thread_index() + own * THREADS; }
     // Threads are as many as items, or some have nothing to do.
-    DEVICE static bool has(int own) { return STRIDE * ITEMS % THREADS == 0 || item(own) < STRIDE * ITEMS; }
+    DEVICE static bool has(int own) { return BATCH * ITEMS % THREADS == 0 || item(own) < BATCH * ITEMS; }
     DEVICE Turning(const float *queries, const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++) {
@@ -336,15 +337,19 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     pages += batch * pages_row, page_turns += batch * turns_row, pairs += head * HALF;
     key_codes += (tile + g) * KEY_TOKEN + c * QUARTER;
     value_codes += (tile + 2 * c) * VALUE_TOKEN + g * EIGHTH;
-    KeyRead key_read;
-    ValueRead value_read;
-#define READ_PAGE(page)                                                                           \
-    do {                                                                                          \
-        const i64 at = PAGED ? pages[page] : page;                                                \
-        key_read = read_keys(key_codes + at * (PAGED ? key_row : PAGE * KEY_TOKEN));              \
-        value_read = read_values(value_codes + at * (PAGED ? value_row : PAGE * VALUE_TOKEN));    \
-    } while (0)
-    if (low + warp / 4 < high) READ_PAGE(low + warp / 4);
+    KeyRead key_read[TILES] = {};
+    ValueRead value_read[TILES] = {};
+    // Past the last page it is read again, and its tokens are masked.
+    const auto read_pages = [&](int page) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++, page += STRIDE) {
+            const int there = page < high ? page : high - 1;
+            const i64 at = PAGED ? pages[there] : there;
+            key_read[t] = read_keys(key_codes + at * (PAGED ? key_row : PAGE * KEY_TOKEN));
+            value_read[t] = read_values(value_codes + at * (PAGED ? value_row : PAGE * VALUE_TOKEN));
+        }
+    };
+    if (low + warp / 4 < high) read_pages(low + warp / 4);
     barrier();
 
     const u32 key_entry = address_of(keys_at) + (g % KEY_COPIES * 4 + c) * DIM;
@@ -363,7 +368,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
             cosine[step][k] = halves(turn[first], turn[second]), sine[step][k] = halves(turn[first + 1], turn[second + 1]);
         }
     Turning turning(queries, page_turns, pairs);
-    for (int ahead = 0; ahead < CHUNK && low < high; ahead += STRIDE) {
+    for (int ahead = 0; ahead < CHUNK && low < high; ahead += BATCH) {
         turning.read(low + ahead, high);
         turning.write(fragments + ahead * ITEMS);
     }
@@ -385,29 +390,37 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = NOTHING;
 
-    for (int first_page = low; first_page < high; first_page += STRIDE) {
+    const int limit = high * PAGE < end ? high * PAGE : end;
+    for (int first_page = low; first_page < high; first_page += BATCH) {
         const int page = first_page + warp / 4;
 #if ROPE
         if (turned % CHUNK == 0) barrier();
         turning.read(first_page + CHUNK, high);
 #endif
         if (page < high) {
-            const int slot = page * PAGE + tile;
-            const Keys keys = look_up_keys(key_read, key_entry);
-#if EARLY_VALUES
-            const Values values = look_up_values(value_read, value_entry);
-#else
-            const ValueRead codes_of_values = value_read;
-#endif
-            if (page + STRIDE < high) READ_PAGE(page + STRIDE);
-
-            float score[BLOCKS][4] = {};
+            Keys keys[TILES];
+            Values values[TILES];
+            ValueRead codes_of_values[TILES];
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
+            for (int t = 0; t < TILES; t++) {
+                keys[t] = look_up_keys(key_read[t], key_entry);
+                codes_of_values[t] = value_read[t];
+                if (EARLY_VALUES) values[t] = look_up_values(codes_of_values[t], value_entry);
+            }
+            if (page + BATCH < high) read_pages(page + BATCH);
+
+#if ROPE
+            const u32 turned_at = address_of(fragments) + ((turned + warp / 4) * ITEMS + lane_row * 4 + c) * 8;
+#endif
+            float score[TILES][BLOCKS][4] = {};
+#pragma unroll
+            for (int step_and_tile = 0; step_and_tile < STEPS * TILES; step_and_tile++) {
+                const int step = step_and_tile / TILES, t = step_and_tile % TILES;
                 u32 x[2], y[2];  // even channels and odd ones
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    const u32 even = halves_of_e4m3(keys.of[step][k], false), odd = halves_of_e4m3(keys.of[step][k], true);
+                    const u32 word = keys[t].of[step][k];
+                    const u32 even = halves_of_e4m3(word, false), odd = halves_of_e4m3(word, true);
 #if ROPE
                     x[k] = product_minus(even, cosine[step][k], product(odd, sine[step][k]));
                     y[k] = product_plus(odd, cosine[step][k], product(even, sine[step][k]));
@@ -418,30 +431,34 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++) {
 #if ROPE
-                    const uint2 b = fragments[(turned + warp / 4) * ITEMS + (step * ROWS + block * 8 + lane_row) * 4 + c];
+                    const uint2 b = load_words(turned_at, (t * STRIDE * ITEMS + (step * ROWS + block * 8) * 4) * 8);
 #else
                     const uint2 b = q[step][block];
 #endif
-                    multiply(score[block], x[0], x[1], y[0], y[1], b.x, b.y);
+                    multiply(score[t][block], x[0], x[1], y[0], y[1], b.x, b.y);
                 }
             }
 
-            // Tokens g and g + 8 of the tile, query rows 2c and 2c + 1, in powers of two above what is the top so far.
-            if (SELDOM(slot < begin || slot + TILE > end)) {
+            // Tokens g and g + 8 of a tile, query rows 2c and 2c + 1, in powers of two above what is the top so far.
+            const int slot = page * PAGE + tile;
+            if (SELDOM(slot < begin || slot + (TILES - 1) * STRIDE * PAGE + TILE > limit)) {
 #pragma unroll
-                for (int i = 0; i < 4 * BLOCKS; i++) {
-                    const int token = slot + g + (i & 2 ? 8 : 0);
-                    if (token < begin || token >= end) score[i / 4][i % 4] = -INFINITY;
+                for (int i = 0; i < 4 * BLOCKS * TILES; i++) {
+                    const int token = slot + i / (4 * BLOCKS) * STRIDE * PAGE + g + (i & 2 ? 8 : 0);
+                    if (token < begin || token >= limit) score[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] = -INFINITY;
                 }
             }
             bool higher = false;
 #pragma unroll
-            for (int i = 0; i < 4 * BLOCKS; i++)
-                higher |= score[i / 4][i % 4] * scale - top[i / 4][i & 1] > ROOM;
+            for (int i = 0; i < 4 * BLOCKS * TILES; i++)
+                higher |= score[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] * scale - top[i / 4 % BLOCKS][i & 1] > ROOM;
             if (SELDOM(any_lane(higher))) {
 #pragma unroll
                 for (int i = 0; i < 2 * BLOCKS; i++) {
-                    float most = fmaxf(score[i / 2][i % 2], score[i / 2][i % 2 + 2]) * scale;
+                    float most = NOTHING;
+#pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        most = fmaxf(most, fmaxf(score[t][i / 2][i % 2], score[t][i / 2][i % 2 + 2]) * scale);
 #pragma unroll
                     for (int distance = 4; distance < 32; distance *= 2) most = fmaxf(most, from_lane(most, distance));
                     most = fmaxf(most, top[i / 2][i % 2]);
@@ -458,28 +475,31 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                         }
                 }
             }
-            u32 weights[BLOCKS][2];
+            u32 weights[TILES][BLOCKS][2];
 #pragma unroll
-            for (int block = 0; block < BLOCKS; block++)
+            for (int t = 0; t < TILES; t++)
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    const float p = power_of_2(score[block][2 * k] * scale - top[block][0]);
-                    const float r = power_of_2(score[block][2 * k + 1] * scale - top[block][1]);
-                    weight[block][0] += p, weight[block][1] += r;
-                    weights[block][k] = transposed(halves(p, r));
-                }
+                for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        const float p = power_of_2(score[t][block][2 * k] * scale - top[block][0]);
+                        const float r = power_of_2(score[t][block][2 * k + 1] * scale - top[block][1]);
+                        weight[block][0] += p, weight[block][1] += r;
+                        weights[t][block][k] = transposed(halves(p, r));
+                    }
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
 #if KEY_SUMS
-            add_up(key_sums, columns_of(keys), weights);
+                add_up(key_sums, columns_of(keys[t]), weights[t]);
 #endif
-#if !EARLY_VALUES
-            const Values values = look_up_values(codes_of_values, value_entry);
-#endif
-            add_up(sums, columns_of(values), weights);
+                if (!EARLY_VALUES) values[t] = look_up_values(codes_of_values[t], value_entry);
+                add_up(sums, columns_of(values[t]), weights[t]);
+            }
         }
 #if ROPE
         const int ahead = turned < CHUNK ? turned + CHUNK : turned - CHUNK;
         turning.write(fragments + ahead * ITEMS);
-        turned = turned + STRIDE < 2 * CHUNK ? turned + STRIDE : 0;
+        turned = turned + BATCH < 2 * CHUNK ? turned + BATCH : 0;
 #endif
     }
 

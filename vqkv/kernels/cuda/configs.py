@@ -56,9 +56,14 @@ class AttendVariant:
     @property
     def warps(self) -> int:
         """As many as registers are there for: sums, turned keys and turns take most of them."""
-        if self.padded_rows > 8:
+        if self.padded_rows > 8 or self.key_sums:
             return 8
-        return 12 if self.key_sums else 16
+        return 12 if self.rope else 16
+
+    @property
+    def tiles(self) -> int:
+        """That a warp reads at a time, so that one's instructions fill the other's waits."""
+        return 2
 
     @property
     def threads(self) -> int:
@@ -71,8 +76,8 @@ class AttendVariant:
         tables = (self.key_copies + VALUE_COPIES) * CODEWORDS * self.head_dim
         columns = max(8, self.padded_rows)
         small = 4 * self.padded_rows * self.head_dim + 8 * self.warps * columns
-        pages = self.warps // 4
-        chunk = 64 // self.padded_rows // pages * pages
+        batch = self.tiles * self.warps // 4
+        chunk = 64 // self.padded_rows // batch * batch
         turned = 4 * chunk * self.padded_rows * self.head_dim if self.rope else 0
         return tables + small + turned
 
@@ -83,6 +88,7 @@ class AttendVariant:
             "DIM": self.dim,
             "ROWS": self.padded_rows,
             "WARPS": self.warps,
+            "TILES": self.tiles,
             "KEY_COPIES": self.key_copies,
             "KEY_TOKEN": self.key_token,
             "VALUE_TOKEN": self.value_token,
