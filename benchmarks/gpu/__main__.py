@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,24 @@ def main() -> None:
 
     figures: dict[str, Any] = {"dry": arguments.dry, "gpu_before": gpu()}
     figures["ceilings"] = ceilings(sizes)
-    figures["gathers"] = gathers(sizes)
-    figures["encode"] = list(encoding(sizes))
-    figures["capacity"] = list(capacity(sizes))
-    # The weights and caches of a step leave little room for anything beside them.
-    figures["step"] = list(steps(sizes))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    figures["attend"] = list(attention(sizes, lambda: time.monotonic() > deadline))
+    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "gathers": lambda: gathers(sizes),
+        "encode": lambda: encoding(sizes),
+        "capacity": lambda: capacity(sizes),
+        "step": lambda: steps(sizes),
+        "attend": lambda: attention(sizes, lambda: time.monotonic() > deadline),
+    }
+    for name, part in parts.items():
+        figures[name] = list(part())
+        write(arguments.out, figures)  # what is measured stays, whatever the next part does
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     figures["complete"] = time.monotonic() <= deadline
     figures["gpu_after"] = gpu()
     write(arguments.out, figures)
 
     console = Console()
-    for name in ("gathers", "encode", "capacity", "step", "attend"):
+    for name in parts:
         rows = figures[name]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         table = Table(*columns, title=name)

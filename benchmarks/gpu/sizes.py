@@ -35,7 +35,7 @@ class Sizes:
         return self.heads * self.group
 
     def points(self) -> list[tuple[int, int]]:
-        """Contexts and batches to attend on."""
+        """Contexts and batches to attend on, in the order in which they are wanted most."""
         pairs = [(context, batch) for context in self.contexts for batch in self.batches]
         return [pair for pair in pairs if pair[0] * pair[1] <= self.most_tokens]
 
@@ -49,7 +49,7 @@ FULL = Sizes(
     hidden=4096,
     inner=14336,
     vocabulary=128256,
-    contexts=(1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 19),
+    contexts=(1 << 17, 1 << 14, 1 << 12, 1 << 11, 1 << 10, 1 << 16, 1 << 19),
     batches=(1, 4, 16, 64),
     most_tokens=1 << 22,
     prefill=1 << 17,

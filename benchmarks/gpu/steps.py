@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +12,21 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from benchmarks.gpu.attention import kernels
 from benchmarks.gpu.coded import Scheme, code_bytes, coded
+from benchmarks.gpu.exact import exact
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.timing import microseconds
 from vqkv.kernels import using
-from vqkv.kernels.attend.codes import Coded, attend_codes
+from vqkv.kernels.attend.codes import attend_codes
 
-SCHEMES = (Scheme(4), Scheme(4, rope=True), Scheme(8))
+SCHEMES = (
+    Scheme(4),
+    Scheme(4, rope=True),
+    Scheme(4, rope=True, key_sums=True),
+    Scheme(8),
+    Scheme(8, rope=True, key_sums=True),
+)
+#: Attention of scaled queries on one layer's states.
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -26,39 +37,53 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """
     weights = [_layer(sizes) for _ in range(sizes.layers)]
     embedding = _random(sizes, sizes.vocabulary, sizes.hidden)
-    for scheme, kernel in _arms(sizes):
-        for context, batch in sizes.steps:
-            layers = [coded(sizes, scheme, context, batch) for _ in range(sizes.layers)]
-            hidden = _random(sizes, batch, sizes.hidden)
+    for context, batch in sizes.steps:
+        hidden = _random(sizes, batch, sizes.hidden)
+        for arm, kernel, layers, cache_bytes in _arms(sizes, context, batch):
 
-            def step(
-                hidden: torch.Tensor = hidden,
-                layers: list[Coded] = layers,
-                scheme: Scheme = scheme,
-            ) -> torch.Tensor:
-                for weight, states in zip(weights, layers, strict=True):
-                    hidden = _block(sizes, scheme, weight, hidden, states)
+            def step(hidden: torch.Tensor = hidden, layers: list[Attend] = layers) -> torch.Tensor:
+                for weight, attend in zip(weights, layers, strict=True):
+                    hidden = _block(sizes, weight, hidden, attend)
                 return linear(hidden, embedding)
 
-            with using(attend_codes=kernel):
+            with using(attend_codes=kernel) if kernel in ("cuda", "triton") else nullcontext():
                 time = microseconds([step])
                 finite = bool(step().isfinite().all())
             yield {
-                "arm": scheme.name,
+                "arm": arm,
                 "kernel": kernel,
                 "context": context,
                 "batch": batch,
                 "us": time,
                 "tokens_per_s": time and 1e6 * batch / time,
-                "cache_bytes": sum(code_bytes(states) for states in layers),
+                "cache_bytes": cache_bytes,
                 "finite": finite,
             }
 
 
-def _arms(sizes: Sizes) -> Iterator[tuple[Scheme, str]]:
+def _arms(sizes: Sizes, context: int, batch: int) -> Iterator[tuple[str, str, list[Attend], int]]:
+    """Names, kernels, attention of every layer, and bytes of all caches."""
+    states = [
+        [_random(sizes, batch, sizes.heads, context, sizes.head_dim) for _ in range(2)]
+        for _ in range(sizes.layers)
+    ]
+    exact_layers: list[Attend] = [partial(_exact, keys, values) for keys, values in states]
+    total = sum(x.nbytes for pair in states for x in pair)
+    yield "fp16", "fp16-split-kv", exact_layers, total
+    del states, exact_layers
     for scheme in SCHEMES:
-        for kernel in kernels(scheme.layout(sizes), sizes.device):
-            yield scheme, kernel
+        layout = scheme.layout(sizes)
+        planes = [coded(sizes, scheme, context, batch) for _ in range(sizes.layers)]
+        layers = [
+            lambda query, of=of, layout=layout: attend_codes(query, of, layout).output
+            for of in planes
+        ]
+        for kernel in kernels(layout, sizes.device):
+            yield scheme.name, kernel, layers, sum(map(code_bytes, planes))
+
+
+def _exact(keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return exact(query.half(), keys, values)
 
 
 def _layer(sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -77,17 +102,13 @@ def _random(sizes: Sizes, *shape: int) -> torch.Tensor:
 
 
 def _block(
-    sizes: Sizes,
-    scheme: Scheme,
-    weight: dict[str, torch.Tensor],
-    hidden: torch.Tensor,
-    states: Coded,
+    sizes: Sizes, weight: dict[str, torch.Tensor], hidden: torch.Tensor, attend: Attend
 ) -> torch.Tensor:
     """One layer on `[B, hidden]`."""
     width = sizes.query_heads * sizes.head_dim
     normed = rms_norm(hidden, hidden.shape[-1:])
     query = linear(normed, weight["qkv"])[:, :width].view(len(hidden), -1, 1, sizes.head_dim)
-    found = attend_codes(query * sizes.head_dim**-0.5, states, scheme.layout(sizes))
-    hidden = hidden + linear(found.output.to(hidden.dtype).flatten(1), weight["output"])
+    found = attend(query * sizes.head_dim**-0.5)
+    hidden = hidden + linear(found.to(hidden.dtype).flatten(1), weight["output"])
     gate, up = linear(rms_norm(hidden, hidden.shape[-1:]), weight["gate_up"]).chunk(2, -1)
     return hidden + linear(silu(gate) * up, weight["down"])

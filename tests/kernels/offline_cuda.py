@@ -15,7 +15,7 @@ from tests.kernels.offline import disassembled
 from vqkv.kernels.cuda.build import compiled
 from vqkv.kernels.cuda.configs import HOPPER, AttendVariant
 
-#: Tokens that a warp reads in one pass through its loop.
+#: Tokens of a tile; a warp reads one or two in a pass through its loop.
 TILE = 16
 
 
@@ -34,6 +34,10 @@ VARIANTS = {
     "attend/128/d4/rope": variant(128, 4, rope=True),
     "attend/128/d4/rope/paged": variant(128, 4, rope=True, paged=True),
     "attend/128/d4/rope/key-sums": variant(128, 4, rope=True, key_sums=True),
+    "attend/128/d4/8-rows": variant(128, 4, 8),
+    "attend/128/d4/rope/8-rows": variant(128, 4, 8, rope=True),
+    "attend/128/d4/rope/key-sums/8-rows": variant(128, 4, 8, rope=True, key_sums=True),
+    "attend/128/d8/8-rows": variant(128, 8, 8),
     "attend/128/d4/16-rows": variant(128, 4, 16),
     "attend/128/d4/rope/key-sums/16-rows": variant(128, 4, 16, rope=True, key_sums=True),
     "attend/128/d8": variant(128, 8),
@@ -53,13 +57,13 @@ def report(one: AttendVariant) -> dict[str, Any]:
     sass, registers = disassembled(compiled("attend.cu", one.macros(), HOPPER))
     usual, _ = disassembled(compiled("attend.cu", (*one.macros(), ("WITHOUT_SELDOM", 1)), HOPPER))
     return {
-        "instructions": round(len(usual.inner_loop) / TILE, 1),
+        "instructions": round(len(usual.inner_loop) / (TILE * one.tiles), 1),
         "registers": registers,
         "shared_bytes": one.shared_bytes,
         "spills_in_loop": sum(i.starts("LDL", "STL") for i in sass.inner_loop),
         "unset_uniforms": sass.unset_uniforms,
-        "matrix": sum(i.starts("HMMA") for i in usual.inner_loop),
-        "look_ups": sum(i.starts("IDP") for i in usual.inner_loop),
+        "matrix": sum(i.starts("HMMA") for i in usual.inner_loop) // one.tiles,
+        "look_ups": sum(i.starts("IDP") for i in usual.inner_loop) // one.tiles,
     }
 
 

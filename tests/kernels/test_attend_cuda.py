@@ -138,9 +138,8 @@ def test_every_variant_fits_into_shared_memory(head_dim: int, rows: int) -> None
     assert rows <= variant.padded_rows and variant.warps % 4 == 0
 
 
-def test_it_waits_to_be_asked_for_and_says_what_it_does_not_read() -> None:
-    refused = select("attend_codes", Case().layout, "cuda").refused["attend_codes.cuda"]
-    assert refused == "runs on cuda only when asked for"
+def test_it_is_chosen_on_a_gpu_and_says_what_it_does_not_read() -> None:
+    assert select("attend_codes", Case().layout, "cuda").kernel.name == "cuda"
     for case, message in (
         (Case(head_dim=80), "head dim 80 is none of (64, 128)"),
         (Case(dim=2), "subvectors of 2 channels in 1 stages"),

@@ -75,7 +75,7 @@ def assert_close(expected: Partial, found: Partial) -> None:
         assert other.shape == one.shape and other.dtype == torch.float32 and other.is_cuda
         other, some = other.cpu(), one.isfinite()
         assert torch.equal(other[~some], one[~some])
-        assert (other - one)[some].square().mean() <= (2e-3) ** 2 * one[some].square().mean()
+        assert (other - one)[some].square().mean() <= (3e-3) ** 2 * one[some].square().mean()
 
 
 @pytest.mark.parametrize(

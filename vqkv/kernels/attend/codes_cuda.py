@@ -27,7 +27,4 @@ def refuses(layout: AttendLayout, device: torch.device) -> str | None:
     return None if keys == values else f"codewords of {keys} and {values} channels; one dim is read"
 
 
-#: Faster than Triton's by count only: until it is measured on a GPU, it waits to be asked for.
-KERNEL = Kernel(
-    "attend_codes", "cuda", attend_codes, refuses, speed=200, only_asked_for_on=("cuda",)
-)
+KERNEL = Kernel("attend_codes", "cuda", attend_codes, refuses, speed=200)

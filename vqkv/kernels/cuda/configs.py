@@ -55,15 +55,19 @@ class AttendVariant:
 
     @property
     def warps(self) -> int:
-        """As many as registers are there for: sums, turned keys and turns take most of them."""
-        if self.padded_rows > 8 or self.key_sums:
+        """Of a block, which has a multiprocessor for itself. As measured on an H200."""
+        if self.padded_rows > 8 or self.key_sums or self.rope:
             return 8
-        return 12 if self.rope else 16
+        return 16 if self.dim == 4 else 12
 
     @property
     def tiles(self) -> int:
-        """That a warp reads at a time, so that one's instructions fill the other's waits."""
-        return 2
+        """That a warp reads at a time: one's instructions fill waits of the other's.
+
+        Two, where there are registers for both.
+        """
+        full = self.padded_rows > 8 or self.key_sums or (self.dim == 4 and not self.rope)
+        return 1 if full else 2
 
     @property
     def threads(self) -> int:
