@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def tool(name: str) -> Any:
-    """A script of `tools/` as a module."""
+    """A script of `tools/` as a module; it may import those beside it."""
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

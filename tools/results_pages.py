@@ -9,6 +9,7 @@ each stream alone follows.
 
 `docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows,
 and `<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
+`docs/performance.md` has `<!-- gpu: FILE -->`, which what `make bench-gpu` wrote follows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from typing import Any
 import yaml
 
 from vqkv.evaluation.report import plot
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_results import with_gpu_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -139,6 +143,8 @@ def pages() -> dict[Path, str]:
     found[tuned] = with_frontier(found[tuned])
     kernels = ROOT / "docs" / "kernels.md"
     found[kernels] = with_gpu_kernels(with_cpu_kernels(kernels.read_text(encoding="utf-8")))
+    performance = ROOT / "docs" / "performance.md"
+    found[performance] = with_gpu_results(performance.read_text(encoding="utf-8"))
     readme = ROOT / "README.md"
     found[readme] = filled(readme.read_text(encoding="utf-8"), rows)
     return found
