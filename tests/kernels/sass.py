@@ -82,7 +82,7 @@ class Disassembly:
         for instruction in self.instructions:
             first, _, others = instruction.operands.partition(",")
             target = _UNIFORM.fullmatch(first.strip(" ;"))
-            writes = target is not None and instruction.starts_with("U", "R2UR", "S2UR")
+            writes = target is not None and instruction.starts_with("U", "R2UR", "S2UR", "REDUX")
             read = _UNIFORM.findall(others if writes else instruction.operands)
             unset += any(int(register) not in written for register in read)
             if writes and target is not None:

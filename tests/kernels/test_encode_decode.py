@@ -69,6 +69,20 @@ def test_the_lowest_code_wins_among_equals(kernel: str) -> None:
         assert (encode(torch.zeros(33, 2, 3), books) == 0).all()
 
 
+@pytest.mark.parametrize("length", [1e-3, 3e3, 1e7])
+@pytest.mark.parametrize("kernel", able("encode"))
+def test_vectors_of_other_lengths_than_codewords(kernel: str, length: float) -> None:
+    x, books = make((50, 2, 1, 256, 4))
+    x *= length
+    with using(encode=kernel):
+        codes = encode(x, books)
+    distances = (x.double().unsqueeze(2) - books[:, 0].double()).square().sum(-1)
+    chosen = distances.gather(2, codes.long())[..., 0]
+    # Of a squared distance, what differs among codewords is at most about this.
+    scale = x.double().norm(dim=-1) * books.norm(dim=-1).max() + books.square().sum(-1).max()
+    assert (chosen - distances.amin(-1) <= 1e-5 * scale).all()
+
+
 @pytest.mark.parametrize("kernel", able("encode"))
 def test_codewords_encode_to_themselves(kernel: str) -> None:
     _, books = make((1, 3, 1, 50, 4))

@@ -2,8 +2,12 @@
 
 A product of fp32 numbers is three of fp16, x = x₁ + x₂ and c = c₁ + c₂: x·c ≈ x₁c₁ + x₂c₁ + x₁c₂.
 Side by side, with ‖c‖²/2 in two more channels, they fill the depth of 16 that one matrix
-instruction takes anyway where d ≤ 4. Both sides are divided by a power of two first, so that no
-codeword leaves fp16's range.
+instruction takes anyway where d ≤ 4. Both sides are divided by powers of two first, so that no
+codeword is longer than 1 and no vector either; a shorter vector's ‖c‖²/2 shrinks with it.
+
+The search for the best of 256 scores would cost more than the product. So sums begin with 6: between
+4 and 8 all floats have one exponent, and their order is that of their bits as integers. With the
+code in place of the uppermost bits, which are all alike, shifted out, one maximum finds both.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Vectors this many times as long as the longest codeword are cut: fp16 ends at 65,504.
-REACH = tl.constexpr(60000.0)
+#: Where sums of scores in (-2, 2) begin, and the bits that all of them then have in common.
+MIDDLE, COMMON = tl.constexpr(6.0), tl.constexpr(0x40800000)
+LEAST = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -75,7 +80,7 @@ def _encode(x, books, codes, vectors, subvectors, S: tl.constexpr, K: tl.constex
         for stage in tl.static_range(S):
             book = books + stage * (K * DIM)
             if ONE:
-                _, code = _best(residual, words, unit, tl.arange(0, SIZE), K, DIM, SIZE)
+                _, code = _best(residual, words, unit, 0, K, DIM, SIZE)
             else:
                 code = _nearest(residual, book, K, DIM, SIZE)
             tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
@@ -92,7 +97,7 @@ def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.conste
     for first in range(0, K, SIZE):
         word = first + tl.arange(0, SIZE)
         words, unit = _words(book, word, K, DIM, residual.shape[1])
-        top, found = _best(residual, words, unit, word, K, DIM, SIZE)
+        top, found = _best(residual, words, unit, first, K, DIM, SIZE)
         code = tl.where(top > best, found, code)
         best = tl.maximum(best, top)
     return code
@@ -104,8 +109,7 @@ def _words(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
     lane = tl.arange(0, DEPTH)[None, :]
     real = (word < K)[:, None] & (lane < 3 * DIM)
     words = tl.load(book + word[:, None] * DIM + lane % DIM, mask=real, other=0.0).to(tl.float32)
-    longest = tl.max(tl.max(tl.abs(words), 1), 0)
-    unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(longest, 1e-12))))
+    unit = _power_of_2(tl.max(_length(words, DIM), 0), 1e-12)
     words /= unit
     high = words.to(tl.float16)
     low = (words - high.to(tl.float32)).to(tl.float16)
@@ -118,17 +122,35 @@ def _words(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _best(residual, words, unit, word, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
-    """The largest x·c − ‖c‖²/2 of each vector, and the lowest code that has it."""
+def _best(residual, words, unit, first, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """The largest x·c − ‖c‖²/2 of each vector, and the lowest code that has it, from `first` on."""
     lane = tl.arange(0, residual.shape[1])[None, :]
-    x = tl.minimum(tl.maximum(residual / unit, -REACH), REACH)
+    shrunk = 1 / _power_of_2(_length(residual, DIM) / unit, 1.0)
+    x = residual * (shrunk / unit)[:, None]
     high = x.to(tl.float16)
     low = (x - high.to(tl.float32)).to(tl.float16)
     x = tl.where((lane >= DIM) & (lane < 2 * DIM), low, high)
-    x = tl.where((lane == 3 * DIM) | (lane == 3 * DIM + 1), 1.0, x)
-    scores = tl.dot(x.to(tl.float16), tl.trans(words))
+    x = tl.where((lane == 3 * DIM) | (lane == 3 * DIM + 1), shrunk[:, None], x)
+    middle = tl.full([residual.shape[0], SIZE], MIDDLE, tl.float32)
+    scores = tl.dot(x.to(tl.float16), tl.trans(words), middle)
+    # Of equal scores the lowest code's is the largest number.
+    place = tl.arange(0, SIZE)[None, :]
+    ordered = (scores.to(tl.int32, bitcast=True) << 8) | (255 - place)
     if K % SIZE:
-        scores = tl.where((word < K)[None, :], scores, float("-inf"))
-    top = tl.max(scores, 1)
-    found = tl.min(tl.where(scores == top[:, None], word[None, :], K), 1)
-    return top * unit * unit, found
+        ordered = tl.where(first + place < K, ordered, LEAST)
+    best = tl.max(ordered, 1)
+    top = ((best >> 8) & 0x7FFFFF | COMMON).to(tl.float32, bitcast=True) - MIDDLE
+    return top / shrunk * unit * unit, first + 255 - (best & 255)
+
+
+@triton.jit
+def _length(vectors, DIM: tl.constexpr):
+    """Of rows `[rows, depth]` that begin with a vector."""
+    lane = tl.arange(0, vectors.shape[1])[None, :]
+    return tl.sqrt(tl.sum(tl.where(lane < DIM, vectors * vectors, 0.0), 1))
+
+
+@triton.jit
+def _power_of_2(x, least):
+    """The least that is not below x, nor below `least` in magnitude."""
+    return tl.exp2(tl.ceil(tl.log2(tl.maximum(x, least))))
