@@ -5,9 +5,9 @@ Side by side, with ‖c‖²/2 in two more channels, they fill the depth of 16 t
 instruction takes anyway where d ≤ 4. Both sides are divided by powers of two first, so that no
 codeword is longer than 1 and no vector either; a shorter vector's ‖c‖²/2 shrinks with it.
 
-The search for the best of 256 scores would cost more than the product. So sums begin with 6: between
-4 and 8 all floats have one exponent, and their order is that of their bits as integers. With the
-code in place of the uppermost bits, which are all alike, shifted out, one maximum finds both.
+The search for the best of 256 scores would cost more than the product. So sums begin with 6:
+between 4 and 8 all floats have one exponent, and their order is that of their bits as integers.
+With the code in place of the uppermost bits, which are all alike, one maximum finds both.
 """
 
 from __future__ import annotations
