@@ -83,7 +83,12 @@ def compare(
     if json:
         print_json(data)
     else:
-        print_table(COLUMNS, [cells(row) for row in data["rows"]], title=f"{model}, before use")
+        print_table(
+            COLUMNS,
+            [cells(row) for row in data["rows"]],
+            title=f"{model}, before use",
+            piped_heads=True,
+        )
     evaluations = [row["evaluation"] for row in data["rows"]]
     blind = sorted({e["scheme"] for e in evaluations if not e["canary_ok"]})
     if blind:

@@ -33,20 +33,30 @@ def print_table(
 ) -> None:
     """A table on a terminal; elsewhere a line per row, tab-separated, nothing cut short.
 
-    With `piped_heads` the columns' heads are the first line elsewhere too: for tables of figures,
-    which say nothing without them.
+    A terminal too narrow for the table gets a block for each row. With `piped_heads` the columns'
+    heads are the first line elsewhere too: for tables of figures, which say nothing without them.
     """
     if not sys.stdout.isatty():
         for row in [columns, *rows] if piped_heads else rows:
             sys.stdout.write("\t".join(row) + "\n")
         return
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
+    console = Console()
     table = Table(*columns, title=title or None, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    unbounded = console.options.update(max_width=10_000)
+    if Measurement.get(console, unbounded, table).minimum <= console.width:
+        console.print(table)
+        return
+    width = max(map(len, columns))
+    for row in rows:
+        for head, cell in zip(columns, row, strict=True):
+            sys.stdout.write(f"{head:{width}}  {cell}\n")
+        sys.stdout.write("\n")
 
 
 def print_facts(facts: dict[str, Any], title: str = "") -> None:

@@ -53,7 +53,10 @@ def show_scheme(
 def validate_scheme(
     file: Annotated[Path, typer.Argument(help="YAML file.")], json: JsonFlag = False
 ) -> None:
-    """Check a scheme file; says what is wrong and where."""
+    """Check a scheme file; says what is wrong and where.
+
+    Whether a model has the shape for it, `vqkv plan MODEL --scheme FILE` says.
+    """
     from vqkv.scheme_files import load_scheme
 
     scheme = load_scheme(file)

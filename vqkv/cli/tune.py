@@ -120,6 +120,7 @@ def tune(
         ("scheme", "bits", "KL", "ratio", "KL expected", ""),
         [_cells(candidate, candidate is chosen) for candidate in tried],
         title=f"{model}, before use, on {names}",
+        piped_heads=True,
     )
 
 
