@@ -32,8 +32,8 @@ Attend = Callable[[torch.Tensor], torch.Tensor]
 def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Time, tokens a second and memory at each context and batch.
 
-    Layers share one layer's codebooks and have codes and weights of their own. RoPE of the new
-    token, the exact window and the append are left out: all are the same whatever the codes.
+    RoPE of the new token and its append are left out, and of codes also the exact window and what
+    maps weighted sums of codewords back: a step of the whole cache takes longer.
     """
     weights = [_layer(sizes) for _ in range(sizes.layers)]
     embedding = _random(sizes, sizes.vocabulary, sizes.hidden)
@@ -59,6 +59,7 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
                 "cache_bytes": cache_bytes,
                 "finite": finite,
             }
+            del layers, step  # what a generator makes next needs the room
 
 
 def _arms(sizes: Sizes, context: int, batch: int) -> Iterator[tuple[str, str, list[Attend], int]]:

@@ -57,7 +57,7 @@ def compiled(config: Config, capability: int) -> Any:
     else:
         token = config.keys if isinstance(config, AttendConfig) else config.words
         whole_lines = token.subvectors * token.stages % 16 == 0
-    return build(kernel, constants, config.options(capability), capability, whole_lines)
+    return build(kernel, constants, config.options(), capability, whole_lines)
 
 
 def build(
@@ -94,7 +94,7 @@ def build_helpers(capability: int) -> None:
         build(kernel, constants, {"num_warps": 4}, capability)
     config = SHIPPED["attend/80/d4/rope"]
     ones = {name: 1 for name in attend_split.arg_names if name not in POINTERS}
-    build(attend_split, ones | config.constants(), config.options(capability), capability)
+    build(attend_split, ones | config.constants(), config.options(), capability)
 
 
 def report(config: Config, capability: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
     binary = compiled(config, capability)
     sass, registers = disassembled(binary.asm["cubin"])
     tokens = config.vectors if isinstance(config, EncodeConfig) else PAGE_TOKENS
-    warps = config.options(capability)["num_warps"]
+    warps = config.options()["num_warps"]
     loads = sass.global_loads()
     return {
         "instructions": round(len(sass.main_loop) * warps / tokens, 1),

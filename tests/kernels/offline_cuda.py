@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.kernels.offline import disassembled
 from vqkv.kernels.cuda.build import compiled
-from vqkv.kernels.cuda.configs import HOPPER, AttendVariant
+from vqkv.kernels.cuda.configs import HOPPER, AttendVariant, MergeVariant
 
 #: Tokens of a tile; a warp reads one or two in a pass through its loop.
 TILE = 16
@@ -71,6 +71,8 @@ def main() -> None:
     """Print reports by name."""
     from cuda.bindings import nvrtc
 
+    for key_sums in (False, True):  # small, without a budget
+        compiled("merge.cu", MergeVariant(128, key_sums).macros(), HOPPER)
     _, major, minor = nvrtc.nvrtcVersion()
     reports = {name: report(one) for name, one in VARIANTS.items()}
     json.dump({"nvrtc": f"{major}.{minor}", f"sm_{HOPPER}": reports}, sys.stdout, indent=2)

@@ -76,7 +76,10 @@ class Disassembly:
 
     @property
     def unset_uniforms(self) -> int:
-        """Instructions that read a uniform register before any writes it: the compiler erred."""
+        """Instructions that read a uniform register before any writes it: the compiler erred.
+
+        In the order of the text; of a pair of registers the first is looked at.
+        """
         written: set[int] = set()
         unset = 0
         for instruction in self.instructions:

@@ -23,7 +23,12 @@ CASES = [
     Case(head_dim=128, group=4, lengths=(300, 70), paged=True, key_sums=True, sinks=4),
     Case(head_dim=128, dim=8, heads=1, group=5, rows=2, lengths=(130,), key_sums=True),
     Case(dim=8, group=4, rows=7, heads=1, lengths=(140, 9), size=16),
-    # Several chunks of pages whose queries are turned ahead.
+    # Both of a warp's tiles, and a ring of pages, whose queries are turned ahead, that goes round.
+    Case(head_dim=128, heads=1, group=4, lengths=(64 * 37 - 5,), sinks=4),
+    Case(heads=1, group=8, lengths=(64 * 21 + 1,), sinks=4, paged=True),
+    Case(head_dim=128, dim=8, heads=1, group=4, rope=False, lengths=(64 * 20 - 9, 130), sinks=70),
+    Case(heads=2, group=3, lengths=(64 * 9 - 3,), key_sums=True),
+    # Several chunks of them.
     Case(group=4, rows=4, heads=1, lengths=(64 * 13 - 5,), sinks=4),
     Case(group=8, heads=1, lengths=(64 * 19,), key_sums=True, paged=True),
 ]
@@ -69,6 +74,15 @@ def test_it_equals_the_naive_kernel(emulator: Emulator, case: Case, splits: int)
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("key_sums", [False, True])
+def test_more_splits_than_lanes_are_merged(emulator: Emulator, key_sums: bool) -> None:
+    case = Case(heads=1, group=4, lengths=(64 * 45, 3, 0), rope=False, key_sums=key_sums)
+    query, coded = problem(case)
+    found = attend(query, coded, 40, emulator.launch)
+    assert_equals_the_naive_kernel(found, query, coded, case)
+
+
+@needs_a_compiler
 def test_codes_that_lie_askew_are_read(emulator: Emulator) -> None:
     case = Case(rope=False, lengths=(67, 67), group=4)
     query, coded = problem(case)
@@ -98,12 +112,15 @@ def test_large_scores_late_in_a_context_scale_sums_down(emulator: Emulator) -> N
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("head_dim, dim, of_keys", [(128, 4, 3.1), (128, 8, 4), (64, 4, 2)])
+@pytest.mark.parametrize(
+    "head_dim, dim, rope, of_keys",
+    [(128, 4, False, 3.1), (128, 4, True, 3.4), (128, 8, False, 4), (64, 4, True, 2)],
+)
 def test_look_ups_meet_in_no_more_banks_than_planned(
-    emulator: Emulator, head_dim: int, dim: int, of_keys: float
+    emulator: Emulator, head_dim: int, dim: int, rope: bool, of_keys: float
 ) -> None:
     """32 of keys on random codes; 32 of values take the fewest there are, whatever the codes."""
-    case = Case(head_dim=head_dim, dim=dim, heads=1, group=4, lengths=(256,), rope=False)
+    case = Case(head_dim=head_dim, dim=dim, heads=1, group=4, lengths=(256,), rope=rope)
     query, coded = problem(case)
     attend(query, coded, 1, emulator.launch)
     keys, values = emulator.wavefronts
@@ -131,9 +148,14 @@ def test_codewords_changed_in_place_are_converted_again() -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dim", [4, 8])
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 16])
-def test_every_variant_fits_into_shared_memory(head_dim: int, rows: int) -> None:
-    variant = AttendVariant(head_dim, 4, rows, 32, 32, rope=True, key_sums=True)
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("key_sums", [True, False])
+def test_every_variant_fits_into_shared_memory(
+    head_dim: int, dim: int, rows: int, rope: bool, key_sums: bool
+) -> None:
+    variant = AttendVariant(head_dim, dim, rows, 32, 32, rope=rope, key_sums=key_sums)
     assert variant.shared_bytes <= MOST_SHARED_BYTES
     assert rows <= variant.padded_rows and variant.warps % 4 == 0
 

@@ -84,6 +84,17 @@ def test_vectors_of_other_lengths_than_codewords(kernel: str, length: float) -> 
 
 
 @pytest.mark.parametrize("kernel", able("encode"))
+def test_one_long_codeword_costs_others_little(kernel: str) -> None:
+    x, books = make((200, 2, 1, 256, 4))
+    books[:, :, 17] *= 30 / books[:, :, 17].norm(dim=-1, keepdim=True)
+    with using(encode=kernel):
+        codes = encode(x, books)
+    distances = (x.double().unsqueeze(2) - books[:, 0].double()).square().sum(-1)
+    chosen = distances.gather(2, codes.long())[..., 0]
+    assert (chosen - distances.amin(-1) <= 2.0**-18 * 30**2).all()
+
+
+@pytest.mark.parametrize("kernel", able("encode"))
 def test_codewords_encode_to_themselves(kernel: str) -> None:
     _, books = make((1, 3, 1, 50, 4))
     with using(encode=kernel):

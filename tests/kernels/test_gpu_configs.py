@@ -28,7 +28,7 @@ def test_words_divide_what_they_are_read_from() -> None:
 
 def test_more_kept_values_leave_fewer_programs() -> None:
     plain, turned, wide = (
-        SHIPPED[f"attend/{name}"].resident(90)  # type: ignore[union-attr]
+        SHIPPED[f"attend/{name}"].resident()  # type: ignore[union-attr]
         for name in ("128/d4", "128/d4/rope/key-sums", "256/d4/rope/key-sums")
     )
     assert (plain, turned, wide) == (4, 1, 1)

@@ -124,3 +124,17 @@ def test_loops_and_loads_are_counted() -> None:
     assert len(sass.main_loop) == 5
     assert sass.global_loads() == {8: 1, 4: 1}
     assert (sass.spills, sass.past_l1, sass.count("HGMMA")) == (1, 1, 1)
+
+
+def test_uniform_registers_that_nothing_has_written_are_counted() -> None:
+    sass = Disassembly(
+        """
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0010*/                   UIADD3 UR6, UR5, 0x4000, URZ ;
+        /*0020*/                   R2UR UR7, R0 ;
+        /*0030*/                   UIADD3 UR10, UP0, UR10, 0x20, URZ ;
+        /*0040*/                   LDG.E R2, desc[UR6][R2.64] ;
+        /*0050*/                   STG.E desc[UR8][R2.64], R0 ;
+"""
+    )
+    assert sass.unset_uniforms == 2

@@ -4,8 +4,8 @@
 // reads tokens 16 (w % 4) to + 15 of every page it comes to, so that the turn of a token within its page is the
 // same in every page and stays in registers.
 //
-// What bounds it is the way through shared memory, a clock for each wavefront of look-ups and for each `movmatrix`.
-// So either stream is looked up as fragments of the product it is for, and nothing is transposed:
+// The way through shared memory takes a clock for each wavefront of look-ups, and for each `movmatrix`. So either
+// stream is looked up as fragments of the product it is for, and no codeword is transposed:
 //
 // Keys. Lane (g, c) looks up the c-th quarter of the subvectors of tokens g and g + 8, words of four channels
 // (x0, x1, y0, y1) of two pairs. A word's halves are fragments of K, whose product with q gives scores. Lanes of one
@@ -18,8 +18,8 @@
 // Where sums of keys are asked for, words of keys, transposed as 8 x 8 blocks of byte pairs, are fragments of K^T.
 //
 // Given by the compiler's command line: HEAD_DIM (D), DIM (d), ROWS (query rows of a KV head, padded to 4, 8 or 16),
-// WARPS, TILES (that a warp reads at a time), KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and
-// PAGED.
+// WARPS, TILES (that a warp reads at a time), KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the
+// next), and 0 or 1 for ROPE, KEY_SUMS and PAGED.
 
 #include <warp.cuh>
 
@@ -35,8 +35,6 @@
 #define COLUMNS (8 * BLOCKS)
 #define STRIDE (WARPS / 4)            // pages that the warps read at a time, TILES times
 #define BATCH (TILES * STRIDE)
-// Whether words of values are looked up before scores are made, where there are registers for both.
-#define EARLY_VALUES (!ROPE || WARPS <= 12)
 #define NOTHING (-3e38f)
 #define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
@@ -47,10 +45,13 @@
 #define VALUE_ROW 128
 #define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
 
+static_assert(WARPS % 4 == 0 && WARPS * COLUMNS <= ROWS * HEAD_DIM, "factors take the place of queries");
+
 #if ROPE
 #define CHUNK (64 / ROWS / BATCH * BATCH)    // pages whose turned queries are made between two barriers
 #define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
 #define OWN_ITEMS ((BATCH * ITEMS + THREADS - 1) / THREADS)
+static_assert(CHUNK > 0, "too many pages at a time");
 #endif
 
 #if QUARTER == 8
@@ -280,7 +281,7 @@ struct Turning {
 DEVICE int value_channel(int step, int g, int i) { return g * (HEAD_DIM / 8) + step * 2 + i; }
 DEVICE int key_channel(int step, int g, int i) { return 2 * (pair_of(step, g / 2) + i) + g % 2; }
 
-// Rows of D: sums of all warps, each scaled by its own factor of a row. `room` is for WARPS D COLUMNS floats.
+// Rows of D: sums of all warps, each scaled by its own factor of a row. `room` is for WARPS ROWS D floats.
 DEVICE void write_rows(float *to, float *room, const float *factors, float sums[STEPS][BLOCKS][4], int rows, int warp,
                        int lane, int (*channel)(int, int, int)) {
     barrier();
@@ -319,7 +320,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     const int split = block_index() % splits, head = block_index() / splits % heads;
     const i64 batch = block_index() / splits / heads;
     let_later_begin();
-    // Nobody writes tables any more.
+    // Nobody writes tables any more: keys' is filled before the wait, values' while bounds are on their way.
     spread_keys(keys_at, key_table + (i64)head * (HEAD_DIM * 256));
     wait_for_earlier();
     const int begin = start[batch], end = stop[batch];
@@ -400,12 +401,10 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         if (page < high) {
             Keys keys[TILES];
             Values values[TILES];
-            ValueRead codes_of_values[TILES];
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 keys[t] = look_up_keys(key_read[t], key_entry);
-                codes_of_values[t] = value_read[t];
-                if (EARLY_VALUES) values[t] = look_up_values(codes_of_values[t], value_entry);
+                values[t] = look_up_values(value_read[t], value_entry);
             }
             if (page + BATCH < high) read_pages(page + BATCH);
 
@@ -492,7 +491,6 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #if KEY_SUMS
                 add_up(key_sums, columns_of(keys[t]), weights[t]);
 #endif
-                if (!EARLY_VALUES) values[t] = look_up_values(codes_of_values[t], value_entry);
                 add_up(sums, columns_of(values[t]), weights[t]);
             }
         }

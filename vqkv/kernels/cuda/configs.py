@@ -49,7 +49,7 @@ class AttendVariant:
     def key_copies(self) -> int:
         """Of every entry of keys: the more, the fewer lanes meet in a bank.
 
-        One, where turns of queries need what else is left of L1.
+        One at D = 128, where turns of queries need what else is left of L1.
         """
         return 4 if self.head_dim <= 64 else 1 if self.rope else 2
 

@@ -89,7 +89,6 @@ DEVICE u32 halves_of_e4m3(u32 word, bool high) {
     return halves;
 }
 
-
 DEVICE u32 halves(float low, float high) {
     u32 both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

@@ -15,7 +15,8 @@ MOST_DIMS = 32
 def encode(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
     """Greedy codes `[N, M, S]` of `x` `[N, M, d]` under `codewords` `[M, S, K, d]`.
 
-    Scores are right to about 2⁻²² of the longest codeword's square.
+    Scores are right to about 2⁻²⁰ of the longest codeword's square, or of its length times a longer
+    vector's.
     """
     from vqkv.kernels.gpu import encode_ops
 

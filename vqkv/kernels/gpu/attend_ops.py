@@ -8,7 +8,7 @@ from torch import Tensor
 from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import ROWS, AttendConfig, split_count
-from vqkv.kernels.gpu.tensors import capability, half, multiprocessors, readable, words
+from vqkv.kernels.gpu.tensors import half, multiprocessors, readable, words
 from vqkv.layouts import PAGE_TOKENS
 
 
@@ -49,7 +49,7 @@ def attend_codes(
         batch * heads * blocks,
         count,
         processors,
-        config.resident(capability(query.device)),
+        config.resident(),
     )
     # What a launch does not read may be any tensor.
     page_turns = query if page_turns is None else readable(page_turns)
@@ -82,7 +82,7 @@ def attend_codes(
         splits,
         processors,
         **config.constants(),
-        **config.options(capability(query.device)),
+        **config.options(),
     )
     return merge(parts, part_lse, part_means)
 

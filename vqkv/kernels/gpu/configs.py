@@ -16,7 +16,6 @@ DIMS, STAGES, HEAD_DIMS = (2, 4, 8, 16, 32), (1, 2, 4), range(16, 257)
 ROWS = 16
 #: 32-bit values a thread of 128 can keep through the loop without spilling what comes and goes.
 MOST_KEPT = 100
-HOPPER = 90
 #: With more, Triton copies gathers of 16 bytes past L1, where the codebooks are.
 NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
@@ -72,13 +71,13 @@ class AttendConfig:
             "KEY_SUMS": self.key_sums,
         }
 
-    def options(self, capability: int) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Of the compiler. Eight warps issue more instructions, but hold what four would spill."""
         return {"num_warps": 4 if self._kept() <= MOST_KEPT else 8, "num_stages": NUM_STAGES}
 
-    def resident(self, capability: int) -> int:
+    def resident(self) -> int:
         """Programs that a multiprocessor holds at a time, by registers, about."""
-        warps = self.options(capability)["num_warps"]
+        warps = self.options()["num_warps"]
         return max(1, REGISTERS // (32 * warps * (self._kept() * 4 // warps + PASSING)))
 
     def _kept(self) -> int:
@@ -109,7 +108,7 @@ class EncodeConfig:
             "BLOCKS": self.blocks,
         }
 
-    def options(self, capability: int) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Of the compiler."""
         return {"num_warps": 4, "num_stages": NUM_STAGES}
 
@@ -137,7 +136,7 @@ class DecodeConfig:
             "ROPE": self.rope,
         }
 
-    def options(self, capability: int) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Of the compiler."""
         return {"num_warps": 4, "num_stages": NUM_STAGES}
 

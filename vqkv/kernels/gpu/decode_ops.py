@@ -8,7 +8,7 @@ from torch import Tensor
 from vqkv.kernels.gpu.configs import DecodeConfig
 from vqkv.kernels.gpu.decode import decode_pages as decode_pages_kernel
 from vqkv.kernels.gpu.decode import decode_vectors
-from vqkv.kernels.gpu.tensors import capability, half, readable, words
+from vqkv.kernels.gpu.tensors import half, readable, words
 from vqkv.layouts import PAGE_TOKENS
 
 #: Vectors that a program of `decode_vectors` looks up.
@@ -78,7 +78,7 @@ def decode_pages(
         0 if pages is None else pages.shape[1],
         page_turns[0].numel() if page_turns.shape[0] > 1 else 0,
         **config.constants(),
-        **config.options(capability(codes.device)),
+        **config.options(),
     )
     return states
 

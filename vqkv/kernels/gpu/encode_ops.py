@@ -8,7 +8,7 @@ from torch import Tensor
 from vqkv.kernels.gpu.configs import EncodeConfig, encode_blocks
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
-from vqkv.kernels.gpu.tensors import capability, readable
+from vqkv.kernels.gpu.tensors import readable
 
 
 @torch.library.custom_op("vqkv::encode", mutates_args=(), device_types=("cuda", "cpu"))
@@ -26,7 +26,7 @@ def encode(x: Tensor, codewords: Tensor) -> Tensor:
             vectors,
             subvectors,
             **config.constants(),
-            **config.options(capability(codes.device)),
+            **config.options(),
         )
     return codes
 
@@ -64,7 +64,7 @@ def encode_pair(
             *value_codewords.shape[1:],
             config.vectors,
             config.blocks,
-            **config.options(capability(keys.device)),
+            **config.options(),
         )
     return key_codes, value_codes
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vqkv.kernels.gpu.configs import HOPPER, Words, word_bytes
+from vqkv.kernels.gpu.configs import Words, word_bytes
 
 #: Codewords, the version of them that was converted, and the result.
 _halves: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
@@ -48,12 +48,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def capability(device: torch.device) -> int:
-    """Of a GPU, such as 80 or 90; a Hopper's where kernels are interpreted."""
-    if device.type != "cuda":
-        return HOPPER
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
