@@ -279,16 +279,23 @@ def longer_windows() -> str:
     if not file.exists():
         return ""
     data = json.loads(file.read_text(encoding="utf-8"))
-    of = {(r["scheme"], r["text"], r["context"]): r["ratio"] for r in data["rows"]}
-    lines = [("preset", "text", "ratio at 2,048", "at 8,192", "excess grows by"), ("---",) * 5]
+    of = {(r["scheme"], r["text"], r["context"]): (r["kl"], r["ratio"]) for r in data["rows"]}
+    head = ("preset", "text", "KL at 2,048", "at 8,192", "ratio at 2,048", "at 8,192")
+    lines = [(*head, "excess grows by"), ("---",) * 7]
     for scheme, text in dict.fromkeys((scheme, text) for scheme, text, _ in of):
-        short, long = (of.get((scheme, text, context)) for context in (2048, 8192))
-        if short is None or long is None:
+        windows = [of.get((scheme, text, context)) for context in (2048, 8192)]
+        if None in windows:
             continue
+        kl, (short, long) = zip(*filter(None, windows), strict=True)
         # Of an excess that is mostly noise no share means anything.
         growth = f"{100 * (long - short) / (short - 1):+.0f} %" if short > 1.002 else ""
         lines.append(
-            (f"`{scheme}`", text.removesuffix(".txt"), f"{short:.4f}", f"{long:.4f}", growth)
+            (
+                f"`{scheme}`",
+                text.removesuffix(".txt"),
+                *(f"{figure:.4f}" for figure in (*kl, short, long)),
+                growth,
+            )
         )
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return LONGER.format(tokens=data["settings"]["tokens"]) + rows + "\n"

@@ -136,15 +136,16 @@ def test_codewords_are_rounded_by_a_sixteenth_at_most() -> None:
     assert torch.equal(as_read(torch.zeros(1, 8, 1, 256, 4)), torch.zeros(1, 8, 1, 256, 4))
 
 
-def test_codewords_changed_in_place_are_converted_again() -> None:
+def test_codewords_changed_in_place_change_their_tables_in_place() -> None:
     words = torch.randn(1, 8, 1, 256, 8)
-    before = as_read(words)
-    assert key_table(words).entries is key_table(words).entries
-    entries = value_table(words).entries
+    read = as_read(words)
+    tables = key_table(words), value_table(words)
+    before = [table.entries.clone() for table in tables]
     words.neg_()
-    assert torch.equal(as_read(words), -before)
-    assert torch.equal(value_table(words).entries & 127, entries & 127)
-    assert not torch.equal(value_table(words).entries, entries)
+    assert torch.equal(as_read(words), -read)
+    for old, new, bits in zip(tables, (key_table(words), value_table(words)), before, strict=True):
+        assert new.entries is old.entries
+        assert torch.equal(new.entries & 127, bits & 127) and not torch.equal(new.entries, bits)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

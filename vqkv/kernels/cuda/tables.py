@@ -44,6 +44,8 @@ _held: MutableMapping[Tensor, _Tables] = WeakTensorKeyDictionary()
 def key_table(codewords: Tensor) -> Table:
     """Of codewords `[H, M, 1, K, d]`; converted once for each tensor, not each call.
 
+    Where codewords have changed in place, so does the table: a graph that was captured reads it.
+
     Raises:
         KernelError: they would be converted while a CUDA graph is captured.
     """
@@ -67,7 +69,14 @@ def _tables(codewords: Tensor) -> _Tables:
     if held is None or held.version != version:
         if codewords.is_cuda and torch.cuda.is_current_stream_capturing():
             raise KernelError("codebooks are converted at a first call, before a graph is captured")
-        _held[codewords] = held = _converted(codewords, version)
+        fresh = _converted(codewords, version)
+        if held is not None:
+            for old, new in zip(
+                (*held.keys, *held.values), (*fresh.keys, *fresh.values), strict=True
+            ):
+                old.copy_(new)
+            fresh = held._replace(version=version)
+        _held[codewords] = held = fresh
         if codewords.is_cuda:  # kernels read tables before they wait for what runs before them
             torch.cuda.current_stream(codewords.device).synchronize()
     return held
