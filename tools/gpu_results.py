@@ -10,12 +10,16 @@ from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 END = "<!-- end -->"
-#: Arms of attention that have a column of their own, by kernel.
+#: Presets whose layers are read as an arm's are.
+PRESETS = {"d4-rope-key-sums": "`fast-2bit`", "d8-rope-key-sums": "`fast-1bit`"}
+#: Columns of tables of attention, by kernel.
 COLUMNS = {
-    "cuda": ("d4", "d4-rope", "d4-rope-key-sums", "d8", "d8-rope", "d8-rope-key-sums"),
+    "cuda": (*PRESETS, "d4-rope", "d8-rope", "d4", "d8"),
     "triton": ("d4", "d4-rope", "d8", "d8-x2", "d2"),
 }
-STEPS = ("d4", "d4-rope-key-sums", "d8", "d8-rope-key-sums")
+#: Batches of the table of Triton, in which nothing else changes much.
+TRITON_BATCHES = (1, 16)
+STEPS = (*PRESETS, "d4", "d8")
 
 
 def with_gpu_results(page: str) -> str:
@@ -37,12 +41,15 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
         f"{ceilings['copy_gb_per_s']:,.0f} GB/s, read and written bytes both counted; an fp16 "
         f"product runs at {ceilings['product_tflop_per_s']:.0f} TFLOP/s."
     )
-    yield "### Attention of one token"
+    yield "### Attention of one token, in CUDA C++"
     yield (
-        "µs of the fastest exact fp16 kernel of those measured, the part of the copy's GB/s that "
-        "it reads its states at, and how many times as fast ours are."
+        "How long the fastest exact fp16 kernel takes of those measured, and at which part of the "
+        "copy's GB/s it reads its states; and how many times as fast ours are, **bold** where faster."
     )
-    yield _attention(data)
+    yield _attention(data, "cuda")
+    yield "### Attention of one token, in Triton"
+    yield "The same, at some batches, for what CUDA C++ does not read, and for what it does."
+    yield _attention(data, "triton")
     yield "### A decoding step"
     yield "Tokens a second of the whole batch, attention in CUDA."
     yield _steps(data["step"])
@@ -62,30 +69,31 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
         ],
     )
     yield "### Memory"
-    yield "Bytes a token of all layers, and the tokens that fit beside fp16 weights."
+    yield (
+        "Bytes a token of all layers, and the tokens that would fit into this card's memory less "
+        "16 GB of weights, with nothing else in it."
+    )
     rows = [(row["arm"], row["bytes_per_token"], row["tokens"]) for row in data["capacity"]]
     yield _table(("", "bytes a token", "tokens"), rows)
 
 
-def _attention(data: dict[str, Any]) -> str:
+def _attention(data: dict[str, Any], kernel: str) -> str:
     points: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in data["attend"]:
         points.setdefault((row["context"], row["batch"]), []).append(row)
-    names = [f"{arm}, {kernel}" for kernel, arms in COLUMNS.items() for arm in arms]
     lines = []
-    complete = {p: rows for p, rows in points.items() if _complete(rows)}
-    for point, rows in sorted(complete.items()):
-        exact = [row for row in rows if "state_bytes" in row]
-        best = min(exact, key=lambda row: row["us"])
-        ours = {(row["kernel"], row["arm"]): row["us"] for row in rows if "kernel" in row}
+    for (context, batch), rows in sorted(points.items()):
+        if not _complete(rows) or (kernel == "triton" and batch not in TRITON_BATCHES):
+            continue
+        best = min((row for row in rows if "state_bytes" in row), key=lambda row: row["us"])
+        ours = {row["arm"]: row["us"] for row in rows if row.get("kernel") == kernel}
         of_copy = best["gb_per_s"] / data["ceilings"]["copy_gb_per_s"]
-        ratios = [
-            f"{best['us'] / ours[kernel, arm]:.2f}"
-            for kernel, arms in COLUMNS.items()
-            for arm in arms
-        ]
-        lines.append((*point, f"{best['us']:.1f} ({best['arm']})", f"{of_copy:.0%}", *ratios))
-    return _table(("context", "batch", "fp16, µs", "of copy", *names), lines)
+        ratios = [best["us"] / ours[arm] for arm in COLUMNS[kernel]]
+        cells = [f"**{ratio:.2f}×**" if ratio > 1 else f"{ratio:.2f}×" for ratio in ratios]
+        exact = f"{best['us']:.1f} µs (`{best['arm']}`)"
+        lines.append((context, batch, exact, f"{of_copy:.0%}", *cells))
+    names = [PRESETS.get(arm, arm) if kernel == "cuda" else arm for arm in COLUMNS[kernel]]
+    return _table(("context", "batch", "fp16", "of copy", *names), lines)
 
 
 def _complete(rows: list[dict[str, Any]]) -> bool:
@@ -101,7 +109,10 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         speeds = [found[context, batch, "cuda", arm]["tokens_per_s"] for arm in STEPS]
         ours = [f"{speed:,.0f} ({speed / exact:.2f}×)" for speed in speeds]
         lines.append((context, batch, f"{exact:,.0f}", *ours))
-    return _table(("context", "batch", "fp16 (`fp16-split-kv`)", *STEPS), lines)
+    return _table(
+        ("context", "batch", "fp16 (`fp16-split-kv`)", *(PRESETS.get(arm, arm) for arm in STEPS)),
+        lines,
+    )
 
 
 def _encoding(rows: list[dict[str, Any]]) -> str:

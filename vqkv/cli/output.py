@@ -60,8 +60,14 @@ def print_table(
 
 
 def print_facts(facts: dict[str, Any], title: str = "") -> None:
-    """Names and values, a line each."""
-    print_table(["", ""], [(name, show(value)) for name, value in facts.items()], title)
+    """Names and values, a line each; in a pipe with a tab between them."""
+    if not sys.stdout.isatty():
+        print_table(["", ""], [(name, show(value)) for name, value in facts.items()])
+        return
+    width = max(map(len, facts))
+    sys.stdout.write(f"{title}\n" if title else "")
+    for name, value in facts.items():
+        sys.stdout.write(f"{name:{width}}  {show(value)}\n")
 
 
 def show(value: Any) -> str:
