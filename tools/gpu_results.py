@@ -44,7 +44,8 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
     yield "### Attention of one token, in CUDA C++"
     yield (
         "How long the fastest exact fp16 kernel takes of those measured, and at which part of the "
-        "copy's GB/s it reads its states; and how many times as fast ours are, **bold** where faster."
+        "copy's GB/s it reads its states; and how many times as fast ours are, **bold** where "
+        "faster."
     )
     yield _attention(data, "cuda")
     yield "### Attention of one token, in Triton"

@@ -74,8 +74,8 @@ LONGER = """
 ## In longer windows
 
 The same {tokens:,} tokens of each text in windows of 2,048, as calibration had, and of 8,192
-(`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 it is mostly
-noise, and what it grows by is left out.
+(`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 it is
+mostly noise, and what it grows by is left out.
 
 """
 
