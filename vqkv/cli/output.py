@@ -52,22 +52,25 @@ def print_table(
     if Measurement.get(console, unbounded, table).minimum <= console.width:
         console.print(table)
         return
-    width = max(map(len, columns))
     for row in rows:
-        for head, cell in zip(columns, row, strict=True):
-            sys.stdout.write(f"{head:{width}}  {cell}\n")
+        _print_block(dict(zip(columns, row, strict=True)))
         sys.stdout.write("\n")
 
 
 def print_facts(facts: dict[str, Any], title: str = "") -> None:
     """Names and values, a line each; in a pipe with a tab between them."""
+    shown = {name: show(value) for name, value in facts.items()}
     if not sys.stdout.isatty():
-        print_table(["", ""], [(name, show(value)) for name, value in facts.items()])
+        print_table(["", ""], list(shown.items()))
         return
-    width = max(map(len, facts))
     sys.stdout.write(f"{title}\n" if title else "")
-    for name, value in facts.items():
-        sys.stdout.write(f"{name:{width}}  {show(value)}\n")
+    _print_block(shown)
+
+
+def _print_block(shown: dict[str, str]) -> None:
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        sys.stdout.write(f"{name:{width}}  {value}\n")
 
 
 def show(value: Any) -> str:

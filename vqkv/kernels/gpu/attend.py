@@ -2,8 +2,8 @@
 
 A program reads one page of 64 tokens an iteration, once for all query rows of a KV head. Rows are
 the M operand of both products: scores `[rows, tokens] = q K^T` and output `[rows, D] = p V`. With
-tokens as M, Hopper's wgmma takes them and a tenth of the time is saved; but ptxas 12.8, which comes
-with Triton 3.6, then has some variants that turn queries read a register before it is written.
+tokens as M, Hopper's wgmma takes them; but ptxas 12.8, which comes with Triton 3.6, then has some
+variants that turn queries read a register before it is written.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A product of fp32 numbers is three of fp16, x = x₁ + x₂ and c = c₁ + c₂: x·c ≈ x₁c₁ + x₂c₁ + x₁c₂.
 Side by side, with ‖c‖²/2 in two more channels, they fill the depth of 16 that one matrix
 instruction takes anyway where d ≤ 4. Both sides are divided by powers of two first, so that no
-codeword is longer than 1 and no vector either; a shorter vector's ‖c‖²/2 shrinks with it.
+codeword is longer than 1 and no vector either; where a vector shrinks, so does its ‖c‖²/2.
 
 The search for the best of 256 scores would cost more than the product. So sums begin with 6:
 between 4 and 8 all floats have one exponent, and their order is that of their bits as integers.
