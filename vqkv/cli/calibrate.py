@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from vqkv.cli.choice import DType, DTypeOption, Model, open_model
+from vqkv.cli.choice import (
+    ContextOption,
+    DType,
+    DTypeOption,
+    Model,
+    SeedOption,
+    open_model,
+)
 from vqkv.cli.output import JsonFlag, bytes_for_people, print_facts, print_json
 from vqkv.cli.progress import progress_bars
 
@@ -18,10 +25,8 @@ def calibrate(
     text: Annotated[list[Path], typer.Option(help="Text file; repeat for several.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in all, split over the texts.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="All randomness follows from it.")
-    ] = 0,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    seed: SeedOption = 0,
+    context: ContextOption = 2048,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artefact.")] = False,
     dtype: DTypeOption = DType.auto,
     json: JsonFlag = False,

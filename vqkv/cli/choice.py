@@ -47,6 +47,9 @@ CalibrationTokensOption = Annotated[
 ]
 ScoredTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to score on, per text.")]
 SkipOption = Annotated[int, typer.Option(min=0, help="Tokens to skip at each text's start.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="All randomness follows from it.")
+]
 ContextOption = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 

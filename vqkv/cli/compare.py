@@ -14,6 +14,7 @@ from vqkv.cli.choice import (
     ContextOption,
     Model,
     ScoredTokensOption,
+    SeedOption,
     SkipOption,
 )
 from vqkv.cli.output import JsonFlag, bytes_for_people, fail, print_json, print_table
@@ -34,6 +35,7 @@ def compare(
     tokens: ScoredTokensOption = 16384,
     skip: SkipOption = 4096,
     context: ContextOption = 2048,
+    seed: SeedOption = 0,
     passages: Annotated[
         int, typer.Option(min=0, help="Repeated passages per length; 0 for none.")
     ] = 8,
@@ -66,6 +68,7 @@ def compare(
         skip=skip,
         context=context,
         passages=passages,
+        seed=seed,
     )
     with progress_bars() as report:
         rows = list(run(network, tokenizer, schemes, text, settings, report))

@@ -14,6 +14,7 @@ from vqkv.cli.choice import (
     ContextOption,
     Model,
     ScoredTokensOption,
+    SeedOption,
     SkipOption,
 )
 from vqkv.cli.output import JsonFlag, fail, print_json, print_table
@@ -55,6 +56,7 @@ def tune(
     tokens: ScoredTokensOption = 8192,
     skip: SkipOption = 0,
     context: ContextOption = 2048,
+    seed: SeedOption = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -86,6 +88,7 @@ def tune(
         skip=skip,
         context=context,
         passages=0,
+        seed=seed,
     )
     with progress_bars() as report:
         tried = list(
