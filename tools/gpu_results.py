@@ -60,6 +60,9 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
         "one token a sequence, in one launch."
     )
     yield _encoding(data["encode"])
+    if any(row["arm"].startswith("joint") for row in data["encode"]):
+        yield "Codes chosen together, as keys of `fast-2bit` (d = 4) and `fast-1bit` (d = 8) are."
+        yield _jointly(data["encode"])
     yield "### Look-ups through L1"
     yield "Codewords a clock that a multiprocessor reads in Triton, by what lanes lie across."
     yield _table(
@@ -127,6 +130,19 @@ def _encoding(rows: list[dict[str, Any]]) -> str:
         lines.append((dim, stages, *times))
     head = ("prompt, ms", "over torch", "append at batch 1, µs", "at 16", "at 64")
     return _table(("d", "stages", *head), lines)
+
+
+def _jointly(rows: list[dict[str, Any]]) -> str:
+    found = {(row["dim"], row["vectors"], row["arm"]): row["us"] for row in rows}
+    lines = []
+    for dim in sorted({dim for dim, _, arm in found if arm.startswith("joint")}):
+        sizes = sorted({n for d, n, arm in found if d == dim and arm.startswith("joint")})
+        cells = []
+        for vectors in sizes:
+            ours, torch = (found[dim, vectors, f"joint-{name}"] for name in ("triton", "naive"))
+            cells += [f"{1e-3 * ours:.2f}", f"{torch / ours:.0f}×"]
+        lines.append((dim, *cells))
+    return _table(("d", "page, ms", "over torch", "prompt, ms", "over torch"), lines)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

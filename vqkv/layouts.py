@@ -100,10 +100,14 @@ class Layout:
     commuting: bool = False
 
     @classmethod
-    def of_codebook(cls, books: int, stages: int, codewords: int, dim: int) -> Layout:
-        """The layout that a bare codebook `[M, S, K, d]` implies, for work on vectors alone."""
+    def of_codebook(
+        cls, books: int, stages: int, codewords: int, dim: int, units: int = 1
+    ) -> Layout:
+        """The layout that a bare codebook `[M, S, K, d]` of U units implies, for work on vectors
+        alone."""
         bits = max(codewords - 1, 0).bit_length()
-        return cls(1, books * dim, (Segment(1, books, dim, stages, bits, books),))
+        groups = books // units
+        return cls(units, groups * dim, (Segment(units, groups, dim, stages, bits, books),))
 
     @property
     def units(self) -> int:

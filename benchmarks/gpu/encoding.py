@@ -11,13 +11,18 @@ import torch
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.timing import microseconds
 from vqkv.kernels import using
+from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.joint import encode_joint
 from vqkv.kernels.encode.pair import encode_pair
+from vqkv.layouts import PAGE_TOKENS
 
 #: (d, S)
 SHAPES = ((2, 1), (4, 1), (8, 1), (8, 2))
 APPENDS = (1, 16, 64)
 CODEWORDS = 256
+#: d of codes that are chosen together, and how often.
+JOINT_DIMS, SWEEPS = (4, 8), 3
 
 
 def encoding(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -37,6 +42,28 @@ def encoding(sizes: Sizes) -> Iterator[dict[str, Any]]:
                     time, codes = microseconds([partial(encode, x, books)]), encode(x, books)
                 gap = _gap(x, books, codes)
                 yield {**row, "arm": f"prefill-{kernel}", "us": time, "gap": gap}
+    yield from _jointly(sizes)
+
+
+def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Ours and torch's, for a prompt and for a page."""
+    for dim in JOINT_DIMS:
+        noise = torch.randn(sizes.heads, *2 * (sizes.head_dim,), device=sizes.device)
+        # Little enough that the metric, with ones on its diagonal, is positive definite.
+        metric = (0.25 * (noise + noise.mT) / sizes.head_dim**0.5).half()
+        for vectors in (sizes.prefill, PAGE_TOKENS):
+            x, books = _problem(sizes, vectors, dim, stages=1)
+            x = x.float()  # as transforms leave it
+            run = partial(encode_joint, x, books, metric, SWEEPS)
+            some = partial(encode_joint, x[:512], books, metric, SWEEPS)
+            with using(encode_joint="naive", encode="naive"):
+                least = _cost(x, books, metric, some())
+            for kernel in ("triton", "naive"):
+                with using(encode_joint=kernel):
+                    time, codes = microseconds([run]), some()
+                gap = _cost(x, books, metric, codes) / least - 1
+                row = {"dim": dim, "stages": 1, "vectors": vectors * sizes.heads}
+                yield {**row, "arm": f"joint-{kernel}", "us": time, "gap": gap}
 
 
 def _problem(
@@ -60,3 +87,13 @@ def _gap(x: torch.Tensor, books: torch.Tensor, codes: torch.Tensor) -> float:
         gaps.append(float((distances.gather(2, code)[..., 0] - distances.amin(2)).max()))
         residual -= table[torch.arange(len(table), device=x.device), code[..., 0]]
     return max(gaps)
+
+
+def _cost(x: torch.Tensor, books: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> float:
+    """Of the errors of codes of the first vectors in the metric, in fp64."""
+    heads, dim = len(metric), x.shape[2]
+    error = (decode(codes, books).double() - x[: len(codes)]).view(len(codes), heads, -1)
+    group = torch.arange(metric.shape[1], device=x.device) // dim
+    own = torch.eye(metric.shape[1], device=x.device).double()
+    full = torch.where(group[:, None] == group, own, metric.double())
+    return float(torch.einsum("nui,uij,nuj->", error, full, error))

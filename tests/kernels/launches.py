@@ -26,6 +26,7 @@ from tests.kernels.coded_cases import Case, problem
 from vqkv.kernels.attend import codes_triton as attend
 from vqkv.kernels.decode import codes_triton as decode_pages
 from vqkv.kernels.decode import triton as decode
+from vqkv.kernels.encode import joint_triton as encode_joint
 from vqkv.kernels.encode import pair_triton as encode_pair
 from vqkv.kernels.encode import triton as encode
 
@@ -77,6 +78,7 @@ def launches() -> list[str]:
     encode.encode(x, books.half())
     encode.encode(x[:1], books[:, :1])
     encode_pair.encode_pair(x, books, x[:5].half(), books)
+    encode_joint.encode_joint(x, books[:, :1].half(), torch.zeros(2, 16, 16).half(), sweeps=3)
     decode.decode(torch.zeros(5, 8, 2, dtype=torch.int32), books)
     states = torch.zeros(1, 1, 70, 128).half()
     exact(torch.zeros(1, 4, 1, 128).half(), states, states)

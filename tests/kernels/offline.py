@@ -24,9 +24,16 @@ from triton.compiler import ASTSource
 
 from tests.kernels.sass import Disassembly
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
-from vqkv.kernels.gpu.configs import AttendConfig, DecodeConfig, EncodeConfig, Words
+from vqkv.kernels.gpu.configs import (
+    AttendConfig,
+    DecodeConfig,
+    EncodeConfig,
+    JointConfig,
+    Words,
+)
 from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
 from vqkv.kernels.gpu.encode import encode_codes, encode_pair
+from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
 from vqkv.kernels.gpu.shipped import SHIPPED, Config
 from vqkv.layouts import PAGE_TOKENS
 
@@ -36,15 +43,18 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS: dict[type, Any] = {
     AttendConfig: attend_split,
     EncodeConfig: encode_codes,
+    JointConfig: encode_jointly,
     DecodeConfig: decode_pages,
 }
 #: Types of pointers.
 POINTERS = {
     **dict.fromkeys(("x", "key_x", "value_x", "states"), "*fp16"),
     **dict.fromkeys(("codes", "key_codes", "value_codes"), "*u8"),
-    **dict.fromkeys(("books", "key_books", "value_books"), "*fp16"),
+    **dict.fromkeys(("books", "words", "key_books", "value_books", "metric"), "*fp16"),
     **dict.fromkeys(("start", "stop", "pages", "pairs"), "*i32"),
-    **dict.fromkeys(("query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"),
+    **dict.fromkeys(
+        ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"
+    ),
     **dict.fromkeys(("merged", "merged_lse", "merged_key_mean", "decoded"), "*fp32"),
 }
 
@@ -52,7 +62,7 @@ POINTERS = {
 def compiled(config: Config, capability: int) -> Any:
     """A kernel for a GPU, as a launch with aligned tensors would have it."""
     kernel, constants = KERNELS[type(config)], config.constants()
-    if isinstance(config, EncodeConfig):
+    if isinstance(config, EncodeConfig | JointConfig):
         whole_lines = False
     else:
         token = config.keys if isinstance(config, AttendConfig) else config.words
@@ -90,6 +100,7 @@ def build_helpers(capability: int) -> None:
         (merge_splits, {"D": 128, "SPLITS": 66, "KEY_SUMS": True}),
         (decode_vectors, shape),
         (encode_pair, pair),
+        (prepare_books, {"K": 256, "DIM": 4, "SIZE": 256, "DEPTH": 16}),
     ):
         build(kernel, constants, {"num_warps": 4}, capability)
     config = SHIPPED["attend/80/d4/rope"]
@@ -102,7 +113,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
     vector in one subspace, encoding)."""
     binary = compiled(config, capability)
     sass, registers = disassembled(binary.asm["cubin"])
-    tokens = config.vectors if isinstance(config, EncodeConfig) else PAGE_TOKENS
+    tokens = config.vectors if isinstance(config, EncodeConfig | JointConfig) else PAGE_TOKENS
     warps = config.options()["num_warps"]
     loads = sass.global_loads()
     return {
@@ -132,7 +143,7 @@ def gathers(config: Config) -> int:
 
 def gather_bytes(config: Config) -> int:
     """Of one load of a codeword in fp16."""
-    if isinstance(config, EncodeConfig):
+    if isinstance(config, EncodeConfig | JointConfig):
         return 16
     plane = config.keys if isinstance(config, AttendConfig) else config.words
     return min(16, 2 * plane.dim)

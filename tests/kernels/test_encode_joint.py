@@ -7,16 +7,16 @@ from itertools import product
 import pytest
 import torch
 
-from vqkv.errors import StateError
-from vqkv.kernels import native
+from tests.kernels.test_encode_decode import able
+from vqkv.errors import KernelError, StateError
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode.joint import encode_joint
-from vqkv.kernels.select import recording, using
+from vqkv.kernels.select import recording, select, using
+from vqkv.layouts import Layout
 
-KERNELS = [
-    "naive",
-    pytest.param("cpu", marks=pytest.mark.skipif(not native.available(), reason="no C compiler")),
-]
+KERNELS = able("encode_joint")
+#: N, U, groups, K, d
+SHAPES = [(1, 1, 2, 3, 1), (131, 3, 4, 33, 4), (99, 1, 32, 64, 4), (70, 2, 5, 16, 3)]
 
 
 def case(
@@ -28,7 +28,8 @@ def case(
     words = torch.randn(units * groups, 1, size, dim, generator=generator)
     channels = groups * dim
     noise = torch.randn(units, channels, channels, generator=generator)
-    spread = torch.eye(channels) + 0.1 * (noise + noise.mT)
+    # Little enough that the metric is positive definite.
+    spread = torch.eye(channels) + 0.25 * (noise + noise.mT) / channels**0.5
     own = torch.arange(channels) // dim
     return x, words, torch.where(own[:, None] == own, torch.eye(channels), spread)
 
@@ -38,17 +39,21 @@ def cost(x: torch.Tensor, words: torch.Tensor, metric: torch.Tensor, codes: torc
     return float(torch.einsum("nui,uij,nuj->", error, metric, error))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2, 3, 1), (131, 3, 4, 33, 4), (300, 2, 5, 16, 3)])
-@pytest.mark.skipif(not native.available(), reason="no C compiler")
-def test_kernels_agree_but_for_near_ties(shape: tuple[int, ...]) -> None:
-    given = case(*shape)
-    found = {}
-    for kernel in ("naive", "cpu"):
-        with using(encode_joint=kernel), recording() as ran:
-            found[kernel] = encode_joint(*given, sweeps=3)
-        assert ran[0] == f"encode_joint.{kernel}"
-    assert (found["naive"] == found["cpu"]).float().mean() > 0.99
-    assert cost(*given, found["cpu"]) == pytest.approx(cost(*given, found["naive"]), rel=1e-3)
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e3])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 3, 1), (131, 3, 4, 33, 4), (300, 2, 5, 16, 3)], ids=str
+)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "naive"])
+def test_kernels_agree_but_for_near_ties(kernel: str, shape: tuple[int, ...], scale: float) -> None:
+    x, words, metric = case(*shape)
+    given = (scale * x, scale * words, metric)
+    with using(encode_joint="naive", encode="naive"):
+        expected = encode_joint(*given, sweeps=3)
+    with using(encode_joint=kernel), recording() as ran:
+        found = encode_joint(*given, sweeps=3)
+    assert ran == [f"encode_joint.{kernel}"]
+    assert (expected == found).float().mean() > 0.99
+    assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -76,3 +81,22 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, words, metric = case(3, 1, 2, 4, 2)
     with pytest.raises(StateError, match=r"metric \[U, n, n\] with n = M d / U"):
         encode_joint(x, words, metric[:, 1:], sweeps=1)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "shape, reason",
+    [((1, 1, 2, 257, 2), "512 codewords, up to 256"), ((1, 1, 66, 2, 4), "264 channels of a unit")],
+)
+def test_what_does_not_fit_into_registers_is_refused(shape: tuple[int, ...], reason: str) -> None:
+    with using(encode_joint="triton"), pytest.raises(KernelError, match=reason):
+        encode_joint(*case(*shape), sweeps=1)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="Triton is not installed")
+def test_it_compiles_as_one_graph() -> None:
+    given = case(5, 2, 3, 16, 2)
+    with using(encode_joint="triton"):
+        run = select("encode_joint", Layout.of_codebook(6, 1, 16, 2, units=2), "cpu").kernel.run
+    compiled = torch.compile(lambda *args: run(*args, 2) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*given), run(*given, 2) + 1)

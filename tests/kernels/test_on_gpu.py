@@ -16,6 +16,8 @@ from tests.kernels.coded_cases import Case, askew, problem, with_codes
 from tests.kernels.test_attend_cuda import rounded
 from tests.kernels.test_decode_codes import CASES as DECODED
 from tests.kernels.test_encode_decode import make
+from tests.kernels.test_encode_joint import case as joint_case
+from tests.kernels.test_encode_joint import cost
 from tests.kernels.test_triton_attend import assert_equal_up_to_fp16
 from tests.tiny_models import tiny_model
 from vqkv.errors import KernelError
@@ -27,6 +29,7 @@ from vqkv.kernels.cuda.configs import odd_shape
 from vqkv.kernels.decode import decode
 from vqkv.kernels.decode.codes import decode_codes
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.joint import encode_joint
 from vqkv.kernels.encode.pair import encode_pair
 
 pytestmark = [
@@ -158,6 +161,20 @@ def test_pairs_of_streams_are_encoded_alike() -> None:
         expected = (encode(*arguments[:2]), encode(*arguments[2:]))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.int(), other)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 32, 256, 4), (1300, 2, 16, 256, 8), (300, 2, 5, 16, 3)], ids=str
+)
+def test_codes_chosen_together_are_as_good(shape: tuple[int, int, int, int, int]) -> None:
+    given = joint_case(*shape)
+    with using(encode_joint="naive", encode="naive"):
+        expected = encode_joint(*given, sweeps=3)
+    with using(encode_joint="triton"):
+        x, words, metric = map(on_gpu, given)
+        found = encode_joint(x, words, metric, sweeps=3).cpu()
+    assert (expected == found).float().mean() > 0.98
+    assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", DECODED, ids=str)

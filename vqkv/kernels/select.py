@@ -83,6 +83,7 @@ KERNELS: Registry[Kernel] = Registry(
         "encode_sums.cpu": "vqkv.kernels.encode.sums_cpu:KERNEL",
         "encode_joint.naive": "vqkv.kernels.encode.joint_naive:KERNEL",
         "encode_joint.cpu": "vqkv.kernels.encode.joint_cpu:KERNEL",
+        "encode_joint.triton": "vqkv.kernels.encode.joint_triton:KERNEL",
         "encode_trellis.naive": "vqkv.kernels.encode.trellis_naive:KERNEL",
         "encode_trellis.cpu": "vqkv.kernels.encode.trellis_cpu:KERNEL",
         "encode_pair.naive": "vqkv.kernels.encode.pair_naive:KERNEL",

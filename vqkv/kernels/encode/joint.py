@@ -27,7 +27,7 @@ def encode_joint(
     Raises:
         StateError: shapes that do not fit each other.
     """
-    books, stages, _, dim = codewords.shape
+    books, stages, size, dim = codewords.shape
     units = len(metric)
     channels = books * dim // max(1, units)
     fits = (
@@ -42,6 +42,7 @@ def encode_joint(
             "x is [N, M, d], codewords [M, 1, K, d] and the metric [U, n, n] with n = M d / U; "
             f"given {list(x.shape)}, {list(codewords.shape)} and {list(metric.shape)}"
         )
-    kernel = select("encode_joint", Layout.of_codebook(*codewords.shape), x.device).kernel
+    layout = Layout.of_codebook(books, stages, size, dim, units)
+    kernel = select("encode_joint", layout, x.device).kernel
     codes: torch.Tensor = kernel(x, codewords, metric, sweeps)
     return codes

@@ -114,6 +114,42 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class JointConfig:
+    """One compiled variant of codes of a unit's groups that are chosen together."""
+
+    groups: int
+    codewords: int
+    dim: int
+    vectors: int
+
+    @property
+    def size(self) -> int:
+        """Codewords, padded to what a matrix instruction takes."""
+        return max(16, 1 << (self.codewords - 1).bit_length())
+
+    @property
+    def depth(self) -> int:
+        """Of the product of vectors and codewords: each three times, and two halves of a norm."""
+        return max(16, 1 << (3 * self.dim + 1).bit_length())
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `encode_jointly`."""
+        return {
+            "GROUPS": self.groups,
+            "K": self.codewords,
+            "DIM": self.dim,
+            "SIZE": self.size,
+            "DEPTH": self.depth,
+            "CHANNELS": max(16, 1 << (self.groups * self.dim - 1).bit_length()),
+            "VECTORS": self.vectors,
+        }
+
+    def options(self) -> dict[str, int]:
+        """Of the compiler. Errors in more than 128 channels do not fit into four warps."""
+        return {"num_warps": 4 if self.groups * self.dim <= 128 else 8, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """One compiled variant of pages of codes to states."""
 

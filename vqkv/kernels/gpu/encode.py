@@ -68,7 +68,7 @@ def _encode(x, books, codes, vectors, subvectors, S: tl.constexpr, K: tl.constex
     lane = tl.arange(0, DEPTH)[None, :]
     channel = lane % DIM
     if ONE:  # all codewords stay for all blocks
-        words, unit = _words(books, tl.arange(0, SIZE), K, DIM, DEPTH)
+        words, unit = prepared(books, tl.arange(0, SIZE), K, DIM, DEPTH)
     for block in range(BLOCKS):
         first = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * VECTORS
         vector = first + tl.arange(0, VECTORS)
@@ -80,7 +80,7 @@ def _encode(x, books, codes, vectors, subvectors, S: tl.constexpr, K: tl.constex
         for stage in tl.static_range(S):
             book = books + stage * (K * DIM)
             if ONE:
-                _, code = _best(residual, words, unit, 0, K, DIM, SIZE)
+                _, code = highest(residual, words, unit, 0, K, DIM, SIZE)
             else:
                 code = _nearest(residual, book, K, DIM, SIZE)
             tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
@@ -96,15 +96,15 @@ def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.conste
     code = tl.zeros([residual.shape[0]], tl.int32)
     for first in range(0, K, SIZE):
         word = first + tl.arange(0, SIZE)
-        words, unit = _words(book, word, K, DIM, residual.shape[1])
-        top, found = _best(residual, words, unit, first, K, DIM, SIZE)
+        words, unit = prepared(book, word, K, DIM, residual.shape[1])
+        top, found = highest(residual, words, unit, first, K, DIM, SIZE)
         code = tl.where(top > best, found, code)
         best = tl.maximum(best, top)
     return code
 
 
 @triton.jit
-def _words(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
+def prepared(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
     """Codewords as a product takes them, `[words, depth]`, in a power of two as unit."""
     lane = tl.arange(0, DEPTH)[None, :]
     real = (word < K)[:, None] & (lane < 3 * DIM)
@@ -122,7 +122,7 @@ def _words(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _best(residual, words, unit, first, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
+def highest(residual, words, unit, first, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
     """The largest x·c − ‖c‖²/2 of each vector, and the lowest code that has it, from `first` on."""
     lane = tl.arange(0, residual.shape[1])[None, :]
     shrunk = 1 / _power_of_2(_length(residual, DIM) / unit, 1.0)

@@ -1,13 +1,14 @@
-"""Nearest codewords as `torch.library` custom ops."""
+"""Nearest codewords, and codes chosen together, as `torch.library` custom ops."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vqkv.kernels.gpu.configs import EncodeConfig, encode_blocks
+from vqkv.kernels.gpu.configs import EncodeConfig, JointConfig, encode_blocks
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
+from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
 from vqkv.kernels.gpu.tensors import readable
 
 
@@ -77,3 +78,35 @@ def _(
         keys.new_empty((*keys.shape[:2], key_codewords.shape[1]), dtype=torch.uint8),
         values.new_empty((*values.shape[:2], value_codewords.shape[1]), dtype=torch.uint8),
     )
+
+
+@torch.library.custom_op("vqkv::encode_joint", mutates_args=(), device_types=("cuda", "cpu"))
+def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> Tensor:
+    """Codes `[N, M, 1]` (int32) of `x` `[N, M, d]` under `codewords` `[M, 1, K, d]`."""
+    vectors, subvectors, dim = x.shape
+    units, size = len(metric), codewords.shape[2]
+    codes = torch.empty(vectors, subvectors, 1, dtype=torch.int32, device=x.device)
+    if codes.numel():
+        books = readable(codewords)
+        config = JointConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
+        words = x.new_empty(subvectors, config.size, config.depth, dtype=torch.float16)
+        longest = x.new_empty(subvectors, dtype=torch.float32)
+        prepare_books[subvectors,](books, words, longest, size, dim, config.size, config.depth)
+        encode_jointly[-(-vectors // config.vectors), units](
+            readable(x),
+            books,
+            words,
+            longest,
+            metric.half().contiguous(),
+            codes,
+            vectors,
+            sweeps,
+            **config.constants(),
+            **config.options(),
+        )
+    return codes
+
+
+@encode_joint.register_fake
+def _(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], 1), dtype=torch.int32)

@@ -10,11 +10,12 @@ from vqkv.kernels.gpu.configs import (
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
+    JointConfig,
     Words,
     word_bytes,
 )
 
-Config = AttendConfig | EncodeConfig | DecodeConfig
+Config = AttendConfig | EncodeConfig | JointConfig | DecodeConfig
 
 
 def words(head_dim: int, dim: int, stages: int) -> Words:
@@ -57,6 +58,10 @@ SHIPPED: dict[str, Config] = {
     "encode/d4/16-vectors": EncodeConfig(1, 256, 4, 16, 1),
     "encode/d8": EncodeConfig(1, 256, 8, 64, 8),
     "encode/d8/two-stages": EncodeConfig(2, 256, 8, 64, 8),
+    "encode-joint/128/d4": JointConfig(32, 256, 4, 64),
+    "encode-joint/128/d8": JointConfig(16, 256, 8, 64),
+    "encode-joint/256/d4": JointConfig(64, 256, 4, 64),
+    "encode-joint/64/d4/16-vectors": JointConfig(16, 256, 4, 16),
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
     "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
 }

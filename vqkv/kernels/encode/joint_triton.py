@@ -1,0 +1,36 @@
+"""Codes chosen together on a GPU, all sweeps over all groups in one launch."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels.encode import triton
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+#: Codewords of a group, and channels of a unit: a vector's scores and errors are held at once.
+MOST_CODEWORDS, MOST_CHANNELS = 256, 256
+
+
+def encode_joint(
+    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int
+) -> torch.Tensor:
+    """Codes `[N, M, 1]`. Errors of groups push each other as fp16 numbers."""
+    from vqkv.kernels.gpu import encode_ops
+
+    codes: torch.Tensor = encode_ops.encode_joint(x, codewords, metric, sweeps)
+    return codes
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """What the kernel of single groups refuses, long codes, and many channels."""
+    codewords = layout.segments[0].codewords
+    if codewords > MOST_CODEWORDS:
+        return f"{codewords} codewords, up to {MOST_CODEWORDS} are searched"
+    if layout.head_dim > MOST_CHANNELS:
+        return f"{layout.head_dim} channels of a unit, up to {MOST_CHANNELS} fit"
+    return triton.refuses(layout, device)
+
+
+# No GPU has run it yet: it has to be asked for until one has.
+KERNEL = Kernel("encode_joint", "triton", encode_joint, refuses, 100, ("cpu", "cuda"))
