@@ -62,11 +62,12 @@ def test_the_command_prints_its_figures_as_json(monkeypatch: pytest.MonkeyPatch)
 def test_steps_of_a_model_are_timed_with_all_three_caches(tmp_path: Path) -> None:
     checkpoint = save_tiny_checkpoint(tmp_path / "model")
     compressor = KVCompressor(load_scheme("scalar-4bit"), Geometry.from_model(tiny_model("llama")))
-    rows = decoding_cases(str(checkpoint), compressor, contexts=(24, 10**6), steps=3, warm_up=1)
+    rows = decoding_cases(str(checkpoint), compressor, contexts=(24, 10**6), steps=3, run=2)
     # Contexts beyond the model's positions are left out.
     assert [(row["dtype"], row["context"]) for row in rows] == [("float32", 24), ("bfloat16", 24)]
     for row in rows:
         steps = row["compressed_ms"], row["dynamic_ms"], row["static_ms"]
         assert row["tokens_per_second"] == 1000 / steps[0]
         assert row["tokens_per_second_exact"] == 1000 / min(steps[1:])
+        assert min(row[f"{part}_ms"] for part in ("products", "attention", "rest")) > 0
         assert (row["scheme"], row["read"]) == ("scalar-4bit", "decode")

@@ -85,19 +85,23 @@ def _with_exact(
     One softmax in which all coded tokens are one entry, whose score is their log-sum-exp and whose
     value is their output `[B, Q, t, D]`.
     """
-    keys, values = (states.float() for states in layer.exact_states())
-    batch, heads, _, head_dim = keys.shape
+    # Scores are put side by side, as they are small; states stay where they are.
+    exact = [(keys.float(), values.float()) for keys, values in layer.exact_states()]
+    batch, heads, _, head_dim = exact[0][0].shape
     rows = query.reshape(batch, heads, -1, head_dim)
-    scores = rows @ keys.mT
+    parts = [lse.reshape(batch, heads, -1, 1), *(rows @ keys.mT for keys, _ in exact)]
+    counts = [part.shape[3] for part in parts]
+    scores = torch.cat(parts, 3)
     if hidden is not None:
-        scores = scores.view(*query.shape[:3], -1).masked_fill(hidden, -torch.inf).view_as(scores)
-    scores = torch.cat([lse.reshape(batch, heads, -1, 1), scores], 3)
+        by_query = scores.view(*query.shape[:3], -1)
+        by_query[..., 1:].masked_fill_(hidden, -torch.inf)
     weights = scores.softmax(3)
     if hidden is not None:
         weights = weights.nan_to_num(0.0)  # rows that see no token
-    output = torch.addcmul(
-        weights[..., 1:] @ values, weights[..., :1], coded.reshape(batch, heads, -1, head_dim)
-    )
+    of_coded, *of_exact = weights.split(counts, 3)
+    output: torch.Tensor = of_coded * coded.reshape(batch, heads, -1, head_dim)
+    for weight, (_, values) in zip(of_exact, exact, strict=True):
+        output = output + weight @ values
     return output.view(query.shape)
 
 

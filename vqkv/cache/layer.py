@@ -266,15 +266,12 @@ class VQLayer(CacheLayerMixin):
             values[rows] = self._read_values(rows, start - pad, stop - pad).to(self.dtype)
         return values
 
-    def exact_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys after RoPE and values `[B, H, n, D]` of sinks and tail, of all rows side by side."""
-        return (
-            torch.cat([self._sink_keys, self._tail_keys], 2),
-            torch.cat([self._sink_values, self._tail_values], 2),
-        )
+    def exact_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys after RoPE and values `[B, H, n, D]`, of all rows: of the sinks, and of the tail."""
+        return [(self._sink_keys, self._sink_values), (self._tail_keys, self._tail_values)]
 
     def exact_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each of `exact_states` stands, `[B, n]`, and whether it counts, bool `[B, n]`.
+        """Where `exact_states` stand, one after the other, `[B, n]`, and which count, bool.
 
         Rows differ in how many exact tokens they have.
         """

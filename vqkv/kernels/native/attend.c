@@ -179,12 +179,22 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     return 0;
 }
 
+static int pairs_are_there(const struct attention *a)
+{
+    for (int64_t i = 0; a->pairs != NULL && i < a->heads * a->head_dim / 2; i++)
+        if (a->pairs[i] < 0 || a->pairs[i] >= a->head_dim / 2)
+            return 0;
+    return 1;
+}
+
 /* Items `begin` to `end` of parts of rows of heads: item (h B + b) parts + i is part i of row b on
  * head h. Returns 0 or a failure. */
 int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end)
 {
     const struct kernel *kernel = kernel_of(level, a);
     struct work w = {.a = a, .head = -1};
+    if (!pairs_are_there(a))
+        return BAD_PAIR;
     void *memory = malloc(lay_out(&w, NULL) + 64);
     if (memory == NULL)
         return NO_MEMORY;

@@ -40,7 +40,7 @@ struct attention {
     float *key_mean;             /* like output, or NULL */
 };
 
-enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3 };
+enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3, BAD_PAIR = 4 };
 
 /* Memory to be fetched, from `at` to `end`, a cache line every `step` bytes. */
 struct run {

@@ -1,8 +1,9 @@
 /* Nearest codewords and k-means statistics on CPUs: AVX-512, AVX2 or scalar, chosen at run time.
  */
 
+#include "nearest.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 
 #include "levels.h"
@@ -32,10 +33,7 @@
 
 #endif
 
-typedef void (*search_fn)(const float *, int64_t, int64_t, const float *, int64_t, int64_t,
-                          int32_t *, int64_t, float *);
-
-static search_fn search_of(int level)
+search_fn search_of(int level)
 {
 #ifdef HAVE_X86
     if (level >= AVX512)
@@ -46,11 +44,24 @@ static search_fn search_of(int level)
     return search_rows_scalar;
 }
 
-/* Words [K, d] in blocks [d + 1, BLOCK], the last row of a block being |c|^2 / 2: infinite where
- * there is no codeword. */
-static void arrange(const float *words, int64_t size, int64_t dim, float *book)
+int64_t word_blocks(int64_t size)
 {
-    for (int64_t k = 0; k < (size + BLOCK - 1) / BLOCK * BLOCK; k++) {
+    return (size + BLOCK - 1) / BLOCK;
+}
+
+int64_t arranged_floats(int64_t size, int64_t dim)
+{
+    return word_blocks(size) * (dim + 1) * BLOCK;
+}
+
+int64_t search_scratch(int64_t dim)
+{
+    return dim * MAX_LANES;
+}
+
+void arrange(const float *words, int64_t size, int64_t dim, float *book)
+{
+    for (int64_t k = 0; k < word_blocks(size) * BLOCK; k++) {
         float *to = book + k / BLOCK * (dim + 1) * BLOCK + k % BLOCK;
         float square = 0.0f;
         for (int64_t j = 0; j < dim; j++) {
@@ -68,8 +79,8 @@ int vqkv_nearest(int level, const float *x, const float *words, int64_t subspace
                  int64_t dim, int64_t begin, int64_t end, int32_t *codes)
 {
     const search_fn search = search_of(level);
-    const int64_t blocks = (size + BLOCK - 1) / BLOCK, floats = blocks * (dim + 1) * BLOCK;
-    float *books = malloc((size_t)(subspaces * floats + dim * MAX_LANES) * sizeof(float));
+    const int64_t blocks = word_blocks(size), floats = arranged_floats(size, dim);
+    float *books = malloc((size_t)(subspaces * floats + search_scratch(dim)) * sizeof(float));
     if (books == NULL)
         return -1;
     for (int64_t m = 0; m < subspaces; m++)
