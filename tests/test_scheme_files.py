@@ -222,13 +222,13 @@ def test_errors_name_the_file_and_the_place(tmp_path: Path) -> None:
         ("name: x\nkeys: {rope: pre}\nkeys: {rope: post}\n", "'keys' is given twice"),
         ("name: x\nvalues:\n  grouping: {dim: 4, dim: 8}\n", "'dim' is given twice"),
         ("- a\n- b\n", "team.yaml: a scheme is a mapping, given list"),
-        ("", "team.yaml: a scheme is a mapping, given NoneType"),
+        ("", "team.yaml: holds no scheme, it is empty"),
         ("extends: [a]\n", "team.yaml: extends: a preset's name or a path, given ['a']"),
         (
             "extends: cq-4c8\n",
             "team.yaml: extends: no preset or file is called 'cq-4c8'. Did you mean 'cq-4c8b'",
         ),
-        ("extends: .\n", "team.yaml: extends: no preset or file is called '.'."),
+        ("extends: .\n", "team.yaml: extends: '.' is a folder: give a scheme file"),
         ("name: x\n2024-01-01: 5\n", "team.yaml: 2024-01-01: unknown field (given 5)"),
         (
             WHOLE + "calibration: {samples: .nan}\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
     if any(row["arm"].startswith("joint") for row in data["encode"]):
         yield "Codes chosen together, as keys of `fast-2bit` (d = 4) and `fast-1bit` (d = 8) are."
         yield _jointly(data["encode"])
+    if any(row["arm"].startswith("mapped") for row in data["encode"]):
+        yield "A prompt's predicted states to bytes: linear maps and search in one launch."
+        yield _table(("d", "ms", "over torch"), _mapped(data["encode"]))
     yield "### Look-ups through L1"
     yield "Codewords a clock that a multiprocessor reads in Triton, by what lanes lie across."
     yield _table(
@@ -143,6 +146,13 @@ def _jointly(rows: list[dict[str, Any]]) -> str:
             cells += [f"{1e-3 * ours:.2f}", f"{torch / ours:.0f}×"]
         lines.append((dim, *cells))
     return _table(("d", "page, ms", "over torch", "prompt, ms", "over torch"), lines)
+
+
+def _mapped(rows: list[dict[str, Any]]) -> Iterator[tuple[int, str, str]]:
+    found = {(row["dim"], row["arm"]): row["us"] for row in rows}
+    for dim in sorted({dim for dim, arm in found if arm.startswith("mapped")}):
+        ours, torch = found[dim, "mapped-triton"], found[dim, "mapped-naive"]
+        yield dim, f"{1e-3 * ours:.2f}", f"{torch / ours:.0f}×"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

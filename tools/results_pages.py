@@ -88,6 +88,16 @@ and where schemes stand by KL there and on the prose above, among those of this 
 """
 
 
+FITTED = """
+## Other calibrations
+
+KL of schemes that were fitted on other numbers of tokens, and with other seeds, which decide the
+vectors that are sampled, where learners start and in which order distillation sees its windows
+([`benchmarks/results/fits`](../benchmarks/results/fits)). {order}
+
+"""
+
+
 def results(*folders: str) -> list[dict[str, Any]]:
     """Every comparison that is kept in these folders, all with the same settings."""
     files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
@@ -134,7 +144,7 @@ def pages() -> dict[Path, str]:
         of_all += (
             LONG.format(tokens=long[0]["settings"]["tokens"]) + table(ranked(rows_of(long))) + "\n"
         )
-    of_all += longer_windows() + source_code(rows)
+    of_all += longer_windows() + source_code(rows) + calibrations(kept)
     found = {ROOT / "docs" / "results.md": of_all}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
@@ -335,6 +345,46 @@ def source_code(prose: list[dict[str, Any]]) -> str:
         )
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return CODE.format(tokens=data["settings"]["tokens"], text=code[0]["text"]) + rows + "\n"
+
+
+def calibrations(kept: list[dict[str, Any]]) -> str:
+    """KL by the tokens and the seed of calibration, in the tables' other settings."""
+    fits = [*kept, *results_of_fits()]
+    settings = kept[0]["settings"]
+    usual = (settings["calibration_tokens"], settings["seed"])
+    kl: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
+    for data in fits:
+        column = kl.setdefault(
+            (data["settings"]["calibration_tokens"], data["settings"]["seed"]), {}
+        )
+        for row in data["rows"]:
+            e = row["evaluation"]
+            column[e["scheme"], e["text"]] = e["kl"]
+    columns = sorted(kl)
+    if columns == [usual]:
+        return ""
+    lines = list({key: None for column in columns if column != usual for key in kl[column]})
+    lines.sort(key=lambda key: (kl[usual][key], key))
+    head = [f"{tokens:,}" + (f", seed {seed}" if seed else "") for tokens, seed in columns]
+    table = [("preset", "text", *head), ("---",) * (2 + len(columns))]
+    for key in lines:
+        cells = (f"{kl[column][key]:.4f}" if key in kl[column] else "" for column in columns)
+        table.append((f"`{key[0]}`", key[1].removesuffix(".txt"), *cells))
+    ordered = all(
+        [key[0] for key in sorted(there, key=kl[column].__getitem__)]
+        == [key[0] for key in sorted(there, key=kl[usual].__getitem__)]
+        for column in columns
+        for text in {text for _, text in lines}
+        if (there := [key for key in lines if key[1] == text and key in kl[column]])
+    )
+    order = "They stand in the same order in each." if ordered else "Their order differs."
+    return FITTED.format(order=order) + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
+
+
+def results_of_fits() -> list[dict[str, Any]]:
+    """What `vqkv compare` found of other calibrations, on the tables' tokens."""
+    files = sorted((RESULTS / "fits").glob("*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def as_published(entries: Sequence[dict[str, Any]], preset: str) -> str:

@@ -13,6 +13,7 @@ from einops import rearrange
 from vqkv.codebooks.base import Health, check_finite
 from vqkv.errors import NotFittedError, SchemeError, StateError
 from vqkv.groupings import ChannelStats, Contiguous
+from vqkv.kernels.encode.mapped import MappedCodes, encode_mapped
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout, Segment, SideField
 from vqkv.predictors import PREDICTORS, Predictor
@@ -202,6 +203,22 @@ class Codec:
             codes = self._from_books(codes, segment).flatten(2)  # [N, U, codes per unit]
             packed.append(pack(codes, segment.code_bits, self.layout))
         return Encoded(torch.cat(packed, -1), side)
+
+    def encode_mapped(
+        self, mapped: MappedCodes, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
+    ) -> Encoded:
+        """As `encode`, by a kernel that does what `mapped` says this codec does.
+
+        Raises:
+            StateError, NotFittedError: as `encode`.
+        """
+        with self._named_in_errors():
+            x = self._checked(x)
+            if self.predictor is not None:
+                self._check_sources(sources, len(x))
+        source = sources[0] if sources else None
+        codes = encode_mapped(x, source, *mapped)
+        return Encoded(codes, x.new_empty(len(x), 0, dtype=torch.float16))
 
     def decode(self, encoded: Encoded, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """Reconstruct tokens, `[N, H, D]` in fp32.
@@ -476,6 +493,10 @@ class Codec:
     def _predicted(self, sources: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
         """Raises StateError where sources are missing or of another shape."""
         assert self.predictor is not None
+        self._check_sources(sources, tokens)
+        return self.predictor.predict(sources)
+
+    def _check_sources(self, sources: Sequence[torch.Tensor], tokens: int) -> None:
         given = [list(source.shape) for source in sources]
         expected = [tokens, self.heads, self.head_dim]
         if given != [expected] * len(self.layout.sources):
@@ -483,7 +504,6 @@ class Codec:
                 f"it is predicted from {len(self.layout.sources)} reconstructions {expected} of "
                 f"{list(self.layout.sources)} (stream, layers back), given {given}"
             )
-        return self.predictor.predict(sources)
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transformed, ordered channels `[N, U, C/U]`, and the side scalars `[N, F]`."""

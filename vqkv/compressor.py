@@ -19,7 +19,10 @@ from vqkv.drafts import DraftCodec
 from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
+from vqkv.kernels.encode.mapped import MappedCodes, mapping
+from vqkv.kernels.select import asked_for
 from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
+from vqkv.mapping import mapped_codes
 from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
@@ -133,6 +136,7 @@ class KVCompressor:
             _check_samples(codec, scheme)
         self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
         self._folded: dict[tuple[int, torch.device], FoldedLayer | str] = {}
+        self._mapped: dict[tuple[int, Stream, torch.device], MappedCodes | str] = {}
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
             (layer, stream): homes.setdefault((stream, codec.config), layer)
@@ -188,6 +192,7 @@ class KVCompressor:
                 progress(done, total, names[family[-1]])
         self._moved.clear()
         self._folded.clear()
+        self._mapped.clear()
         self.fitted = True
         return self
 
@@ -288,6 +293,22 @@ class KVCompressor:
                 self._folded[key] = str(reason)
         return self._folded[key]
 
+    def mapped(
+        self, layer: int, stream: Stream, device: torch.device | str = "cpu"
+    ) -> MappedCodes | str:
+        """What codes a stream's states in one launch, or the reason why that cannot be.
+
+        Raises:
+            NotFittedError, StateError: as `codec` does.
+        """
+        key = (layer, stream, torch.device(device))
+        if key not in self._mapped:
+            try:
+                self._mapped[key] = mapped_codes(self.codec(layer, stream, device))
+            except NotFoldable as reason:
+                self._mapped[key] = str(reason)
+        return self._mapped[key]
+
     def with_residency(
         self, *, sinks: int | None = None, window: int | None = None
     ) -> KVCompressor:
@@ -304,7 +325,7 @@ class KVCompressor:
         """The same compressor with each codec replaced by `replace(codec)`."""
         other = copy.copy(self)
         other._codecs = {key: replace(codec) for key, codec in self._codecs.items()}
-        other._moved, other._folded = {}, {}
+        other._moved, other._folded, other._mapped = {}, {}, {}
         return other
 
     def draft(self, stages: int) -> KVCompressor:
@@ -337,8 +358,24 @@ class KVCompressor:
         Raises:
             StateError: another shape, NaN or infinity, or other sources than the predictor's.
         """
+        return self.encode_tokens(layer, stream, _tokens(x), [_tokens(each) for each in sources])
+
+    def encode_tokens(
+        self, layer: int, stream: Stream, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
+    ) -> Encoded:
+        """Code tokens `[N, H, D]`, as `encode` does, by a kernel that maps them where there is one.
+
+        Raises:
+            StateError: as `encode`.
+        """
         codec = self.codec(layer, stream, x.device)
-        return codec.encode(_tokens(x), [_tokens(source) for source in sources])
+        asked = asked_for("encode_mapped")
+        if asked is None and mapping(codec.layout, x.device).kernel.speed == 0:
+            return codec.encode(x, sources)
+        mapped = self.mapped(layer, stream, x.device)
+        if isinstance(mapped, str):
+            return codec.encode(x, sources)
+        return codec.encode_mapped(mapped, x, sources)
 
     def decode(
         self,
@@ -511,6 +548,7 @@ class KVCompressor:
             raise StateError(f"unknown tensors: {sorted(rest)[:5]}")
         self._moved.clear()
         self._folded.clear()
+        self._mapped.clear()
         self.fitted = True
         return self
 

@@ -92,7 +92,7 @@ _SAYS_GIVEN = ("unknown_field", "unknown_type", "missing_type", "value_error", "
 
 def explain(error: ValidationError, where: str) -> str:
     """What pydantic found wrong, a line each: `where: path: what would be right (given ...)`."""
-    lines = []
+    lines: list[str] = []
     for problem in error.errors(include_url=False):
         place = ": ".join([where, ".".join(map(str, problem["loc"]))]).removesuffix(": ")
         said = problem["msg"].removeprefix("Value error, ")

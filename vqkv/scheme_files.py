@@ -89,6 +89,8 @@ def _resolved(name: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise SchemeError(f"{where}: not YAML: {error}") from error
+    if data is None:
+        raise SchemeError(f"{where}: holds no scheme, it is empty")
     if not isinstance(data, dict):
         raise SchemeError(f"{where}: a scheme is a mapping, given {type(data).__name__}")
     base = data.pop("extends", None)
@@ -109,8 +111,10 @@ def _read(name: str, folder: Path, above: tuple[str, ...]) -> tuple[str, str, Pa
         text = (files("vqkv") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
         return name, text, Path()
     path = (folder / name).resolve()
+    place = f"{above[-1]}: extends: " if above else ""
+    if path.is_dir():
+        raise SchemeError(f"{place}{name!r} is a folder: give a scheme file")
     if not path.is_file():
-        place = f"{above[-1]}: extends: " if above else ""
         raise SchemeError(
             f"{place}no preset or file is called {name!r}.{did_you_mean(name, preset_names())}"
         )

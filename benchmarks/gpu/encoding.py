@@ -14,6 +14,7 @@ from vqkv.kernels import using
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
 from vqkv.kernels.encode.joint import encode_joint
+from vqkv.kernels.encode.mapped import Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
 from vqkv.layouts import PAGE_TOKENS
 
@@ -43,6 +44,7 @@ def encoding(sizes: Sizes) -> Iterator[dict[str, Any]]:
                 gap = _gap(x, books, codes)
                 yield {**row, "arm": f"prefill-{kernel}", "us": time, "gap": gap}
     yield from _jointly(sizes)
+    yield from _mapped(sizes)
 
 
 def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -64,6 +66,28 @@ def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
                 gap = _cost(x, books, metric, codes) / least - 1
                 row = {"dim": dim, "stages": 1, "vectors": vectors * sizes.heads}
                 yield {**row, "arm": f"joint-{kernel}", "us": time, "gap": gap}
+
+
+def _mapped(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Predicted states of a prompt to bytes: maps and search in one launch, and in torch."""
+    shape = (sizes.prefill, sizes.heads, sizes.head_dim)
+    for dim in JOINT_DIMS:
+        _, books = _problem(sizes, 1, dim, stages=1)
+        x, source = (torch.randn(shape, device=sizes.device).half() for _ in range(2))
+        square = (sizes.heads, sizes.head_dim, sizes.head_dim)
+        matrix, source_matrix = (
+            torch.randn(square, device=sizes.device) / sizes.head_dim**0.5 for _ in range(2)
+        )
+        offset = torch.zeros(shape[1:], device=sizes.device)
+        given = (source.float(), Maps(offset, matrix, source_matrix, offset), books, None, 1)
+        mapped = given[1](x[:512], source[:512]).flatten(1).unflatten(1, (len(books), dim))
+        for kernel in ("triton", "naive"):
+            with using(encode_mapped=kernel):
+                time = microseconds([partial(encode_mapped, x, *given)])
+                codes = encode_mapped(x[:512], given[0][:512], *given[1:])
+            gap = _gap(mapped, books, codes.flatten(1)[..., None])
+            row = {"dim": dim, "stages": 1, "vectors": sizes.prefill * sizes.heads}
+            yield {**row, "arm": f"mapped-{kernel}", "us": time, "gap": gap}
 
 
 def _problem(

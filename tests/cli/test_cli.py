@@ -289,7 +289,12 @@ def test_plan_refuses_a_scheme_that_stores_nothing(place: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("800m", 800 * 10**6), ("512", 512)],
+    [
+        ("24GB", 24 * 10**9),
+        ("22.5 GiB", int(22.5 * 2**30)),
+        ("800m", 800 * 10**6),
+        ("5000000", 5000000),
+    ],
 )
 def test_memory_sizes(text: str, count: int) -> None:
     assert parse_memory(text) == count
@@ -298,6 +303,11 @@ def test_memory_sizes(text: str, count: int) -> None:
 def test_memory_beyond_all_machines() -> None:
     with pytest.raises(VQKVError, match=r"at most 1,000,000TB, given '99999"):
         parse_memory(400 * "9" + "GB")
+
+
+def test_memory_without_a_unit_is_no_gigabytes() -> None:
+    with pytest.raises(VQKVError, match="24 bytes hold no model: give a size such as 24GB"):
+        parse_memory("24")
 
 
 @pytest.mark.parametrize("text", ["", "GB", "12 parsecs", "-4GB", "4iB"])

@@ -27,8 +27,10 @@ from vqkv.kernels.attend import codes_triton as attend
 from vqkv.kernels.decode import codes_triton as decode_pages
 from vqkv.kernels.decode import triton as decode
 from vqkv.kernels.encode import joint_triton as encode_joint
+from vqkv.kernels.encode import mapped_triton as encode_mapped
 from vqkv.kernels.encode import pair_triton as encode_pair
 from vqkv.kernels.encode import triton as encode
+from vqkv.kernels.encode.mapped import Maps
 
 CASES = (
     Case(),
@@ -79,6 +81,17 @@ def launches() -> list[str]:
     encode.encode(x[:1], books[:, :1])
     encode_pair.encode_pair(x, books, x[:5].half(), books)
     encode_joint.encode_joint(x, books[:, :1].half(), torch.zeros(2, 16, 16).half(), sweeps=3)
+    states, maps = torch.randn(70, 2, 16), torch.zeros(2, 16, 16)
+    given = Maps(states[0], maps, maps, states[0])
+    encode_mapped.encode_mapped(states.half(), states, given, books[:, :1], None, sweeps=1)
+    encode_mapped.encode_mapped(
+        states[:, :, :1].expand(-1, -1, 16).bfloat16(),
+        None,
+        given._replace(source_matrix=None),
+        books[:, :1],
+        None,
+        sweeps=1,
+    )
     decode.decode(torch.zeros(5, 8, 2, dtype=torch.int32), books)
     states = torch.zeros(1, 1, 70, 128).half()
     exact(torch.zeros(1, 4, 1, 128).half(), states, states)

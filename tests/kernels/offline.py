@@ -28,13 +28,15 @@ from vqkv.kernels.gpu.configs import (
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
-    JointConfig,
+    MappedConfig,
+    SearchConfig,
     Words,
 )
 from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
 from vqkv.kernels.gpu.encode import encode_codes, encode_pair
 from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
-from vqkv.kernels.gpu.shipped import SHIPPED, Config
+from vqkv.kernels.gpu.encode_mapped import encode_mapped
+from vqkv.kernels.gpu.shipped import SHIPPED, Config, runs_on
 from vqkv.layouts import PAGE_TOKENS
 
 CAPABILITIES = (80, 90)
@@ -43,9 +45,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS: dict[type, Any] = {
     AttendConfig: attend_split,
     EncodeConfig: encode_codes,
-    JointConfig: encode_jointly,
+    SearchConfig: encode_jointly,
+    MappedConfig: encode_mapped,
     DecodeConfig: decode_pages,
 }
+Encoders = EncodeConfig | SearchConfig | MappedConfig
 #: Types of pointers.
 POINTERS = {
     **dict.fromkeys(("x", "key_x", "value_x", "states"), "*fp16"),
@@ -55,6 +59,7 @@ POINTERS = {
     **dict.fromkeys(
         ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"
     ),
+    **dict.fromkeys(("means", "maps", "source_maps", "offsets", "source"), "*fp32"),
     **dict.fromkeys(("merged", "merged_lse", "merged_key_mean", "decoded"), "*fp32"),
 }
 
@@ -62,7 +67,7 @@ POINTERS = {
 def compiled(config: Config, capability: int) -> Any:
     """A kernel for a GPU, as a launch with aligned tensors would have it."""
     kernel, constants = KERNELS[type(config)], config.constants()
-    if isinstance(config, EncodeConfig | JointConfig):
+    if isinstance(config, Encoders):
         whole_lines = False
     else:
         token = config.keys if isinstance(config, AttendConfig) else config.words
@@ -113,7 +118,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
     vector in one subspace, encoding)."""
     binary = compiled(config, capability)
     sass, registers = disassembled(binary.asm["cubin"])
-    tokens = config.vectors if isinstance(config, EncodeConfig | JointConfig) else PAGE_TOKENS
+    tokens = _vectors(config) if isinstance(config, Encoders) else PAGE_TOKENS
     warps = config.options()["num_warps"]
     loads = sass.global_loads()
     return {
@@ -127,6 +132,11 @@ def report(config: Config, capability: int) -> dict[str, Any]:
         "gathers": gathers(config) // (32 * warps),
         "wide_loads": sum(loads[width] for width in loads if width >= gather_bytes(config)),
     }
+
+
+def _vectors(config: Encoders) -> int:
+    """That a program takes at a time."""
+    return config.search.vectors if isinstance(config, MappedConfig) else config.vectors
 
 
 def gathers(config: Config) -> int:
@@ -143,7 +153,7 @@ def gathers(config: Config) -> int:
 
 def gather_bytes(config: Config) -> int:
     """Of one load of a codeword in fp16."""
-    if isinstance(config, EncodeConfig | JointConfig):
+    if isinstance(config, Encoders):
         return 16
     plane = config.keys if isinstance(config, AttendConfig) else config.words
     return min(16, 2 * plane.dim)
@@ -170,7 +180,9 @@ def main() -> None:
     for capability in CAPABILITIES:
         build_helpers(capability)
         reports[f"sm_{capability}"] = {
-            name: report(config, capability) for name, config in SHIPPED.items()
+            name: report(config, capability)
+            for name, config in SHIPPED.items()
+            if runs_on(config, capability)
         }
     json.dump(reports, sys.stdout, indent=2)
     print()

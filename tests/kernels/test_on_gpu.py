@@ -18,6 +18,7 @@ from tests.kernels.test_decode_codes import CASES as DECODED
 from tests.kernels.test_encode_decode import make
 from tests.kernels.test_encode_joint import case as joint_case
 from tests.kernels.test_encode_joint import cost
+from tests.kernels.test_encode_mapped import case as mapped_case
 from tests.kernels.test_triton_attend import assert_equal_up_to_fp16
 from tests.tiny_models import tiny_model
 from vqkv.errors import KernelError
@@ -30,6 +31,7 @@ from vqkv.kernels.decode import decode
 from vqkv.kernels.decode.codes import decode_codes
 from vqkv.kernels.encode import encode
 from vqkv.kernels.encode.joint import encode_joint
+from vqkv.kernels.encode.mapped import Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
 
 pytestmark = [
@@ -175,6 +177,22 @@ def test_codes_chosen_together_are_as_good(shape: tuple[int, int, int, int, int]
         found = encode_joint(x, words, metric, sweeps=3).cpu()
     assert (expected == found).float().mean() > 0.98
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 128, 32, 256, 4), (1300, 2, 128, 16, 256, 8), (70, 3, 20, 5, 33, 4)], ids=str
+)
+def test_states_become_the_same_bytes(shape: tuple[int, ...], coupled: bool) -> None:
+    x, source, maps, words, metric = mapped_case(shape, coupled=coupled)
+    sweeps = 3 if coupled else 1
+    with using(encode_mapped="naive", encode="naive", encode_joint="naive"):
+        expected = encode_mapped(x, source, maps, words, metric, sweeps)
+    with using(encode_mapped="triton"):
+        moved = Maps(*map(on_gpu, maps))
+        x, source, words, metric = map(on_gpu, (x, source, words, metric))
+        found = encode_mapped(x, source, moved, words, metric, sweeps)
+    assert (expected == found.cpu()).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("case", DECODED, ids=str)

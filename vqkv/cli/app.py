@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +36,15 @@ class Commands(TyperGroup):
             fail("interrupted", code=130)
 
 
+def show_version(wanted: bool) -> None:
+    """Print it and stop, where it was asked for."""
+    if wanted:
+        from vqkv.version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -43,6 +52,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vector-quantized KV caches: calibrate a scheme, measure it, generate with it.",
 )
+
+
+@app.callback(help=app.info.help)
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it and exit.", is_eager=True, callback=show_version),
+    ] = False,
+) -> None:
+    """What stands before any command."""
+
+
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)

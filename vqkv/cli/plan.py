@@ -15,8 +15,8 @@ from vqkv.registry import short
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-#: More than any machine has; what is typed beyond it is a slip.
-_MOST = 10**18
+#: Less than any model takes, and more than any machine has; what is typed beyond is a slip.
+_LEAST, _MOST = 10**6, 10**18
 
 
 def plan(
@@ -58,6 +58,8 @@ def parse_memory(text: str) -> int:
     power = " KMGT".index(match[2] or " ")
     # Decimals neither round 22.1 nor overflow.
     size = Decimal(match[1]) * (1024**power if match[3] else _UNITS[match[2]])
+    if not match[2] and size < _LEAST:
+        raise VQKVError(f"--memory: {size:g} bytes hold no model: give a size such as {text}GB")
     if size > _MOST:
         raise VQKVError(f"--memory: at most {_MOST // 10**12:,}TB, given {short(text)}")
     return int(size)

@@ -21,6 +21,8 @@ NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
 LEAST_PAGES = 2
 MOST_SPLITS = 128
+#: Vectors that states are mapped and encoded at a time: as one of Hopper's instructions has them.
+MAPPED_VECTORS = 64
 #: Registers of a thread beside those kept, about, and of a multiprocessor.
 PASSING, REGISTERS = 80, 65536
 
@@ -114,8 +116,8 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
-class JointConfig:
-    """One compiled variant of codes of a unit's groups that are chosen together."""
+class SearchConfig:
+    """One compiled variant of a search over all groups of a head."""
 
     groups: int
     codewords: int
@@ -147,6 +149,25 @@ class JointConfig:
     def options(self) -> dict[str, int]:
         """Of the compiler. Errors in more than 128 channels do not fit into four warps."""
         return {"num_warps": 4 if self.groups * self.dim <= 128 else 8, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
+class MappedConfig:
+    """One compiled variant of states to nearest codewords."""
+
+    head_dim: int
+    search: SearchConfig
+    source: bool
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `encode_mapped`."""
+        constants = self.search.constants()
+        widest = max(constants["CHANNELS"], 1 << (self.head_dim - 1).bit_length())
+        return {**constants, "CHANNELS": widest, "D": self.head_dim, "SOURCE": self.source}
+
+    def options(self) -> dict[str, int]:
+        """Of the compiler."""
+        return {"num_warps": 4, "num_stages": NUM_STAGES}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkv.kernels.gpu.configs import EncodeConfig, JointConfig, encode_blocks
+from vqkv.kernels.gpu.configs import (
+    MAPPED_VECTORS,
+    EncodeConfig,
+    MappedConfig,
+    SearchConfig,
+    encode_blocks,
+)
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
 from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
+from vqkv.kernels.gpu.encode_mapped import encode_mapped as encode_mapped_kernel
 from vqkv.kernels.gpu.tensors import readable
 
 
@@ -88,10 +95,8 @@ def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> T
     codes = torch.empty(vectors, subvectors, 1, dtype=torch.int32, device=x.device)
     if codes.numel():
         books = readable(codewords)
-        config = JointConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
-        words = x.new_empty(subvectors, config.size, config.depth, dtype=torch.float16)
-        longest = x.new_empty(subvectors, dtype=torch.float32)
-        prepare_books[subvectors,](books, words, longest, size, dim, config.size, config.depth)
+        config = SearchConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
+        words, longest = _prepared(books, config)
         encode_jointly[-(-vectors // config.vectors), units](
             readable(x),
             books,
@@ -110,3 +115,70 @@ def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> T
 @encode_joint.register_fake
 def _(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> Tensor:
     return x.new_empty((*x.shape[:2], 1), dtype=torch.int32)
+
+
+@torch.library.custom_op("vqkv::encode_mapped", mutates_args=(), device_types=("cuda", "cpu"))
+def encode_mapped(
+    x: Tensor,
+    source: Tensor | None,
+    mean: Tensor,
+    matrix: Tensor,
+    source_matrix: Tensor | None,
+    offset: Tensor,
+    codewords: Tensor,
+) -> Tensor:
+    """Nearest codewords' codes `[N, H, M / H]` (uint8), see `vqkv.kernels.encode.mapped`."""
+    vectors, heads, head_dim = x.shape
+    subvectors, _, size, dim = codewords.shape
+    codes = torch.empty(vectors, heads, subvectors // heads, dtype=torch.uint8, device=x.device)
+    if codes.numel():
+        x = _side_by_side(x)
+        other = x if source is None else _side_by_side(source)
+        search = SearchConfig(subvectors // heads, size, dim, MAPPED_VECTORS)
+        config = MappedConfig(head_dim, search, source is not None)
+        encode_mapped_kernel[-(-vectors // MAPPED_VECTORS), heads](
+            x,
+            *x.stride()[:2],
+            other,
+            *other.stride()[:2],
+            mean.contiguous(),
+            matrix.contiguous(),
+            (matrix if source_matrix is None else source_matrix).contiguous(),
+            offset.contiguous(),
+            *_prepared(readable(codewords), search),
+            codes,
+            vectors,
+            **config.constants(),
+            **config.options(),
+        )
+    return codes
+
+
+@encode_mapped.register_fake
+def _(
+    x: Tensor,
+    source: Tensor | None,
+    mean: Tensor,
+    matrix: Tensor,
+    source_matrix: Tensor | None,
+    offset: Tensor,
+    codewords: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:2], len(codewords) // x.shape[1]), dtype=torch.uint8)
+
+
+def _prepared(books: Tensor, search: SearchConfig) -> tuple[Tensor, Tensor]:
+    """Codewords as searches take them, and what they are in units of."""
+    subvectors = len(books)
+    words = books.new_empty(subvectors, search.size, search.depth, dtype=torch.float16)
+    units = books.new_empty(subvectors, dtype=torch.float32)
+    prepare_books[subvectors,](
+        books, words, units, search.codewords, search.dim, search.size, search.depth
+    )
+    return words, units
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """With channels side by side; heads and tokens may lie anywhere."""
+    x = x.float() if x.device.type == "cpu" else x  # as `readable`
+    return x if x.stride(2) == 1 else x.contiguous()

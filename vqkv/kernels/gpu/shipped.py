@@ -6,16 +6,18 @@ Others are compiled when they are first needed: head dims, dims and stages are f
 
 from __future__ import annotations
 
+from vqkv.kernels.encode.mapped_triton import LEAST_CAPABILITY
 from vqkv.kernels.gpu.configs import (
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
-    JointConfig,
+    MappedConfig,
+    SearchConfig,
     Words,
     word_bytes,
 )
 
-Config = AttendConfig | EncodeConfig | JointConfig | DecodeConfig
+Config = AttendConfig | EncodeConfig | SearchConfig | MappedConfig | DecodeConfig
 
 
 def words(head_dim: int, dim: int, stages: int) -> Words:
@@ -58,10 +60,19 @@ SHIPPED: dict[str, Config] = {
     "encode/d4/16-vectors": EncodeConfig(1, 256, 4, 16, 1),
     "encode/d8": EncodeConfig(1, 256, 8, 64, 8),
     "encode/d8/two-stages": EncodeConfig(2, 256, 8, 64, 8),
-    "encode-joint/128/d4": JointConfig(32, 256, 4, 64),
-    "encode-joint/128/d8": JointConfig(16, 256, 8, 64),
-    "encode-joint/256/d4": JointConfig(64, 256, 4, 64),
-    "encode-joint/64/d4/16-vectors": JointConfig(16, 256, 4, 16),
+    "encode-joint/128/d4": SearchConfig(32, 256, 4, 64),
+    "encode-joint/128/d8": SearchConfig(16, 256, 8, 64),
+    "encode-joint/256/d4": SearchConfig(64, 256, 4, 64),
+    "encode-joint/64/d4/16-vectors": SearchConfig(16, 256, 4, 16),
+    "encode-mapped/128/d4": MappedConfig(128, SearchConfig(32, 256, 4, 64), source=False),
+    "encode-mapped/128/d4/source": MappedConfig(128, SearchConfig(32, 256, 4, 64), source=True),
+    "encode-mapped/128/d8/source": MappedConfig(128, SearchConfig(16, 256, 8, 64), source=True),
+    "encode-mapped/64/d4/source": MappedConfig(64, SearchConfig(16, 256, 4, 64), source=True),
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
     "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
 }
+
+
+def runs_on(config: Config, capability: int) -> bool:
+    """Whether a GPU of that compute capability runs the variant."""
+    return capability >= 10 * LEAST_CAPABILITY or not isinstance(config, MappedConfig)

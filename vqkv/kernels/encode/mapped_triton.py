@@ -1,0 +1,50 @@
+"""States to bytes on a GPU: one launch for nearest codewords, beside one that prepares them."""
+
+from __future__ import annotations
+
+import torch
+
+from vqkv.kernels.encode import joint_triton
+from vqkv.kernels.encode.mapped import Maps
+from vqkv.kernels.select import Kernel
+from vqkv.layouts import Layout
+
+#: Matrix instructions of older GPUs take their operands from registers, and there are too few.
+LEAST_CAPABILITY = 9
+
+
+def encode_mapped(
+    x: torch.Tensor,
+    source: torch.Tensor | None,
+    maps: Maps,
+    codewords: torch.Tensor,
+    metric: torch.Tensor | None,
+    sweeps: int,
+) -> torch.Tensor:
+    """Codes `[N, H, M / H]` (uint8).
+
+    Maps are products of fp16 halves, about as exact as fp32. Where codes are chosen together, torch
+    maps the states.
+    """
+    from vqkv.kernels.gpu import encode_ops
+
+    if metric is None:
+        nearest: torch.Tensor = encode_ops.encode_mapped(x, source, *maps, codewords)
+        return nearest
+    vectors = maps(x, source).flatten(1).unflatten(1, (len(codewords), -1))
+    codes: torch.Tensor = encode_ops.encode_joint(vectors, codewords, metric, sweeps)
+    return codes.to(torch.uint8).view(*x.shape[:2], -1)
+
+
+def refuses(layout: Layout, device: torch.device) -> str | None:
+    """What codes chosen together are refused for, and GPUs before Hopper."""
+    reason = joint_triton.refuses(layout, device)
+    if reason is None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < LEAST_CAPABILITY:
+            return f"compute capability {major}.{minor}, Hopper's 9.0 is the least"
+    return reason
+
+
+# No GPU has run it yet: it has to be asked for until one has.
+KERNEL = Kernel("encode_mapped", "triton", encode_mapped, refuses, 100, ("cpu", "cuda"))
