@@ -356,3 +356,12 @@ def test_the_schema_agrees_with_the_reference_validator(schema: dict[str, Any]) 
     jsonschema.Draft202012Validator.check_schema(schema)
     for name in preset_names():
         jsonschema.validate(load_scheme(name).to_dict(), schema)
+
+
+def test_what_layers_inherit_is_said_once(tmp_path: Path) -> None:
+    layers = "layers: [{layers: [0], keys: {sharing: head}}, {layers: [1], keys: {rope: no}}]\n"
+    path = write(tmp_path, "team.yaml", WHOLE.replace("code_bits", "code_bit") + layers)
+    places = [line.split(": ")[1] for line in refused(path).splitlines()]
+    wrong = [f"{stream}.quantizer.code_bit" for stream in ("keys", "values")]
+    assert [place for place in places if place.endswith("code_bit")] == wrong
+    assert "layers.1.keys.rope" in places

@@ -48,9 +48,10 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         weight = codec.predictor.predict([eye]).transpose(0, 1) - bias
         mean = mean + bias
         source_matrix = -weight @ matrix
-    metric, sweeps = None, 1
+    metric, sweeps, width = None, 1, 1
     if isinstance(quantizer, JointProductQuantizer) and hasattr(quantizer, "coupling_"):
-        metric, sweeps = quantizer.coupling_, quantizer.config.sweeps
+        metric = quantizer.coupling_
+        sweeps, width = quantizer.config.sweeps, quantizer.config.width
 
     def ordered(x: torch.Tensor) -> torch.Tensor:
         return x.gather(2, order[:, None].expand(-1, x.shape[1], -1)).contiguous()
@@ -61,7 +62,7 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         None if source_matrix is None else ordered(source_matrix),
         ordered(offset)[:, 0],
     )
-    return MappedCodes(maps, codewords_of(codec).flatten(0, 1).half(), metric, sweeps)
+    return MappedCodes(maps, codewords_of(codec).flatten(0, 1).half(), metric, sweeps, width)
 
 
 def _probes(codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,9 +91,16 @@ _SAYS_GIVEN = ("unknown_field", "unknown_type", "missing_type", "value_error", "
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """What pydantic found wrong, a line each: `where: path: what would be right (given ...)`."""
+    """What pydantic found wrong, a line each: `where: path: what would be right (given ...)`.
+
+    What single layers have from the scheme's own streams is said once, of those.
+    """
     lines: list[str] = []
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    own = [(problem["loc"], problem["msg"]) for problem in problems]
+    for problem in problems:
+        if problem["loc"][:1] == ("layers",) and (problem["loc"][2:], problem["msg"]) in own:
+            continue
         place = ": ".join([where, ".".join(map(str, problem["loc"]))]).removesuffix(": ")
         said = problem["msg"].removeprefix("Value error, ")
         given = "" if problem["type"] in _SAYS_GIVEN else f" (given {short(problem['input'])})"

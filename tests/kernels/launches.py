@@ -80,17 +80,18 @@ def launches() -> list[str]:
     encode.encode(x, books.half())
     encode.encode(x[:1], books[:, :1])
     encode_pair.encode_pair(x, books, x[:5].half(), books)
-    encode_joint.encode_joint(x, books[:, :1].half(), torch.zeros(2, 16, 16).half(), sweeps=3)
+    encode_joint.encode_joint(x, books[:, :1].half(), torch.zeros(2, 16, 16).half(), 3, 1)
     states, maps = torch.randn(70, 2, 16), torch.zeros(2, 16, 16)
     given = Maps(states[0], maps, maps, states[0])
-    encode_mapped.encode_mapped(states.half(), states, given, books[:, :1], None, sweeps=1)
+    encode_mapped.encode_mapped(states.half(), states, given, books[:, :1], None, 1, 1)
     encode_mapped.encode_mapped(
         states[:, :, :1].expand(-1, -1, 16).bfloat16(),
         None,
         given._replace(source_matrix=None),
         books[:, :1],
         None,
-        sweeps=1,
+        1,
+        1,
     )
     decode.decode(torch.zeros(5, 8, 2, dtype=torch.int32), books)
     states = torch.zeros(1, 1, 70, 128).half()

@@ -88,6 +88,8 @@ def test_it_compiles_as_one_graph() -> None:
     with using(encode_mapped="triton"):
         run = mapping(Layout.of_codebook(8, 1, 16, 4, units=2), torch.device("cpu")).kernel.run
     compiled = torch.compile(
-        lambda *states: run(*states, maps, words, None, 1) + 1, backend="aot_eager", fullgraph=True
+        lambda *states: run(*states, maps, words, None, 1, 1) + 1,
+        backend="aot_eager",
+        fullgraph=True,
     )
-    assert torch.equal(compiled(x, source), run(x, source, maps, words, None, 1) + 1)
+    assert torch.equal(compiled(x, source), run(x, source, maps, words, None, 1, 1) + 1)

@@ -26,6 +26,7 @@ class JointProductConfig(QuantizerConfig):
         learner: of the codewords that learning starts from, group by group.
         rounds: of learning, over all groups.
         sweeps: of choosing each group's code anew, when encoding.
+        width: codes of a beam search before the sweeps; 1 for none.
     """
 
     type: Literal["joint_product"] = "joint_product"
@@ -33,6 +34,7 @@ class JointProductConfig(QuantizerConfig):
     learner: LearnerChoice = KMeansConfig()
     rounds: int = Field(default=4, ge=1)
     sweeps: int = Field(default=3, ge=1)
+    width: int = Field(default=1, ge=1)
 
     def bits(self) -> int:
         """`code_bits`."""
@@ -71,7 +73,8 @@ class JointProductQuantizer(CodebookQuantizer):
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
         if not hasattr(self, "coupling_"):
             return super().encode(x)
-        return encode_joint(self._checked(x), self._codewords(), self.coupling_, self.config.sweeps)
+        found = self.config.sweeps, self.config.width
+        return encode_joint(self._checked(x), self._codewords(), self.coupling_, *found)
 
     def state(self) -> dict[str, torch.Tensor]:
         """`codewords`, and `coupling` where there is one."""

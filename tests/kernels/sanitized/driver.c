@@ -18,8 +18,8 @@ int vqkv_decode(const int32_t *codes, const float *words, int64_t books, int64_t
 int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
                  int64_t dim, int64_t begin, int64_t end, int32_t *codes);
 int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
-               int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
-               int64_t end, int32_t *codes);
+               int64_t groups, int64_t size, int64_t dim, int64_t width, int64_t sweeps,
+               int64_t begin, int64_t end, int32_t *codes);
 int vqkv_beam(int level, const float *x, const float *codewords, const float *words,
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes);
@@ -115,13 +115,15 @@ static void coding(int level, int64_t rows, int64_t books, int64_t size, int64_t
     free(inertia);
 }
 
-static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t dim)
+static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t dim,
+                  int64_t width)
 {
     const int64_t units = 2, channels = groups * dim, books = units * groups;
     float *x = floats(rows * books * dim), *words = floats(books * size * dim);
     float *metric = floats(units * channels * channels);
     int32_t *codes = integers(rows * books, 1);
-    expect(vqkv_joint(level, x, words, metric, units, groups, size, dim, 2, 0, rows, codes) == 0,
+    expect(vqkv_joint(level, x, words, metric, units, groups, size, dim, width, 2, 0, rows,
+                      codes) == 0,
            "no memory");
     for (int64_t i = 0; i < rows * books; i++)
         expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
@@ -256,7 +258,8 @@ int main(void)
                 coding(level, rows, 3, 33, dim);
         for (int64_t dim = 1; dim <= 9; dim++)
             for (int64_t rows = 1; rows < 140; rows += 127)
-                joint(level, rows, 3, 5, dim);
+                for (int64_t width = 1; width < 40; width += 19)
+                    joint(level, rows, 3, 5, dim, width);
         static const float scales[] = {1.0f, 1e38f, NAN};
         for (int i = 0; i < 3; i++)
             for (int64_t size = 1; size < 100; size += 9) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vqkv.kernels.encode import triton
+from vqkv.kernels.encode.joint import JointLayout
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
 
@@ -13,7 +14,7 @@ MOST_CODEWORDS, MOST_CHANNELS = 256, 256
 
 
 def encode_joint(
-    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int
+    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int, width: int
 ) -> torch.Tensor:
     """Codes `[N, M, 1]`. Errors of groups push each other as fp16 numbers."""
     from vqkv.kernels.gpu import encode_ops
@@ -22,8 +23,15 @@ def encode_joint(
     return codes
 
 
-def refuses(layout: Layout, device: torch.device) -> str | None:
-    """What the kernel of single groups refuses, long codes, and many channels."""
+def refuses(layout: JointLayout, device: torch.device) -> str | None:
+    """What `misfit` says, and beam searches."""
+    if layout.width > 1:
+        return f"a beam search of width {layout.width}, it only sweeps"
+    return misfit(layout.codes, device)
+
+
+def misfit(layout: Layout, device: torch.device) -> str | None:
+    """Why codes cannot be searched for: what `encode` refuses, long codes, or many channels."""
     codewords = layout.segments[0].codewords
     if codewords > MOST_CODEWORDS:
         return f"{codewords} codewords, up to {MOST_CODEWORDS} are searched"

@@ -45,12 +45,14 @@ class MappedCodes(NamedTuple):
         codewords: `[M, 1, K, d]`, K ≤ 256, those of a head side by side.
         metric: `[H, n, n]`, as `encode_joint` takes it; None to look for nearest codewords.
         sweeps: over the groups of a head; 1 without a metric.
+        width: of the beam search before them; 1 for none.
     """
 
     maps: Maps
     codewords: torch.Tensor
     metric: torch.Tensor | None
     sweeps: int
+    width: int
 
 
 def encode_mapped(
@@ -59,18 +61,19 @@ def encode_mapped(
     maps: Maps,
     codewords: torch.Tensor,
     metric: torch.Tensor | None,
-    sweeps: int,
+    sweeps: int = 1,
+    width: int = 1,
 ) -> torch.Tensor:
     """Codes `[N, H, M / H]` (uint8) of states `[N, H, D]` of any floating type.
 
     Args:
         x: the states.
         source: states that `maps.source_matrix` maps, where there is one.
-        maps, codewords, metric, sweeps: see `MappedCodes`.
+        maps, codewords, metric, sweeps, width: see `MappedCodes`.
     """
     books, _, size, dim = codewords.shape
     kernel = mapping(Layout.of_codebook(books, 1, size, dim, len(maps.mean)), x.device).kernel
-    codes: torch.Tensor = kernel(x, source, maps, codewords, metric, sweeps)
+    codes: torch.Tensor = kernel(x, source, maps, codewords, metric, sweeps, width)
     return codes
 
 

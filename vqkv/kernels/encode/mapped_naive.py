@@ -17,6 +17,7 @@ def encode_mapped(
     codewords: torch.Tensor,
     metric: torch.Tensor | None,
     sweeps: int,
+    width: int,
 ) -> torch.Tensor:
     """Codes `[N, H, M / H]` (uint8)."""
     heads, dim = len(maps.mean), codewords.shape[3]
@@ -24,7 +25,7 @@ def encode_mapped(
     if metric is None:
         codes = encode(vectors, codewords)
     else:
-        codes = encode_joint(vectors, codewords, metric, sweeps)
+        codes = encode_joint(vectors, codewords, metric, sweeps, width)
     return codes.to(torch.uint8).view(len(x), heads, -1)
 
 

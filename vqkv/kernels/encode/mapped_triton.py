@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vqkv.kernels.encode import joint_triton
+from vqkv.kernels.encode.joint import encode_joint
 from vqkv.kernels.encode.mapped import Maps
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
@@ -20,11 +21,12 @@ def encode_mapped(
     codewords: torch.Tensor,
     metric: torch.Tensor | None,
     sweeps: int,
+    width: int,
 ) -> torch.Tensor:
     """Codes `[N, H, M / H]` (uint8).
 
     Maps are products of fp16 halves, about as exact as fp32. Where codes are chosen together, torch
-    maps the states.
+    maps the states, and `encode_joint` searches.
     """
     from vqkv.kernels.gpu import encode_ops
 
@@ -32,13 +34,13 @@ def encode_mapped(
         nearest: torch.Tensor = encode_ops.encode_mapped(x, source, *maps, codewords)
         return nearest
     vectors = maps(x, source).flatten(1).unflatten(1, (len(codewords), -1))
-    codes: torch.Tensor = encode_ops.encode_joint(vectors, codewords, metric, sweeps)
+    codes = encode_joint(vectors, codewords, metric, sweeps, width)
     return codes.to(torch.uint8).view(*x.shape[:2], -1)
 
 
 def refuses(layout: Layout, device: torch.device) -> str | None:
     """What codes chosen together are refused for, and GPUs before Hopper."""
-    reason = joint_triton.refuses(layout, device)
+    reason = joint_triton.misfit(layout, device)
     if reason is None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < LEAST_CAPABILITY:

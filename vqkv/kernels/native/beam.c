@@ -5,27 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "beam.h"
 #include "levels.h"
 
+/* Of the widest level. */
+#define LANES 16
 /* Vectors at a time: a stage's codewords stay in the caches while all of them pass by. */
 #define ROWS 32
-
-/* One vector's sums after some stages, in no order. */
-struct sums {
-    float *scores;    /* [width]: squared distances, less the vector's own square */
-    float *residuals; /* [width, d] */
-    int32_t *codes;   /* [width, S] */
-    int64_t count;
-};
-
-/* The best continuations so far of one vector's sums, in no order. */
-struct found {
-    float *scores;    /* [wanted] */
-    int32_t *parents; /* [wanted] */
-    int32_t *codes;   /* [wanted] */
-    int64_t count, wanted;
-    int64_t worst; /* of them, once there are as many as are wanted */
-};
 
 /* Take a continuation if it is a number and among the best. */
 INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
@@ -44,8 +30,30 @@ INLINE void offer(struct found *f, float score, int64_t parent, int64_t code)
             f->worst = i;
 }
 
+/* The least number that as many of these are at most as are wanted; infinity where there are not so
+ * many. What was found so far is lost. */
+static float wanted_least(const float *numbers, int64_t count, struct found *f)
+{
+    float *const sorted = f->scores;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (kept == f->wanted && !(numbers[i] < sorted[kept - 1]))
+            continue;
+        int64_t at = kept < f->wanted ? kept++ : kept - 1;
+        for (; at > 0 && numbers[i] < sorted[at - 1]; at--)
+            sorted[at] = sorted[at - 1];
+        sorted[at] = numbers[i];
+    }
+    return kept == f->wanted ? sorted[kept - 1] : INFINITY;
+}
+
 #define IMPL "beam_impl.h"
 #include "each_level.h"
+
+extend_fn extend_of(int level)
+{
+    return AT_LEVEL(level, extend);
+}
 
 /* Codes [N, M, S] of rows `begin` to `end` of x [N, M, d] in codewords c [M, S, K, d]; all
  * contiguous. `words` [M, S, d, room] are −2 c and `norms` [M, S, room] their squares, infinite
@@ -54,19 +62,18 @@ int vqkv_beam(int level, const float *x, const float *codewords, const float *wo
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes)
 {
-    void (*const extended)(const struct sums *, const float *, const float *, int64_t, int64_t,
-                           float *, struct found *) = AT_LEVEL(level, extend);
+    const extend_fn extended = extend_of(level);
     void (*const left_over)(const float *, const float *, int64_t, float *) =
         AT_LEVEL(level, leave);
     const size_t kept_sums = 2 * ROWS * (size_t)width;
-    float *numbers = malloc((kept_sums * (dim + 1) + width * (room + 1)) * sizeof(float));
+    float *numbers = malloc((kept_sums * (dim + 1) + width * (room + LANES + 1)) * sizeof(float));
     int32_t *integers = malloc((kept_sums * stages + 2 * width) * sizeof(int32_t));
     if (numbers == NULL || integers == NULL) {
         free(numbers);
         free(integers);
         return -1;
     }
-    float *const scratch = numbers, *const scores = scratch + width * room;
+    float *const scratch = numbers, *const scores = scratch + width * (room + LANES);
     struct sums kept[2][ROWS];
     for (int64_t i = 0; i < 2 * ROWS; i++)
         kept[i / ROWS][i % ROWS] =

@@ -6,11 +6,12 @@
 #define TOGETHER 4
 
 /* Scores of `sums` sums, TOGETHER at most, with each code of a stage: their own, and
- * ‖c‖² − 2⟨r, c⟩ for what a sum leaves over. Returns the least of each lane. */
-TARGET INLINE V NAME(score)(const float *own, const float *residuals, const float *words,
-                            const float *norms, int64_t dim, int64_t room, int sums, V least,
-                            float *scores)
+ * ‖c‖² − 2⟨r, c⟩ for what a sum leaves over; and the least of each lane. */
+TARGET INLINE void NAME(score)(const float *own, const float *residuals, const float *words,
+                               const float *norms, int64_t dim, int64_t room, int sums,
+                               float *scores, float *minima)
 {
+    V least = V_SET1(INFINITY);
     for (int64_t v = 0; v < room; v += W) {
         V score[TOGETHER];
         for (int i = 0; i < sums; i++)
@@ -25,32 +26,24 @@ TARGET INLINE V NAME(score)(const float *own, const float *residuals, const floa
             V_STORE(scores + i * room + v, score[i]);
         }
     }
-    return least;
+    V_STORE(minima, least);
 }
 
-/* The best of all sums with each code of one more stage; scratch is [count, room]. */
+/* The best of all sums with each code of one more stage. */
 TARGET static void NAME(extend)(const struct sums *before, const float *words, const float *norms,
                                 int64_t dim, int64_t room, float *scratch, struct found *f)
 {
-    V least = V_SET1(INFINITY);
-    int64_t p = 0;
-    for (; p + TOGETHER <= before->count; p += TOGETHER)
-        least = NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim,
-                            room, TOGETHER, least, scratch + p * room);
-    for (; p < before->count; p++)
-        least = NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim,
-                            room, 1, least, scratch + p * room);
-    /* No score is in two lanes, so as many as are wanted are no more than the wanted'th least
-     * minimum of a lane: few others get past this bar. */
-    float bar = INFINITY;
-    if (f->wanted <= W) {
-        float minima[W];
-        V_STORE(minima, least);
-        for (int i = 0; i < W; i++)
-            if (minima[i] < bar &&
-                __builtin_popcount(V_AT_MOST(least, V_SET1(minima[i]))) >= f->wanted)
-                bar = minima[i];
-    }
+    float *const minima = scratch + before->count * room;
+    int64_t p = 0, lanes = 0;
+    for (; p + TOGETHER <= before->count; p += TOGETHER, lanes += W)
+        NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim, room,
+                    TOGETHER, scratch + p * room, minima + lanes);
+    for (; p < before->count; p++, lanes += W)
+        NAME(score)(before->scores + p, before->residuals + p * dim, words, norms, dim, room, 1,
+                    scratch + p * room, minima + lanes);
+    /* No score is in two lanes, so the wanted'th least of their minima is a bar that as many as are
+     * wanted get past, and few others. */
+    const float bar = wanted_least(minima, lanes, f);
     for (int64_t i = 0; i < before->count * room; i += W)
         for (uint32_t bits = V_AT_MOST(V_LOAD(scratch + i), V_SET1(bar)); bits; bits &= bits - 1) {
             const int64_t at = i + __builtin_ctz(bits);

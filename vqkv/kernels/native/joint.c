@@ -1,8 +1,10 @@
 /* Codes of a unit's groups chosen together, as errors of groups add up or cancel in a metric. */
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "beam.h"
 #include "levels.h"
 #include "nearest.h"
 
@@ -15,6 +17,9 @@
 
 typedef void (*push_fn)(const float *errors, const float *metric, int64_t channels, int64_t first,
                         int64_t last, int64_t rows, int64_t dim, float *target);
+
+typedef void (*spread_fn)(const float *before, const float *error, const float *metric,
+                          int64_t channels, int64_t first, int64_t last, int64_t dim, float *after);
 
 #define IMPL "joint_impl.h"
 #include "each_level.h"
@@ -66,41 +71,178 @@ static void choose(const struct work *w, const float *x, int64_t stride, const f
     }
 }
 
+/* What a beam search needs beside it: of each vector `width` choices so far, before and after a
+ * group. */
+struct beam {
+    extend_fn extend;
+    spread_fn spread;
+    int64_t width, groups, room;
+    float *words;     /* [G, d, room]: -2 c */
+    float *norms;     /* [G, room]: squares of c, infinite beyond K */
+    float *scratch;   /* [width, room + LANES] */
+    float *pushed[2]; /* [width, n]: what errors so far push */
+    int32_t *codes[2]; /* [width, G] */
+    float *error;      /* [d] */
+    struct sums sums; /* of one group; its codes are not used */
+    struct found found;
+};
+
+static void arrange_for_beam(const struct beam *b, const float *words, int64_t size, int64_t dim)
+{
+    for (int64_t g = 0; g < b->groups; g++)
+        for (int64_t k = 0; k < b->room; k++) {
+            float square = 0.0f;
+            for (int64_t j = 0; j < dim; j++) {
+                const float channel = k < size ? words[(g * size + k) * dim + j] : 0.0f;
+                b->words[(g * dim + j) * b->room + k] = -2 * channel;
+                square += channel * channel;
+            }
+            b->norms[g * b->room + k] = k < size ? square : INFINITY;
+        }
+}
+
+/* Costs of the choices so far, and what is near to the words of group g: the costs of another one
+ * are |c - x|^2 + 2 <c - x, pushed> more, as errors of groups to come are not known and taken as 0. */
+static void begin_group(struct beam *b, const float *x, const float *pushed, int64_t channels,
+                        int64_t dim)
+{
+    for (int64_t i = 0; i < b->sums.count; i++) {
+        const float *own = pushed + i * channels;
+        float *residual = b->sums.residuals + i * dim;
+        for (int64_t j = 0; j < dim; j++) {
+            residual[j] = x[j] - own[j];
+            b->sums.scores[i] += x[j] * x[j] - 2 * x[j] * own[j];
+        }
+    }
+}
+
+/* Errors of one vector `x` [n] after a beam search through the groups, into column r. */
+static void search_beam(const struct work *w, struct beam *b, const float *x, const float *words,
+                        int64_t r)
+{
+    const int64_t dim = w->dim, channels = w->channels;
+    b->sums.count = 1;
+    b->sums.scores[0] = 0.0f;
+    memset(b->pushed[0], 0, channels * sizeof(float));
+    for (int64_t g = 0; g < b->groups; g++) {
+        const int64_t first = g * dim, all = b->sums.count * w->size;
+        const float *before = b->pushed[g % 2];
+        const int32_t *codes = b->codes[g % 2];
+        begin_group(b, x + first, before + first, channels, dim);
+        b->found.count = b->found.worst = 0;
+        b->found.wanted = g + 1 == b->groups ? 1 : all < b->width ? all : b->width;
+        b->extend(&b->sums, b->words + first * b->room, b->norms + g * b->room, dim, b->room,
+                  b->scratch, &b->found);
+        if (b->found.count == 0) { /* no cost is a number: any code will do */
+            b->found.scores[0] = 0.0f;
+            b->found.parents[0] = b->found.codes[0] = 0;
+            b->found.count = 1;
+        }
+        for (int64_t i = 0; i < b->found.count; i++) {
+            const int64_t parent = b->found.parents[i], code = b->found.codes[i];
+            int32_t *mine = b->codes[(g + 1) % 2] + i * b->groups;
+            for (int64_t j = 0; j < dim; j++)
+                b->error[j] = words[(g * w->size + code) * dim + j] - x[first + j];
+            memcpy(mine, codes + parent * b->groups, g * sizeof(int32_t));
+            mine[g] = (int32_t)code;
+            b->spread(before + parent * channels, b->error, w->metric + first * channels, channels,
+                      first + dim, channels, dim, b->pushed[(g + 1) % 2] + i * channels);
+        }
+        b->sums.count = b->found.count;
+        memcpy(b->sums.scores, b->found.scores, b->found.count * sizeof(float));
+    }
+    const int32_t *best = b->codes[b->groups % 2];
+    for (int64_t g = 0; g < b->groups; g++)
+        for (int64_t j = 0; j < dim; j++)
+            w->errors[(g * dim + j) * ROWS + r] =
+                words[(g * w->size + best[g]) * dim + j] - x[g * dim + j];
+}
+
+/* Hands out pieces of one allocation of `what`s, or counts them where there is none. */
+#define TAKE(pointer, count) \
+    do { (pointer) = *what == NULL ? NULL : *what + used; used += (count); } while (0)
+
+static size_t lay_out_floats(struct work *w, struct beam *b, float **what)
+{
+    const size_t width = b->width, dim = w->dim;
+    size_t used = 0;
+    TAKE(w->books, b->groups * arranged_floats(w->size, dim));
+    TAKE(w->errors, w->channels * ROWS);
+    TAKE(w->target, dim * ROWS);
+    TAKE(w->gathered, dim * ROWS);
+    TAKE(w->scratch, search_scratch(dim));
+    if (width < 2)
+        return used;
+    TAKE(b->words, b->groups * dim * b->room);
+    TAKE(b->norms, b->groups * b->room);
+    TAKE(b->scratch, width * (b->room + LANES));
+    TAKE(b->pushed[0], width * w->channels);
+    TAKE(b->pushed[1], width * w->channels);
+    TAKE(b->error, dim);
+    TAKE(b->sums.scores, width);
+    TAKE(b->sums.residuals, width * dim);
+    TAKE(b->found.scores, width);
+    return used;
+}
+
+static size_t lay_out_integers(struct work *w, struct beam *b, int32_t **what)
+{
+    size_t used = 0;
+    TAKE(w->found, ROWS);
+    TAKE(b->codes[0], b->width * b->groups);
+    TAKE(b->codes[1], b->width * b->groups);
+    TAKE(b->found.parents, b->width);
+    TAKE(b->found.codes, b->width);
+    return used;
+}
+#undef TAKE
+
 /* Codes [N, U, G] of rows `begin` to `end` of x [N, U, G, d] in words [U, G, K, d], in the metric
- * [U, n, n], n = G d, whose diagonal blocks of d are taken as ones; all contiguous. Returns 0, or -1
- * where memory ran out. */
+ * [U, n, n], n = G d, whose diagonal blocks of d are taken as ones; all contiguous. A beam search of
+ * `width` choices comes before the sweeps where that is more than one. Returns 0, or -1 where memory
+ * ran out. */
 int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
-               int64_t groups, int64_t size, int64_t dim, int64_t sweeps, int64_t begin,
-               int64_t end, int32_t *codes)
+               int64_t groups, int64_t size, int64_t dim, int64_t width, int64_t sweeps,
+               int64_t begin, int64_t end, int32_t *codes)
 {
     const int64_t channels = groups * dim, stride = units * channels;
-    const int64_t floats = arranged_floats(size, dim), books = groups * floats;
-    float *memory = malloc((size_t)(books + (channels + 2 * dim + 1) * ROWS + search_scratch(dim)) *
-                           sizeof(float));
-    if (memory == NULL)
-        return -1;
     struct work w = {.push = AT_LEVEL(level, push), .search = search_of(level),
-                     .channels = channels, .dim = dim, .size = size, .books = memory};
-    w.errors = w.books + books;
-    w.target = w.errors + channels * ROWS;
-    w.gathered = w.target + dim * ROWS;
-    w.found = (int32_t *)(w.gathered + dim * ROWS);
-    w.scratch = (float *)(w.found + ROWS);
+                     .channels = channels, .dim = dim, .size = size};
+    struct beam b = {.extend = extend_of(level), .spread = AT_LEVEL(level, spread), .width = width,
+                     .groups = groups, .room = (size + LANES - 1) / LANES * LANES};
+    float *floats = NULL;
+    int32_t *integers = NULL;
+    floats = malloc(lay_out_floats(&w, &b, &floats) * sizeof(float));
+    integers = malloc(lay_out_integers(&w, &b, &integers) * sizeof(int32_t));
+    if (floats == NULL || integers == NULL) {
+        free(floats);
+        free(integers);
+        return -1;
+    }
+    lay_out_floats(&w, &b, &floats);
+    lay_out_integers(&w, &b, &integers);
     memset(w.target, 0, dim * ROWS * sizeof(float));
     for (int64_t u = 0; u < units; u++) {
+        const float *unit = words + u * groups * size * dim;
         w.metric = metric + u * channels * channels;
         for (int64_t g = 0; g < groups; g++)
-            arrange(words + (u * groups + g) * size * dim, size, dim, w.books + g * floats);
+            arrange(unit + g * size * dim, size, dim, w.books + g * arranged_floats(size, dim));
+        if (width > 1)
+            arrange_for_beam(&b, unit, size, dim);
         for (int64_t first = begin; first < end; first += ROWS) {
             const int64_t rows = end - first < ROWS ? end - first : ROWS;
+            const float *own = x + first * stride + u * channels;
             memset(w.errors, 0, channels * ROWS * sizeof(float));
+            for (int64_t r = 0; width > 1 && r < rows; r++)
+                search_beam(&w, &b, own + r * stride, unit, r);
             for (int64_t step = 0; step < sweeps * groups; step++) {
-                const int64_t g = step % groups, book = u * groups + g;
-                choose(&w, x + first * stride + book * dim, stride, words + book * size * dim, g,
-                       rows, codes + first * units * groups + book, units * groups);
+                const int64_t g = step % groups;
+                choose(&w, own + g * dim, stride, unit + g * size * dim, g, rows,
+                       codes + (first * units + u) * groups + g, units * groups);
             }
         }
     }
-    free(memory);
+    free(floats);
+    free(integers);
     return 0;
 }

@@ -11,7 +11,7 @@ MIN_ROWS = 64
 
 
 def encode_joint(
-    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int
+    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int, width: int
 ) -> torch.Tensor:
     """Codes `[N, M, 1]` (int32), all on the CPU."""
     x, words, metric = (tensor.float().contiguous() for tensor in (x, codewords[:, 0], metric))
@@ -23,7 +23,7 @@ def encode_joint(
         failure: int = library().vqkv_joint(
             level_number(),
             *(x.data_ptr(), words.data_ptr(), metric.data_ptr()),
-            *(units, books // units, size, dim, sweeps, begin, end),
+            *(units, books // units, size, dim, width, sweeps, begin, end),
             codes.data_ptr(),
         )
         return failure
