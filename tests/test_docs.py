@@ -120,3 +120,43 @@ def test_links_in_documents_lead_somewhere() -> None:
 )
 def test_schemes_of_benchmarks_and_examples_load_under_their_file_s_name(file: Path) -> None:
     assert load_scheme(file).name == file.stem
+
+
+def test_other_calibrations_are_set_beside_the_usual_one() -> None:
+    calibrations = tool("results_pages").calibrations
+
+    def compared(tokens: int, seed: int, kl: dict[str, float]) -> dict[str, Any]:
+        common = {"tokens": 8, "context": 4, "sinks": 4, "skip": 0}
+        rows = [{"evaluation": {"scheme": n, "text": "a.txt", "kl": x}} for n, x in kl.items()]
+        return {"settings": {"calibration_tokens": tokens, "seed": seed, **common}, "rows": rows}
+
+    usual = compared(32768, 0, {"x": 0.1, "y": 0.2, "z": 0.3})
+    assert calibrations([usual], []) == ""
+    fits = [compared(8192, 0, {"y": 0.25, "x": 0.15}), compared(32768, 1, {"x": 0.11})]
+    page = calibrations([usual], fits)
+    assert "They stand in the same order in each." in page
+    assert page.splitlines()[-4:] == [
+        "| preset | text | 8,192 | 32,768 | 32,768, seed 1 |",
+        "| --- | --- | --- | --- | --- |",
+        "| `x` | a | 0.1500 | 0.1000 | 0.1100 |",
+        "| `y` | a | 0.2500 | 0.2000 |  |",
+    ]
+    fits[0]["rows"][0]["evaluation"]["kl"] = 0.14
+    assert "Their order differs." in calibrations([usual], fits)
+    fits[1]["settings"]["tokens"] = 9
+    with pytest.raises(SystemExit, match="tokens differs"):
+        calibrations([usual], fits)
+
+
+def test_times_of_encoding_are_shown() -> None:
+    tables = tool("gpu_results")
+    times = {(64, "triton"): 10.0, (64, "naive"): 50.0, (999, "triton"): 2e3, (999, "naive"): 8e3}
+    joint = [
+        {"dim": 4, "vectors": vectors, "arm": f"joint-{kernel}", "us": us}
+        for (vectors, kernel), us in times.items()
+    ]
+    assert tables._jointly(joint).endswith("| 4 | 0.01 | 5× | 2.00 | 4× |")
+    mapped = [
+        {"dim": 4, "arm": f"mapped-{k}", "us": us} for k, us in (("triton", 1e3), ("naive", 3e3))
+    ]
+    assert list(tables._mapped(mapped)) == [(4, "1.00", "3×")]

@@ -13,6 +13,7 @@ from tests.test_compressor import RandomStates
 from tests.test_folding import CHAINS, RESIDUAL, TOKENS, fitted
 from tests.tiny_models import tiny_model
 from vqkv.errors import StateError
+from vqkv.evaluation.canary import destroyed
 from vqkv.kernels import using
 from vqkv.kernels.encode.mapped import MappedCodes
 from vqkv.scheme import STREAMS
@@ -63,6 +64,23 @@ def test_what_is_not_mapped_is_coded_all_the_same(values: dict[str, Any], reason
     with using(encode_mapped="naive"):
         codes = compressor.encode(0, "values", x).codes
     assert torch.equal(codes, compressor.encode(0, "values", x).codes)
+
+
+def test_codecs_that_code_in_their_own_way_do_so() -> None:
+    """The canary must see destroyed codes, whichever kernel would have written them."""
+    compressor = destroyed(fitted({}, {}))
+    x = RandomStates(compressor.geometry, TOKENS).tensor(0, "keys").transpose(0, 1)[None]
+    with using(encode_mapped="naive"):
+        assert not compressor.encode(0, "keys", x).codes.any()
+    assert compressor.mapped(0, "keys") == "a DestroyingCodec codes in its own way"
+
+
+def test_sources_of_an_unpredicted_stream_change_nothing() -> None:
+    compressor = fitted({}, {})
+    x = RandomStates(compressor.geometry, TOKENS).tensor(0, "values").transpose(0, 1)[None]
+    with using(encode_mapped="naive"):
+        found = compressor.encode(0, "values", x, [x])
+    assert torch.equal(found.codes, compressor.encode(0, "values", x).codes)
 
 
 def test_bad_states_are_refused_as_ever() -> None:

@@ -92,7 +92,8 @@ FITTED = """
 ## Other calibrations
 
 KL of schemes that were fitted on other numbers of tokens, and with other seeds, which decide the
-vectors that are sampled, where learners start and in which order distillation sees its windows
+vectors that are sampled, where learners start and in which order distillation sees its windows: the
+same `vqkv compare` with `--calibration-tokens` or `--seed` and `--passages 0`
 ([`benchmarks/results/fits`](../benchmarks/results/fits)). {order}
 
 """
@@ -102,7 +103,7 @@ def results(*folders: str) -> list[dict[str, Any]]:
     """Every comparison that is kept in these folders, all with the same settings."""
     files = [file for name in folders for file in sorted((RESULTS / name).glob("*.json"))]
     kept = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    common = ("calibration_tokens", "tokens", "context", "sinks")
+    common = ("calibration_tokens", "seed", "tokens", "context", "sinks")
     if len({tuple(data["settings"][name] for name in common) for data in kept}) > 1:
         raise SystemExit(f"results differ in one of {', '.join(common)}: keep those of one kind")
     return kept
@@ -144,7 +145,7 @@ def pages() -> dict[Path, str]:
         of_all += (
             LONG.format(tokens=long[0]["settings"]["tokens"]) + table(ranked(rows_of(long))) + "\n"
         )
-    of_all += longer_windows() + source_code(rows) + calibrations(kept)
+    of_all += longer_windows() + source_code(rows) + calibrations(kept, results_of_fits())
     found = {ROOT / "docs" / "results.md": of_all}
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         found[path] = with_streams(filled(path.read_text(encoding="utf-8"), rows))
@@ -347,38 +348,41 @@ def source_code(prose: list[dict[str, Any]]) -> str:
     return CODE.format(tokens=data["settings"]["tokens"], text=code[0]["text"]) + rows + "\n"
 
 
-def calibrations(kept: list[dict[str, Any]]) -> str:
+def calibrations(kept: list[dict[str, Any]], fits: list[dict[str, Any]]) -> str:
     """KL by the tokens and the seed of calibration, in the tables' other settings."""
-    fits = [*kept, *results_of_fits()]
-    settings = kept[0]["settings"]
-    usual = (settings["calibration_tokens"], settings["seed"])
-    kl: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
-    for data in fits:
-        column = kl.setdefault(
-            (data["settings"]["calibration_tokens"], data["settings"]["seed"]), {}
-        )
+    usual = _calibration(kept[0])
+    columns: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
+    for data in [*kept, *fits]:
+        for name in ("tokens", "context", "sinks", "skip"):
+            if data["settings"][name] != kept[0]["settings"][name]:
+                raise SystemExit(f"benchmarks/results/fits: {name} differs from the tables'")
+        column = columns.setdefault(_calibration(data), {})
         for row in data["rows"]:
-            e = row["evaluation"]
-            column[e["scheme"], e["text"]] = e["kl"]
-    columns = sorted(kl)
-    if columns == [usual]:
+            column[row["evaluation"]["scheme"], row["evaluation"]["text"]] = row["evaluation"]["kl"]
+    others = {key: column for key, column in sorted(columns.items()) if key != usual}
+    if not others:
         return ""
-    lines = list({key: None for column in columns if column != usual for key in kl[column]})
-    lines.sort(key=lambda key: (kl[usual][key], key))
-    head = [f"{tokens:,}" + (f", seed {seed}" if seed else "") for tokens, seed in columns]
-    table = [("preset", "text", *head), ("---",) * (2 + len(columns))]
-    for key in lines:
-        cells = (f"{kl[column][key]:.4f}" if key in kl[column] else "" for column in columns)
-        table.append((f"`{key[0]}`", key[1].removesuffix(".txt"), *cells))
-    ordered = all(
-        [key[0] for key in sorted(there, key=kl[column].__getitem__)]
-        == [key[0] for key in sorted(there, key=kl[usual].__getitem__)]
-        for column in columns
-        for text in {text for _, text in lines}
-        if (there := [key for key in lines if key[1] == text and key in kl[column]])
+    known = columns[usual]
+    keys = sorted({key for column in others.values() for key in column}, key=known.__getitem__)
+    shown = {key: columns[key] for key in sorted(columns)}
+    head = [f"{tokens:,}" + (f", seed {seed}" if seed else "") for tokens, seed in shown]
+    lines = [("preset", "text", *head), ("---",) * (2 + len(head))]
+    for key in keys:
+        cells = (f"{column[key]:.4f}" if key in column else "" for column in shown.values())
+        lines.append((f"`{key[0]}`", key[1].removesuffix(".txt"), *cells))
+    same = all(
+        sorted(there, key=column.__getitem__) == sorted(there, key=known.__getitem__)
+        for column in others.values()
+        for text in {text for _, text in keys}
+        if (there := [key for key in keys if key[1] == text and key in column])
     )
-    order = "They stand in the same order in each." if ordered else "Their order differs."
-    return FITTED.format(order=order) + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
+    order = "They stand in the same order in each." if same else "Their order differs."
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return FITTED.format(order=order) + rows + "\n"
+
+
+def _calibration(data: dict[str, Any]) -> tuple[int, int]:
+    return data["settings"]["calibration_tokens"], data["settings"]["seed"]
 
 
 def results_of_fits() -> list[dict[str, Any]]:

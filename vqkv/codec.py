@@ -210,13 +210,13 @@ class Codec:
         """As `encode`, by a kernel that does what `mapped` says this codec does.
 
         Raises:
-            StateError, NotFittedError: as `encode`.
+            StateError: as `encode`.
         """
         with self._named_in_errors():
             x = self._checked(x)
             if self.predictor is not None:
                 self._check_sources(sources, len(x))
-        source = sources[0] if sources else None
+        source = None if self.predictor is None else sources[0]
         codes = encode_mapped(x, source, *mapped)
         return Encoded(codes, x.new_empty(len(x), 0, dtype=torch.float16))
 

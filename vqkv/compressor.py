@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from vqkv.drafts import DraftCodec
 from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
-from vqkv.kernels.encode.mapped import MappedCodes, mapping
+from vqkv.kernels.encode.mapped import MappedCodes, selection
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
 from vqkv.mapping import mapped_codes
@@ -29,6 +30,8 @@ from vqkv.transforms import Metric
 
 if TYPE_CHECKING:
     from vqkv.cache import VQCache
+
+log = logging.getLogger(__name__)
 
 
 #: Bytes of a value that is kept exactly.
@@ -306,6 +309,7 @@ class KVCompressor:
             try:
                 self._mapped[key] = mapped_codes(self.codec(layer, stream, device))
             except NotFoldable as reason:
+                log.info("%s of layer %d are coded step by step: %s", stream, layer, reason)
                 self._mapped[key] = str(reason)
         return self._mapped[key]
 
@@ -369,8 +373,9 @@ class KVCompressor:
             StateError: as `encode`.
         """
         codec = self.codec(layer, stream, x.device)
-        asked = asked_for("encode_mapped")
-        if asked is None and mapping(codec.layout, x.device).kernel.speed == 0:
+        # The naive kernel only does what the codec does; maps for it would be memory for nothing.
+        asked = asked_for("encode_mapped") is not None
+        if not asked and selection(codec.layout, x.device).kernel.speed == 0:
             return codec.encode(x, sources)
         mapped = self.mapped(layer, stream, x.device)
         if isinstance(mapped, str):

@@ -16,6 +16,9 @@ from vqkv.kernels.encode.mapped import MappedCodes, Maps
 from vqkv.quantizers.joint_product import JointProductQuantizer
 from vqkv.quantizers.product import ProductQuantizer
 
+#: Of a probe: a power of two, so that dividing by it rounds nothing.
+LENGTH = 1024.0
+
 
 def mapped_codes(codec: Codec) -> MappedCodes:
     """Of a fitted codec.
@@ -24,6 +27,8 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         NotFoldable: its codes are no bytes of single stages, or states are not mapped head by head
             to what is coded, with the reason.
     """
+    if type(codec) is not Codec:
+        raise NotFoldable(f"a {type(codec).__name__} codes in its own way")
     quantizer, segment = codec.quantizers[0], codec.layout.segments[0]
     if type(quantizer) not in (ProductQuantizer, JointProductQuantizer):
         raise NotFoldable(f"{type(quantizer).__name__} does not look for nearest codewords")
@@ -37,7 +42,8 @@ def mapped_codes(codec: Codec) -> MappedCodes:
     order = codec.order_ % codec.head_dim  # [H, n]: which channel each coded one is
     zero, eye = _probes(codec)
     shift = _forward(codec, zero)  # −μ A
-    matrix = _forward(codec, eye) - shift
+    # Long probes, since a mean that is far larger than them would cost digits.
+    matrix = (_forward(codec, LENGTH * eye) - shift) / LENGTH
     # Subtracted first, μ costs no digits where it is far larger than what states vary by.
     solved = torch.linalg.lstsq(matrix.mT.cpu().double(), shift.mT.cpu().double()).solution
     mean = -solved.mT.to(shift)
@@ -45,7 +51,7 @@ def mapped_codes(codec: Codec) -> MappedCodes:
     source_matrix = None
     if codec.predictor is not None:
         bias = codec.predictor.predict([zero]).transpose(0, 1)
-        weight = codec.predictor.predict([eye]).transpose(0, 1) - bias
+        weight = (codec.predictor.predict([LENGTH * eye]).transpose(0, 1) - bias) / LENGTH
         mean = mean + bias
         source_matrix = -weight @ matrix
     metric, sweeps, width = None, 1, 1

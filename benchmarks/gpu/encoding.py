@@ -61,7 +61,7 @@ def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
             with using(encode_joint="naive", encode="naive"):
                 least = _cost(x, books, metric, some())
             for kernel in ("triton", "naive"):
-                with using(encode_joint=kernel):
+                with using(encode_joint=kernel, encode=kernel):
                     time, codes = microseconds([run]), some()
                 gap = _cost(x, books, metric, codes) / least - 1
                 row = {"dim": dim, "stages": 1, "vectors": vectors * sizes.heads}
@@ -82,7 +82,7 @@ def _mapped(sizes: Sizes) -> Iterator[dict[str, Any]]:
         given = (source.float(), Maps(offset, matrix, source_matrix, offset), books, None, 1)
         mapped = given[1](x[:512], source[:512]).flatten(1).unflatten(1, (len(books), dim))
         for kernel in ("triton", "naive"):
-            with using(encode_mapped=kernel):
+            with using(encode_mapped=kernel, encode=kernel):
                 time = microseconds([partial(encode_mapped, x, *given)])
                 codes = encode_mapped(x[:512], given[0][:512], *given[1:])
             gap = _gap(mapped, books, codes.flatten(1)[..., None])

@@ -18,6 +18,7 @@ from vqkv.cli import app
 from vqkv.cli.plan import parse_memory
 from vqkv.cli.progress import Report
 from vqkv.errors import VQKVError
+from vqkv.version import __version__
 
 SCHEME = """
 schema_version: 1
@@ -427,3 +428,8 @@ def test_errors_of_a_real_process(place: Path) -> None:
     assert done.stdout == ""
     assert "no-such/model/at/all" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout.strip() == __version__

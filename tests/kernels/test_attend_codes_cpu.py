@@ -183,7 +183,10 @@ def test_what_points_outside_of_memory_is_refused() -> None:
     wrong = [
         (coded._replace(stop=coded.stop + 64), "start and stop lie in 0 to 128, given 0 to 134"),
         (coded._replace(start=coded.start - 1), "given -1 to 70"),
-        (coded._replace(turns=turns._replace(pairs=turns.pairs + 1)), "pairs lie in 0 to D / 2"),
+        (
+            coded._replace(turns=turns._replace(pairs=turns.pairs + 1)),
+            "pairs lie in 0 to 31, given 1 to 32",
+        ),
         (coded._replace(turns=turns._replace(page=turns.page[:, :1])), "turns of pages are"),
     ]
     for bad, message in wrong:

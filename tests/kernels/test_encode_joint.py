@@ -174,7 +174,7 @@ def test_a_beam_search_is_refused() -> None:
 @pytest.mark.skipif("triton" not in KERNELS, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "shape, reason",
-    [((1, 1, 2, 257, 2), "512 codewords, up to 256"), ((1, 1, 66, 2, 4), "264 channels of a unit")],
+    [((1, 1, 2, 257, 2), "codes of 9 bits, up to 8"), ((1, 1, 66, 2, 4), "264 channels of a unit")],
 )
 def test_what_does_not_fit_into_registers_is_refused(shape: tuple[int, ...], reason: str) -> None:
     with using(encode_joint="triton"), pytest.raises(KernelError, match=reason):

@@ -29,12 +29,11 @@ BUDGETS_CUDA: dict[str, Any] = json.loads(Path(__file__).with_name("budgets-cuda
 #: Warp instructions per token and head that CUDA may issue at most, whatever was reached. Triton's
 #: kernels wait for L1, not to issue.
 CEILINGS = {"attend/128/d4": 29, "attend/128/d8": 24}
-#: Whose registers are too few, however many warps share them; by two, on `sm_80`, where eight warps
-#: issue half as much again; and before the loop alone.
+#: Begin names of what spills registers, whatever the number of warps.
 SPILL = (
     "attend/256/d4/rope/key-sums",
-    "encode-joint/128/d8",
-    *("encode-mapped/128/d4/source", "encode-mapped/128/d8/source"),
+    "encode-joint/128/d8",  # on sm_80, two of them; eight warps issue half as much again
+    "encode-mapped/128",  # while states are mapped, before the loop over groups
 )
 
 
@@ -105,7 +104,7 @@ def test_budgets_are_what_was_asked_for() -> None:
         assert BUDGETS_CUDA["sm_90"][name]["instructions"] <= ceiling
     for capability, name in CASES:
         budget = BUDGETS[f"sm_{capability}"][name]
-        assert name in SPILL or budget["spills"] == 0
+        assert name.startswith(SPILL) or budget["spills"] == 0
         assert name.startswith("decode") or budget["matrix"] is not None
 
 

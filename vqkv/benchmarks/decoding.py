@@ -21,8 +21,8 @@ from vqkv.models import load_model
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONTEXTS = (4096, 8000)
-#: A page's worth, so that one of them codes a page; taken in runs, each after one that is not
-#: counted.
+#: A page's worth, taken in runs, each after a step that is not counted. With a window of whole
+#: pages the step that codes a page is in the middle of the last run.
 STEPS, RUN = PAGE_TOKENS, 16
 #: Tokens of a prefill's forward.
 CHUNK = 512

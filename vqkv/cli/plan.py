@@ -15,7 +15,7 @@ from vqkv.registry import short
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-#: Less than any model takes, and more than any machine has; what is typed beyond is a slip.
+#: Without a unit less than any model takes, and more than any machine has: slips.
 _LEAST, _MOST = 10**6, 10**18
 
 
@@ -51,7 +51,7 @@ def plan(
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of `24GB`, `22.5 GiB`, `800M`, or a bare count. Raises VQKVError."""
+    """Bytes of `24GB`, `22.5 GiB`, `800M`, or a bare count from a million on. Raises VQKVError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or (match[3] and not match[2]):
         raise VQKVError(f"--memory: a size such as 24GB or 22.5GiB, given {short(text)}")
@@ -59,7 +59,7 @@ def parse_memory(text: str) -> int:
     # Decimals neither round 22.1 nor overflow.
     size = Decimal(match[1]) * (1024**power if match[3] else _UNITS[match[2]])
     if not match[2] and size < _LEAST:
-        raise VQKVError(f"--memory: {size:g} bytes hold no model: give a size such as {text}GB")
+        raise VQKVError(f"--memory: {size:g} bytes hold no model: give a size such as {match[1]}GB")
     if size > _MOST:
         raise VQKVError(f"--memory: at most {_MOST // 10**12:,}TB, given {short(text)}")
     return int(size)

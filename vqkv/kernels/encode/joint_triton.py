@@ -9,8 +9,8 @@ from vqkv.kernels.encode.joint import JointLayout
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
 
-#: Codewords of a group, and channels of a unit: a vector's scores and errors are held at once.
-MOST_CODEWORDS, MOST_CHANNELS = 256, 256
+#: Of a code, and channels of a unit: a vector's scores and errors are held at once.
+MOST_BITS, MOST_CHANNELS = 8, 256
 
 
 def encode_joint(
@@ -32,9 +32,9 @@ def refuses(layout: JointLayout, device: torch.device) -> str | None:
 
 def misfit(layout: Layout, device: torch.device) -> str | None:
     """Why codes cannot be searched for: what `encode` refuses, long codes, or many channels."""
-    codewords = layout.segments[0].codewords
-    if codewords > MOST_CODEWORDS:
-        return f"{codewords} codewords, up to {MOST_CODEWORDS} are searched"
+    bits = layout.segments[0].code_bits
+    if bits > MOST_BITS:
+        return f"codes of {bits} bits, up to {MOST_BITS} are searched for"
     if layout.head_dim > MOST_CHANNELS:
         return f"{layout.head_dim} channels of a unit, up to {MOST_CHANNELS} fit"
     return triton.refuses(layout, device)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from vqkv.errors import StateError
 from vqkv.kernels.select import Selection, select
 from vqkv.layouts import Layout
 
@@ -70,13 +71,20 @@ def encode_mapped(
         x: the states.
         source: states that `maps.source_matrix` maps, where there is one.
         maps, codewords, metric, sweeps, width: see `MappedCodes`.
+
+    Raises:
+        StateError: other states without a map of them, or the other way round.
     """
+    if (source is None) != (maps.source_matrix is None):
+        needed = "no" if maps.source_matrix is None else "some"
+        given = "none are" if source is None else "some are"
+        raise StateError(f"the maps need {needed} other states, {given} given")
     books, _, size, dim = codewords.shape
-    kernel = mapping(Layout.of_codebook(books, 1, size, dim, len(maps.mean)), x.device).kernel
+    kernel = selection(Layout.of_codebook(books, 1, size, dim, len(maps.mean)), x.device).kernel
     codes: torch.Tensor = kernel(x, source, maps, codewords, metric, sweeps, width)
     return codes
 
 
-def mapping(layout: Layout, device: torch.device) -> Selection:
+def selection(layout: Layout, device: torch.device) -> Selection:
     """The kernel for a layout. Raises KernelError where none takes it."""
     return select("encode_mapped", layout, device)

@@ -12,6 +12,8 @@ from vqkv.layouts import Layout
 
 #: Matrix instructions of older GPUs take their operands from registers, and there are too few.
 LEAST_CAPABILITY = 9
+#: Channels of a head whose map fits into shared memory.
+MOST_CHANNELS = 128
 
 
 def encode_mapped(
@@ -39,8 +41,10 @@ def encode_mapped(
 
 
 def refuses(layout: Layout, device: torch.device) -> str | None:
-    """What codes chosen together are refused for, and GPUs before Hopper."""
+    """What codes chosen together are refused for, wide heads, and GPUs before Hopper."""
     reason = joint_triton.misfit(layout, device)
+    if reason is None and layout.head_dim > MOST_CHANNELS:
+        return f"{layout.head_dim} channels of a head, maps of up to {MOST_CHANNELS} fit"
     if reason is None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < LEAST_CAPABILITY:

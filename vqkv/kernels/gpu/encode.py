@@ -109,7 +109,7 @@ def prepared(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
     lane = tl.arange(0, DEPTH)[None, :]
     real = (word < K)[:, None] & (lane < 3 * DIM)
     words = tl.load(book + word[:, None] * DIM + lane % DIM, mask=real, other=0.0).to(tl.float32)
-    unit = _power_of_2(tl.max(_length(words, DIM), 0), 1e-12)
+    unit = power_of_2(tl.max(_length(words, DIM), 0), 1e-12)
     words /= unit
     high = words.to(tl.float16)
     low = (words - high.to(tl.float32)).to(tl.float16)
@@ -125,7 +125,7 @@ def prepared(book, word, K: tl.constexpr, DIM: tl.constexpr, DEPTH: tl.constexpr
 def highest(residual, words, unit, first, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
     """The largest x·c − ‖c‖²/2 of each vector, and the lowest code that has it, from `first` on."""
     lane = tl.arange(0, residual.shape[1])[None, :]
-    shrunk = 1 / _power_of_2(_length(residual, DIM) / unit, 1.0)
+    shrunk = 1 / power_of_2(_length(residual, DIM) / unit, 1.0)
     x = residual * (shrunk / unit)[:, None]
     high = x.to(tl.float16)
     low = (x - high.to(tl.float32)).to(tl.float16)
@@ -151,6 +151,6 @@ def _length(vectors, DIM: tl.constexpr):
 
 
 @triton.jit
-def _power_of_2(x, least):
+def power_of_2(x, least):
     """The least that is not below x, nor below `least` in magnitude."""
     return tl.exp2(tl.ceil(tl.log2(tl.maximum(x, least))))

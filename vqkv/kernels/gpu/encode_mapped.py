@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkv.kernels.gpu.encode import highest
+from vqkv.kernels.gpu.encode import highest, power_of_2
+
+#: Of the longest codeword: beyond it fp16 has no numbers, and any code is as wrong.
+FARTHEST = tl.constexpr(6e4)
 
 
 @triton.jit
@@ -40,12 +43,12 @@ def encode_mapped(
 
     mean = tl.load(means + head * D + channel, mask=channel < D, other=0.0)
     own = _states(x + head * x_head, x_token, vector, there, channel, D) - mean[None, :]
-    z = _mapped(own, maps + head * (D * N), largest, channel, D, N)
+    z = _mapped(own, maps + head * (D * N), channel, D, N)
     if SOURCE:
         other = _states(source + head * source_head, source_token, vector, there, channel, D)
-        z += _mapped(other, source_maps + head * (D * N), largest, channel, D, N)
+        z += _mapped(other, source_maps + head * (D * N), channel, D, N)
     offset = tl.load(offsets + head * N + channel, mask=channel < N, other=0.0)
-    z += (offset / largest)[None, :]
+    z = tl.clamp((z + offset[None, :]) / largest, -FARTHEST, FARTHEST)
     z_high = z.to(tl.float16)
     z_low = (z - z_high.to(tl.float32)).to(tl.float16)
 
@@ -72,12 +75,17 @@ def _states(x, token, vector, there, channel, D: tl.constexpr):
 
 
 @triton.jit
-def _mapped(states, maps, unit, channel, D: tl.constexpr, N: tl.constexpr):
-    """States through the map `[D, n]`, in `unit`."""
+def _mapped(states, maps, channel, D: tl.constexpr, N: tl.constexpr):
+    """States through the map `[D, n]`; either is divided by a power of two first, to fit fp16."""
     inside = (channel < D)[:, None] & (channel < N)[None, :]
-    weights = tl.load(maps + channel[:, None] * N + channel[None, :], mask=inside, other=0.0) / unit
+    weights = tl.load(maps + channel[:, None] * N + channel[None, :], mask=inside, other=0.0)
+    w_unit = power_of_2(tl.max(tl.max(tl.abs(weights), 1), 0), 1e-30)
+    x_unit = power_of_2(tl.max(tl.max(tl.abs(states), 1), 0), 1e-30)
+    weights /= w_unit
+    states /= x_unit
     w_high = weights.to(tl.float16)
     w_low = (weights - w_high.to(tl.float32)).to(tl.float16)
     x_high = states.to(tl.float16)
     x_low = (states - x_high.to(tl.float32)).to(tl.float16)
-    return tl.dot(x_high, w_high) + (tl.dot(x_low, w_high) + tl.dot(x_high, w_low))
+    product = tl.dot(x_high, w_high) + (tl.dot(x_low, w_high) + tl.dot(x_high, w_low))
+    return product * x_unit * w_unit

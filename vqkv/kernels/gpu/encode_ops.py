@@ -133,9 +133,9 @@ def encode_mapped(
     codes = torch.empty(vectors, heads, subvectors // heads, dtype=torch.uint8, device=x.device)
     if codes.numel():
         x = _side_by_side(x)
-        other = x if source is None else _side_by_side(source)
+        other = x if source is None or source_matrix is None else _side_by_side(source)
         search = SearchConfig(subvectors // heads, size, dim, MAPPED_VECTORS)
-        config = MappedConfig(head_dim, search, source is not None)
+        config = MappedConfig(head_dim, search, source_matrix is not None)
         encode_mapped_kernel[-(-vectors // MAPPED_VECTORS), heads](
             x,
             *x.stride()[:2],

@@ -11,11 +11,11 @@ from vqkv.kernels.attend.codes import Coded, Partial
 from vqkv.kernels.native.library import in_ranges, level_number, library
 from vqkv.layouts import PAGE_TOKENS
 
+BAD_PAIR = 4
 FAILURES = {
     1: "no memory for a tile of tokens",
     2: "a code names no codeword",
     3: "a page number names no block",
-    4: "pairs lie in 0 to D / 2 - 1, some do not",
 }
 
 
@@ -101,6 +101,9 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         return failure
 
     failed = max(in_ranges(batch * heads * parts, 1, run), default=0)
+    if failed == BAD_PAIR and coded.turns is not None:
+        low, high = (int(end) for end in coded.turns.pairs.aminmax())
+        raise KernelError(f"pairs lie in 0 to {head_dim // 2 - 1}, given {low} to {high}")
     if failed:
         raise KernelError(FAILURES[failed])
 

@@ -50,7 +50,7 @@ static float wanted_least(const float *numbers, int64_t count, struct found *f)
 #define IMPL "beam_impl.h"
 #include "each_level.h"
 
-extend_fn extend_of(int level)
+extend_fn vqkv_extend_of(int level)
 {
     return AT_LEVEL(level, extend);
 }
@@ -62,7 +62,7 @@ int vqkv_beam(int level, const float *x, const float *codewords, const float *wo
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes)
 {
-    const extend_fn extended = extend_of(level);
+    const extend_fn extended = vqkv_extend_of(level);
     void (*const left_over)(const float *, const float *, int64_t, float *) =
         AT_LEVEL(level, leave);
     const size_t kept_sums = 2 * ROWS * (size_t)width;

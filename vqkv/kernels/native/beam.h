@@ -28,6 +28,6 @@ struct found {
 typedef void (*extend_fn)(const struct sums *before, const float *words, const float *norms,
                           int64_t dim, int64_t room, float *scratch, struct found *f);
 
-extend_fn extend_of(int level);
+extend_fn vqkv_extend_of(int level);
 
 #endif

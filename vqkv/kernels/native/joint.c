@@ -61,8 +61,8 @@ static void choose(const struct work *w, const float *x, int64_t stride, const f
 {
     const int64_t dim = w->dim;
     set_target(w, x, stride, group, rows);
-    w->search(w->gathered, dim, rows, w->books + group * arranged_floats(w->size, dim),
-              word_blocks(w->size), dim, w->found, 1, w->scratch);
+    w->search(w->gathered, dim, rows, w->books + group * vqkv_arranged_floats(w->size, dim),
+              vqkv_word_blocks(w->size), dim, w->found, 1, w->scratch);
     for (int64_t r = 0; r < rows; r++) {
         codes[r * code_stride] = w->found[r];
         for (int64_t j = 0; j < dim; j++)
@@ -166,11 +166,11 @@ static size_t lay_out_floats(struct work *w, struct beam *b, float **what)
 {
     const size_t width = b->width, dim = w->dim;
     size_t used = 0;
-    TAKE(w->books, b->groups * arranged_floats(w->size, dim));
+    TAKE(w->books, b->groups * vqkv_arranged_floats(w->size, dim));
     TAKE(w->errors, w->channels * ROWS);
     TAKE(w->target, dim * ROWS);
     TAKE(w->gathered, dim * ROWS);
-    TAKE(w->scratch, search_scratch(dim));
+    TAKE(w->scratch, vqkv_search_scratch(dim));
     if (width < 2)
         return used;
     TAKE(b->words, b->groups * dim * b->room);
@@ -206,9 +206,9 @@ int vqkv_joint(int level, const float *x, const float *words, const float *metri
                int64_t begin, int64_t end, int32_t *codes)
 {
     const int64_t channels = groups * dim, stride = units * channels;
-    struct work w = {.push = AT_LEVEL(level, push), .search = search_of(level),
+    struct work w = {.push = AT_LEVEL(level, push), .search = vqkv_search_of(level),
                      .channels = channels, .dim = dim, .size = size};
-    struct beam b = {.extend = extend_of(level), .spread = AT_LEVEL(level, spread), .width = width,
+    struct beam b = {.extend = vqkv_extend_of(level), .spread = AT_LEVEL(level, spread), .width = width,
                      .groups = groups, .room = (size + LANES - 1) / LANES * LANES};
     float *floats = NULL;
     int32_t *integers = NULL;
@@ -226,7 +226,7 @@ int vqkv_joint(int level, const float *x, const float *words, const float *metri
         const float *unit = words + u * groups * size * dim;
         w.metric = metric + u * channels * channels;
         for (int64_t g = 0; g < groups; g++)
-            arrange(unit + g * size * dim, size, dim, w.books + g * arranged_floats(size, dim));
+            vqkv_arrange(unit + g * size * dim, size, dim, w.books + g * vqkv_arranged_floats(size, dim));
         if (width > 1)
             arrange_for_beam(&b, unit, size, dim);
         for (int64_t first = begin; first < end; first += ROWS) {

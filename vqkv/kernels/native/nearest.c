@@ -33,7 +33,7 @@
 
 #endif
 
-search_fn search_of(int level)
+search_fn vqkv_search_of(int level)
 {
 #ifdef HAVE_X86
     if (level >= AVX512)
@@ -44,24 +44,24 @@ search_fn search_of(int level)
     return search_rows_scalar;
 }
 
-int64_t word_blocks(int64_t size)
+int64_t vqkv_word_blocks(int64_t size)
 {
     return (size + BLOCK - 1) / BLOCK;
 }
 
-int64_t arranged_floats(int64_t size, int64_t dim)
+int64_t vqkv_arranged_floats(int64_t size, int64_t dim)
 {
-    return word_blocks(size) * (dim + 1) * BLOCK;
+    return vqkv_word_blocks(size) * (dim + 1) * BLOCK;
 }
 
-int64_t search_scratch(int64_t dim)
+int64_t vqkv_search_scratch(int64_t dim)
 {
     return dim * MAX_LANES;
 }
 
-void arrange(const float *words, int64_t size, int64_t dim, float *book)
+void vqkv_arrange(const float *words, int64_t size, int64_t dim, float *book)
 {
-    for (int64_t k = 0; k < word_blocks(size) * BLOCK; k++) {
+    for (int64_t k = 0; k < vqkv_word_blocks(size) * BLOCK; k++) {
         float *to = book + k / BLOCK * (dim + 1) * BLOCK + k % BLOCK;
         float square = 0.0f;
         for (int64_t j = 0; j < dim; j++) {
@@ -78,13 +78,13 @@ void arrange(const float *words, int64_t size, int64_t dim, float *book)
 int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
                  int64_t dim, int64_t begin, int64_t end, int32_t *codes)
 {
-    const search_fn search = search_of(level);
-    const int64_t blocks = word_blocks(size), floats = arranged_floats(size, dim);
-    float *books = malloc((size_t)(subspaces * floats + search_scratch(dim)) * sizeof(float));
+    const search_fn search = vqkv_search_of(level);
+    const int64_t blocks = vqkv_word_blocks(size), floats = vqkv_arranged_floats(size, dim);
+    float *books = malloc((size_t)(subspaces * floats + vqkv_search_scratch(dim)) * sizeof(float));
     if (books == NULL)
         return -1;
     for (int64_t m = 0; m < subspaces; m++)
-        arrange(words + m * size * dim, size, dim, books + m * floats);
+        vqkv_arrange(words + m * size * dim, size, dim, books + m * floats);
     for (int64_t first = begin; first < end; first += BLOCK_ROWS) {
         const int64_t rows = end - first < BLOCK_ROWS ? end - first : BLOCK_ROWS;
         for (int64_t m = 0; m < subspaces; m++)
