@@ -138,6 +138,14 @@ def test_a_search_that_keeps_everything_finds_the_best(kernel: str) -> None:
         assert mine == pytest.approx(min(tried), rel=1e-4)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vectors_far_away_get_some_code(kernel: str) -> None:
+    x, words, metric = case(20, 1, 4, 7, 2)
+    with using(encode_joint=kernel):
+        codes = encode_joint(1e9 * x, words, metric, sweeps=2)
+    assert ((codes >= 0) & (codes < 7)).all()
+
+
 @pytest.mark.parametrize("kernel", SEARCHING)
 def test_states_that_are_no_numbers_get_some_code(kernel: str) -> None:
     x, words, metric = case(3, 1, 2, 4, 2)

@@ -18,6 +18,8 @@ import triton.language as tl
 #: Where sums of scores in (-2, 2) begin, and the bits that all of them then have in common.
 MIDDLE, COMMON = tl.constexpr(6.0), tl.constexpr(0x40800000)
 LEAST = tl.constexpr(-(2**31))
+#: Lengths of a head's longest codeword: beyond, fp16 has no numbers, and all codes are as wrong.
+FARTHEST = tl.constexpr(6e4)
 
 
 @triton.jit

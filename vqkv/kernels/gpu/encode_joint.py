@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkv.kernels.gpu.encode import highest, prepared
+from vqkv.kernels.gpu.encode import FARTHEST, highest, prepared
 
 
 @triton.jit
@@ -77,7 +77,8 @@ def encode_jointly(
                 tl.store(codes + row, code.to(codes.dtype.element_ty), mask=there)
             word = books + (subvector * K + code[:, None]) * DIM + lane % DIM
             found = tl.load(word, mask=real & (lane < DIM), other=0.0).to(tl.float32)
-            error = tl.where(lane < DIM, (found - own) / largest, 0.0).to(tl.float16)
+            error = tl.clamp((found - own) / largest, -FARTHEST, FARTHEST)
+            error = tl.where(lane < DIM, error, 0.0).to(tl.float16)
             here = (from_lane < DIM) & (channel[None, :] == group * DIM + from_lane)
             placed = tl.dot(error, here.to(tl.float16)).to(tl.float16)
             errors = tl.where((channel // DIM == group)[None, :], placed, errors)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkv.kernels.gpu.encode import highest, power_of_2
-
-#: Of the longest codeword: beyond it fp16 has no numbers, and any code is as wrong.
-FARTHEST = tl.constexpr(6e4)
+from vqkv.kernels.gpu.encode import FARTHEST, highest, power_of_2
 
 
 @triton.jit
