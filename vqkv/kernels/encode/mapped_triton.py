@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vqkv.kernels.encode import joint_triton
-from vqkv.kernels.encode.joint import encode_joint
+from vqkv.kernels.encode import joint_triton, mapped_naive
 from vqkv.kernels.encode.mapped import Maps
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
@@ -32,12 +31,10 @@ def encode_mapped(
     """
     from vqkv.kernels.gpu import encode_ops
 
-    if metric is None:
-        nearest: torch.Tensor = encode_ops.encode_mapped(x, source, *maps, codewords)
-        return nearest
-    vectors = maps(x, source).flatten(1).unflatten(1, (len(codewords), -1))
-    codes = encode_joint(vectors, codewords, metric, sweeps, width)
-    return codes.to(torch.uint8).view(*x.shape[:2], -1)
+    if metric is not None:
+        return mapped_naive.encode_mapped(x, source, maps, codewords, metric, sweeps, width)
+    codes: torch.Tensor = encode_ops.encode_mapped(x, source, *maps, codewords)
+    return codes
 
 
 def refuses(layout: Layout, device: torch.device) -> str | None:
