@@ -54,9 +54,9 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         weight = (codec.predictor.predict([LENGTH * eye]).transpose(0, 1) - bias) / LENGTH
         mean = mean + bias
         source_matrix = -weight @ matrix
-    metric, sweeps, width = None, 1, 1
-    if isinstance(quantizer, JointProductQuantizer) and hasattr(quantizer, "coupling_"):
-        metric = quantizer.coupling_
+    coupled, sweeps, width = None, 1, 1
+    if isinstance(quantizer, JointProductQuantizer) and hasattr(quantizer, "coupled_"):
+        coupled = quantizer.coupled_
         sweeps, width = quantizer.config.sweeps, quantizer.config.width
 
     def ordered(x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         None if source_matrix is None else ordered(source_matrix),
         ordered(offset)[:, 0],
     )
-    return MappedCodes(maps, codewords_of(codec).flatten(0, 1).half(), metric, sweeps, width)
+    return MappedCodes(maps, codewords_of(codec).flatten(0, 1).half(), coupled, sweeps, width)
 
 
 def _probes(codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from vqkv.kernels.encode import joint_triton as encode_joint
 from vqkv.kernels.encode import mapped_triton as encode_mapped
 from vqkv.kernels.encode import pair_triton as encode_pair
 from vqkv.kernels.encode import triton as encode
+from vqkv.kernels.encode.joint import coupling
 from vqkv.kernels.encode.mapped import Maps
 
 CASES = (
@@ -80,7 +81,8 @@ def launches() -> list[str]:
     encode.encode(x, books.half())
     encode.encode(x[:1], books[:, :1])
     encode_pair.encode_pair(x, books, x[:5].half(), books)
-    encode_joint.encode_joint(x, books[:, :1].half(), torch.zeros(2, 16, 16).half(), 3, 1)
+    coupled = coupling(torch.zeros(2, 16, 16).half(), 4)
+    encode_joint.encode_joint(x, books[:, :1].half(), coupled, 2, 1)
     states, maps = torch.randn(70, 2, 16), torch.zeros(2, 16, 16)
     given = Maps(states[0], maps, maps, states[0])
     encode_mapped.encode_mapped(states.half(), states, given, books[:, :1], None, 1, 1)

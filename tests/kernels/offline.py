@@ -54,7 +54,7 @@ Encoders = EncodeConfig | SearchConfig | MappedConfig
 POINTERS = {
     **dict.fromkeys(("x", "key_x", "value_x", "states"), "*fp16"),
     **dict.fromkeys(("codes", "key_codes", "value_codes"), "*u8"),
-    **dict.fromkeys(("books", "words", "key_books", "value_books", "metric"), "*fp16"),
+    **dict.fromkeys(("books", "words", "key_books", "value_books", "matrices"), "*fp16"),
     **dict.fromkeys(("start", "stop", "pages", "pairs"), "*i32"),
     **dict.fromkeys(
         ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"

@@ -10,7 +10,7 @@ import torch
 
 from vqkv.errors import KernelError, StateError
 from vqkv.kernels.decode import decode
-from vqkv.kernels.encode.joint import JointLayout, encode_joint
+from vqkv.kernels.encode.joint import Coupling, JointLayout, coupling, encode_joint
 from vqkv.kernels.select import KERNELS as KERNELS_THERE
 from vqkv.kernels.select import recording, select, using
 from vqkv.layouts import Layout
@@ -23,7 +23,7 @@ KERNELS = [
     )
     is None
 ]
-#: Those that begin with a beam search where they are asked to.
+#: Those that keep several choices where they are asked to.
 SEARCHING = [name for name in KERNELS if name != "triton"]
 #: N, U, groups, K, d
 SHAPES = [
@@ -39,7 +39,7 @@ SHAPES = [
 
 def case(
     rows: int, units: int, groups: int, size: int, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Coupling]:
     """Vectors, codewords, and a metric whose blocks of one group are unit ones."""
     generator = torch.Generator().manual_seed(rows + size)
     x = torch.randn(rows, units * groups, dim, generator=generator)
@@ -49,20 +49,23 @@ def case(
     # Little enough that the metric is positive definite.
     spread = torch.eye(channels) + 0.25 * (noise + noise.mT) / channels**0.5
     own = torch.arange(channels) // dim
-    return x, words, torch.where(own[:, None] == own, torch.eye(channels), spread)
+    metric = torch.where(own[:, None] == own, torch.eye(channels), spread)
+    return x, words, coupling(metric, dim)
 
 
-def cost(x: torch.Tensor, words: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> float:
-    error = (decode(codes, words) - x).view(len(x), *metric.shape[:2])
-    return float(torch.einsum("nui,uij,nuj->", error, metric, error))
+def cost(x: torch.Tensor, words: torch.Tensor, coupled: Coupling, codes: torch.Tensor) -> float:
+    error = (decode(codes, words) - x).view(len(x), *coupled.metric.shape[:2])
+    return float(torch.einsum("nui,uij,nuj->", error, coupled.metric, error))
 
 
 def assert_as_good(
     given: tuple[Any, Any, Any], expected: torch.Tensor, found: torch.Tensor
 ) -> None:
-    """The same codes, but for some near ties and what follows from them."""
+    """The same codes of nearly all units: near ties are there, and later codes follow from them."""
     assert found.shape == expected.shape and found.dtype == torch.int32
-    assert (expected != found).float().sum() <= 0.02 * found.numel()
+    units = len(given[2].metric)
+    differ = (expected != found).unflatten(1, (units, found.shape[1] // units)).flatten(2).any(2)
+    assert differ.sum() <= 1 + 0.05 * differ.numel()
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=2e-3)
 
 
@@ -103,7 +106,7 @@ def test_more_sweeps_cost_no_more(kernel: str) -> None:
 @pytest.mark.parametrize("width", [2, 5, 40])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("level")
-def test_beam_searches_agree_but_for_near_ties(shape: tuple[int, ...], width: int) -> None:
+def test_wider_searches_agree_but_for_near_ties(shape: tuple[int, ...], width: int) -> None:
     given = case(*shape)
     with using(encode_joint="naive", encode="naive"):
         expected = encode_joint(*given, sweeps=1, width=width)
@@ -121,46 +124,46 @@ def test_wider_searches_cost_less(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", SEARCHING)
 def test_a_search_that_keeps_everything_finds_the_best(kernel: str) -> None:
-    x, words, metric = case(5, 1, 3, 4, 2)
+    x, words, coupled = case(5, 1, 3, 4, 2)
     with using(encode_joint=kernel):
-        codes = encode_joint(x, words, metric, sweeps=1, width=64)
+        codes = encode_joint(x, words, coupled, sweeps=1, width=64)
     for row in range(5):
         tried = [
             cost(
                 x[row : row + 1],
                 words,
-                metric,
+                coupled,
                 torch.tensor(codes, dtype=torch.int32).view(1, 3, 1),
             )
             for codes in product(range(4), repeat=3)
         ]
-        mine = cost(x[row : row + 1], words, metric, codes[row : row + 1])
+        mine = cost(x[row : row + 1], words, coupled, codes[row : row + 1])
         assert mine == pytest.approx(min(tried), rel=1e-4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_vectors_far_away_get_some_code(kernel: str) -> None:
-    x, words, metric = case(20, 1, 4, 7, 2)
+    x, words, coupled = case(20, 1, 4, 7, 2)
     with using(encode_joint=kernel):
-        codes = encode_joint(1e9 * x, words, metric, sweeps=2)
+        codes = encode_joint(1e9 * x, words, coupled, sweeps=2)
     assert ((codes >= 0) & (codes < 7)).all()
 
 
 @pytest.mark.parametrize("kernel", SEARCHING)
 def test_states_that_are_no_numbers_get_some_code(kernel: str) -> None:
-    x, words, metric = case(3, 1, 2, 4, 2)
+    x, words, coupled = case(3, 1, 2, 4, 2)
     with using(encode_joint=kernel):
-        codes = encode_joint(torch.full_like(x, torch.nan), words, metric, sweeps=1, width=3)
+        codes = encode_joint(torch.full_like(x, torch.nan), words, coupled, sweeps=1, width=3)
     assert ((codes >= 0) & (codes < 4)).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_of_two_groups_the_second_is_best_given_the_first(kernel: str) -> None:
-    x, words, metric = case(1, 1, 2, 4, 2)
+    x, words, coupled = case(1, 1, 2, 4, 2)
     with using(encode_joint=kernel):
-        codes = encode_joint(x, words, metric, sweeps=1)
+        codes = encode_joint(x, words, coupled, sweeps=1)
     tried = {
-        pair: cost(x, words, metric, torch.tensor(pair, dtype=torch.int32).view(1, 2, 1))
+        pair: cost(x, words, coupled, torch.tensor(pair, dtype=torch.int32).view(1, 2, 1))
         for pair in product(range(4), repeat=2)
     }
     first, second = codes.flatten().tolist()
@@ -168,14 +171,14 @@ def test_of_two_groups_the_second_is_best_given_the_first(kernel: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    x, words, metric = case(3, 1, 2, 4, 2)
+    x, words, coupled = case(3, 1, 2, 4, 2)
     with pytest.raises(StateError, match=r"metric \[U, n, n\] with n = M d / U"):
-        encode_joint(x, words, metric[:, 1:], sweeps=1)
+        encode_joint(x, words, coupled._replace(metric=coupled.metric[:, 1:]), sweeps=1)
 
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="Triton is not installed")
-def test_a_beam_search_is_refused() -> None:
-    with using(encode_joint="triton"), pytest.raises(KernelError, match="a beam search of width 2"):
+def test_more_choices_are_refused() -> None:
+    with using(encode_joint="triton"), pytest.raises(KernelError, match="keeps 2 choices"):
         encode_joint(*case(1, 1, 2, 3, 1), sweeps=1, width=2)
 
 
@@ -196,6 +199,8 @@ def test_it_compiles_as_one_graph() -> None:
         layout = JointLayout(Layout.of_codebook(6, 1, 16, 2, units=2), width=1)
         run = select("encode_joint", layout, "cpu").kernel.run
     compiled = torch.compile(
-        lambda *args: run(*args, 2, 1) + 1, backend="aot_eager", fullgraph=True
+        lambda x, words, *pair: run(x, words, Coupling(*pair), 2, 1) + 1,
+        backend="aot_eager",
+        fullgraph=True,
     )
-    assert torch.equal(compiled(*given), run(*given, 2, 1) + 1)
+    assert torch.equal(compiled(*given[:2], *given[2]), run(*given, 2, 1) + 1)

@@ -8,6 +8,7 @@ import torch
 from tests.kernels.test_encode_decode import able
 from vqkv.errors import KernelError, StateError
 from vqkv.kernels.decode import decode
+from vqkv.kernels.encode.joint import Coupling, coupling
 from vqkv.kernels.encode.mapped import Maps, encode_mapped, selection
 from vqkv.kernels.select import recording, using
 from vqkv.layouts import Layout
@@ -19,9 +20,9 @@ SHAPES = [(1, 1, 16, 4, 16, 4), (131, 3, 20, 5, 33, 4), (70, 2, 64, 8, 256, 8), 
 
 
 def case(
-    shape: tuple[int, ...], scale: float = 1.0, coupled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, Maps, torch.Tensor, torch.Tensor | None]:
-    """States, other states, maps, codewords, and a metric."""
+    shape: tuple[int, ...], scale: float = 1.0, jointly: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, Maps, torch.Tensor, Coupling | None]:
+    """States, other states, maps, codewords, and a coupling."""
     tokens, heads, head_dim, groups, size, dim = shape
     generator = torch.Generator().manual_seed(tokens)
     channels = groups * dim
@@ -36,24 +37,25 @@ def case(
         offset=scale * normal(heads, channels),
     )
     noise = normal(heads, channels, channels)
+    metric = torch.eye(channels) + 0.25 * (noise + noise.mT) / channels**0.5
     return (
         scale * (normal(tokens, heads, head_dim) + 10),
         scale * normal(tokens, heads, head_dim),
         maps,
         scale * normal(heads * groups, 1, size, dim),
-        0.25 * (noise + noise.mT) / channels**0.5 if coupled else None,
+        coupling(metric, dim) if jointly else None,
     )
 
 
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("jointly", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_agree_but_for_near_ties(
-    kernel: str, shape: tuple[int, ...], scale: float, coupled: bool
+    kernel: str, shape: tuple[int, ...], scale: float, jointly: bool
 ) -> None:
-    x, source, maps, words, metric = case(shape, scale, coupled)
-    given = (x, source, maps, words, metric, 3 if coupled else 1)
+    x, source, maps, words, coupled = case(shape, scale, jointly)
+    given = (x, source, maps, words, coupled, 3 if jointly else 1)
     with using(encode_mapped="naive", encode="naive", encode_joint="naive"):
         expected = encode_mapped(*given)
     with using(encode_mapped=kernel), recording() as ran:

@@ -30,8 +30,8 @@ from vqkv.kernels.cuda.configs import odd_shape
 from vqkv.kernels.decode import decode
 from vqkv.kernels.decode.codes import decode_codes
 from vqkv.kernels.encode import encode
-from vqkv.kernels.encode.joint import encode_joint
-from vqkv.kernels.encode.mapped import Maps, encode_mapped
+from vqkv.kernels.encode.joint import Coupling, encode_joint
+from vqkv.kernels.encode.mapped import MappedCodes, Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
 
 pytestmark = [
@@ -53,7 +53,7 @@ def on_gpu(value: Any) -> Any:
     """A tensor, or a tuple of them, on the GPU."""
     if isinstance(value, torch.Tensor):
         return value.to(GPU)
-    if isinstance(value, (Coded, Plane, Turns)):
+    if isinstance(value, (Coded, Plane, Turns, Maps, MappedCodes, Coupling)):
         return type(value)(*map(on_gpu, value))
     return value
 
@@ -173,25 +173,24 @@ def test_codes_chosen_together_are_as_good(shape: tuple[int, int, int, int, int]
     with using(encode_joint="naive", encode="naive"):
         expected = encode_joint(*given, sweeps=3)
     with using(encode_joint="triton"):
-        x, words, metric = map(on_gpu, given)
-        found = encode_joint(x, words, metric, sweeps=3).cpu()
+        x, words, coupled = map(on_gpu, given)
+        found = encode_joint(x, words, coupled, sweeps=3).cpu()
     assert (expected == found).float().mean() > 0.98
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("jointly", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1, 8, 128, 32, 256, 4), (1300, 2, 128, 16, 256, 8), (70, 3, 20, 5, 33, 4)], ids=str
 )
-def test_states_become_the_same_bytes(shape: tuple[int, ...], coupled: bool) -> None:
-    x, source, maps, words, metric = mapped_case(shape, coupled=coupled)
-    sweeps = 3 if coupled else 1
+def test_states_become_the_same_bytes(shape: tuple[int, ...], jointly: bool) -> None:
+    x, source, maps, words, coupled = mapped_case(shape, jointly=jointly)
+    sweeps = 3 if jointly else 1
     with using(encode_mapped="naive", encode="naive", encode_joint="naive"):
-        expected = encode_mapped(x, source, maps, words, metric, sweeps)
+        expected = encode_mapped(x, source, maps, words, coupled, sweeps)
     with using(encode_mapped="triton"):
-        moved = Maps(*map(on_gpu, maps))
-        x, source, words, metric = map(on_gpu, (x, source, words, metric))
-        found = encode_mapped(x, source, moved, words, metric, sweeps)
+        moved = on_gpu(MappedCodes(maps, words, coupled, sweeps, 1))
+        found = encode_mapped(on_gpu(x), on_gpu(source), *moved)
     assert (expected == found.cpu()).float().mean() > 0.98
 
 

@@ -13,7 +13,7 @@ from vqkv.codebooks.kmeans import KMeansConfig
 from vqkv.errors import StateError
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-from vqkv.kernels.encode.joint import encode_joint
+from vqkv.kernels.encode.joint import Coupling, coupling, encode_joint
 from vqkv.quantizers.base import QuantizerConfig
 from vqkv.quantizers.codebook import CodebookQuantizer
 
@@ -25,16 +25,16 @@ class JointProductConfig(QuantizerConfig):
         code_bits: of each code.
         learner: of the codewords that learning starts from, group by group.
         rounds: of learning, over all groups.
-        sweeps: of choosing each group's code anew, when encoding.
-        width: codes of a beam search before the sweeps; 1 for none.
+        width: choices of codes that the search before the sweeps keeps, when encoding.
+        sweeps: of choosing each group's code anew, after it.
     """
 
     type: Literal["joint_product"] = "joint_product"
     code_bits: int = Field(ge=1, le=16)
     learner: LearnerChoice = KMeansConfig()
-    rounds: int = Field(default=4, ge=1)
-    sweeps: int = Field(default=3, ge=1)
+    rounds: int = Field(default=8, ge=1)
     width: int = Field(default=1, ge=1)
+    sweeps: int = Field(default=2, ge=1)
 
     def bits(self) -> int:
         """`code_bits`."""
@@ -49,9 +49,10 @@ class JointProductConfig(QuantizerConfig):
 class JointProductQuantizer(CodebookQuantizer):
     """Codes `a` that minimise `eᵀ M e`, `e_g = c_{g, a_g} − x_g`, with `M_gg = I` for each group.
 
-    A sweep goes through the groups and gives each the codeword nearest to `x_g − Σ_h e_h M_hg`, the
-    best one as the others are; learning also moves codewords to the means of these targets. Neither
-    can raise the error. Reading is that of a product code.
+    A search goes through the groups and looks ahead: errors of groups to come can make up for those
+    of a code, as far as the metric has it. Then sweeps give each group the codeword nearest to
+    `x_g − Σ_h e_h M_hg`, the best one as the others are; learning also moves codewords to the means
+    of these targets. Neither can raise the error. Reading is that of a product code.
 
     State: `codewords`, and `coupling` `[U, n, n]` in fp16, M without its diagonal blocks, where
     errors of the n channels of a unit were coupled.
@@ -60,6 +61,7 @@ class JointProductQuantizer(CodebookQuantizer):
     Config = JointProductConfig
     config: JointProductConfig
     coupling_: torch.Tensor
+    coupled_: Coupling
 
     def couple(self, metric: torch.Tensor) -> None:
         """Before `fit`: the metric `[U, n, n]` of U units' channels, those of M / U subvectors."""
@@ -71,10 +73,10 @@ class JointProductQuantizer(CodebookQuantizer):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
-        if not hasattr(self, "coupling_"):
+        if not hasattr(self, "coupled_"):
             return super().encode(x)
-        found = self.config.sweeps, self.config.width
-        return encode_joint(self._checked(x), self._codewords(), self.coupling_, *found)
+        effort = self.config.sweeps, self.config.width
+        return encode_joint(self._checked(x), self._codewords(), self.coupled_, *effort)
 
     def state(self) -> dict[str, torch.Tensor]:
         """`codewords`, and `coupling` where there is one."""
@@ -84,19 +86,19 @@ class JointProductQuantizer(CodebookQuantizer):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over `codewords` and `coupling`. Raises StateError where they do not fit."""
         rest = dict(state)
-        coupling = rest.pop("coupling", None)
+        metric = rest.pop("coupling", None)
         super().load_state(rest)
-        if coupling is None:
+        if metric is None:
             return
         channels = self.codewords_.shape[0] * self.codewords_.shape[3]
-        units = coupling.shape[0] if coupling.ndim == 3 else 0
-        fits = units and coupling.shape[1:] == (channels // units,) * 2
-        if not fits or channels % units or coupling.dtype != torch.float16:
+        units = metric.shape[0] if metric.ndim == 3 else 0
+        fits = units and metric.shape[1:] == (channels // units,) * 2
+        if not fits or channels % units or metric.dtype != torch.float16:
             raise StateError(
-                f"coupling is float16 [U, n, n] of {channels} channels, given {coupling.dtype} "
-                f"{list(coupling.shape)}"
+                f"coupling is float16 [U, n, n] of {channels} channels, given {metric.dtype} "
+                f"{list(metric.shape)}"
             )
-        self.coupling_ = coupling
+        self._take(metric, self.codewords_.shape[3])
 
     def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
         learner = LEARNERS.build(self.config.learner)
@@ -104,6 +106,7 @@ class JointProductQuantizer(CodebookQuantizer):
         self.health_ = learner.health_
         books = learner.codewords_.clone()
         if hasattr(self, "coupling_"):
+            self._take(self.coupling_, samples.shape[2])
             self._improve(samples, weights, books)
         self.keep(books)
 
@@ -112,8 +115,9 @@ class JointProductQuantizer(CodebookQuantizer):
     ) -> None:
         """Learn codewords `[M, 1, K, d]` in place, in rounds over all groups."""
         step = step_for("auto", samples.device)
-        errors = torch.zeros_like(samples)
         for _ in range(self.config.rounds):
+            codes = encode_joint(samples, books, self.coupled_, sweeps=1)
+            errors = decode(codes, books) - samples
             for group in self._groups(len(books)):
                 targets = self._targets(samples, errors, group).contiguous()
                 own = weights if weights is None or weights.ndim == 1 else weights[:, group]
@@ -121,6 +125,9 @@ class JointProductQuantizer(CodebookQuantizer):
                 books[group, 0] = found.means(books[group, 0])
                 codes = encode(targets, books[group])
                 errors[:, group] = decode(codes, books[group]) - samples[:, group]
+
+    def _take(self, metric: torch.Tensor, dim: int) -> None:
+        self.coupling_, self.coupled_ = metric, coupling(metric, dim)
 
     def _groups(self, subspaces: int) -> list[torch.Tensor]:
         """Subvectors that are coded at once: group g of every unit."""

@@ -10,6 +10,41 @@ from vqkv.errors import StateError
 from vqkv.kernels.select import select
 from vqkv.layouts import Layout
 
+#: Added to a metric where a search looks ahead: errors to come are nearly free, not quite.
+SLACK = 0.05
+
+
+class Coupling(NamedTuple):
+    """What errors of a unit's groups do to each other, for units of n channels.
+
+    Attributes:
+        metric: M, `[U, n, n]` in fp32 or fp16; what it holds in the blocks of one group is not
+            read, they are taken as ones.
+        ahead: V, `[U, n, n]` in fp32, upper triangular with `V Vᵀ = M + SLACK`. Whatever the errors
+            of channels from i on, those before cost at least `‖Vᵀ e‖²` over the channels before i:
+            the rest can make up for all else.
+    """
+
+    metric: torch.Tensor
+    ahead: torch.Tensor
+
+
+def coupling(metric: torch.Tensor, dim: int) -> Coupling:
+    """Of a metric `[U, n, n]` of groups of d channels.
+
+    Raises:
+        StateError: it is not positive definite: errors could cost less than nothing.
+    """
+    channels = torch.arange(metric.shape[1], device=metric.device) // dim
+    eye = torch.eye(len(channels), dtype=torch.float64, device=metric.device)
+    coupled = torch.where(channels[:, None] == channels, eye, metric.double())
+    # Cholesky's factor is lower triangular, of channels in the opposite order an upper one.
+    turned = (coupled + SLACK * eye).flip(1, 2)
+    factor, failed = torch.linalg.cholesky_ex(turned)
+    if bool(failed.any()):
+        raise StateError("the metric that couples errors is not positive definite")
+    return Coupling(metric, factor.flip(1, 2).float().contiguous())
+
 
 class JointLayout(NamedTuple):
     """What a kernel is chosen by: the layout of the codes, and how many choices are kept."""
@@ -21,46 +56,46 @@ class JointLayout(NamedTuple):
 def encode_joint(
     x: torch.Tensor,
     codewords: torch.Tensor,
-    metric: torch.Tensor,
+    coupled: Coupling,
     sweeps: int,
     width: int = 1,
 ) -> torch.Tensor:
     """Codes `[N, M, 1]` (int32) of vectors `[N, M, d]` under codebooks `[M, 1, K, d]`.
 
-    U units have M / U groups each, side by side. A sweep goes through the groups of every unit and
-    gives each the codeword nearest to `x_g − Σ_{h≠g} e_h M_hg`, `e_h` being the errors of the
-    others so far, 0 at first: the best one for `eᵀ M e` as they are, where `M_gg = I`.
+    U units have M / U groups each, side by side, and errors e of a unit cost `eᵀ M e`. A search goes
+    through the groups once and keeps the `width` choices of codes so far that cost least, if errors
+    of later groups made up for all that they can: with one of them, QuIP's rounding (arXiv
+    2307.13304, section 3); with more, a sphere decoder's K-best search.
 
-    With a `width` of more than 1 a beam search comes first: it goes through the groups once and
-    keeps the `width` best codes of those so far, errors of the others being 0.
+    Sweeps over the groups then give each the codeword nearest to `x_g − Σ_{h≠g} e_h M_hg`, e_h being
+    the errors of the others so far: the best one for `eᵀ M e` as they are, where `M_gg = I`.
 
     Args:
         x: fp32.
         codewords: fp32 or fp16.
-        metric: M, `[U, n, n]`, n = M d / U, in fp32 or fp16, which kernels may round it to; what it
-            holds in the blocks of one group is not read.
+        coupled: M, n = M d / U, which kernels may round to fp16.
         sweeps: at least 1.
-        width: of the beam search; 1 for none.
+        width: of the search.
 
     Raises:
         StateError: shapes that do not fit each other.
     """
     books, stages, size, dim = codewords.shape
-    units = len(metric)
+    units = len(coupled.metric)
     channels = books * dim // max(1, units)
     fits = (
         stages == 1
         and units
         and books % units == 0
-        and tuple(metric.shape[1:]) == (channels, channels)
+        and tuple(coupled.metric.shape[1:]) == (channels, channels)
         and tuple(x.shape[1:]) == (books, dim)
     )
     if not fits:
         raise StateError(
             "x is [N, M, d], codewords [M, 1, K, d] and the metric [U, n, n] with n = M d / U; "
-            f"given {list(x.shape)}, {list(codewords.shape)} and {list(metric.shape)}"
+            f"given {list(x.shape)}, {list(codewords.shape)} and {list(coupled.metric.shape)}"
         )
     layout = JointLayout(Layout.of_codebook(books, stages, size, dim, units), width)
     kernel = select("encode_joint", layout, x.device).kernel
-    codes: torch.Tensor = kernel(x, codewords, metric, sweeps, width)
+    codes: torch.Tensor = kernel(x, codewords, coupled, sweeps, width)
     return codes

@@ -6,25 +6,25 @@ import torch
 
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.joint import Coupling
 from vqkv.kernels.select import Kernel, anywhere
 
-#: Scores of a beam search held at a time.
+#: Scores of a search held at a time.
 MAX_HELD = 1 << 22
 
 
 def encode_joint(
-    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int, width: int
+    x: torch.Tensor, codewords: torch.Tensor, coupled: Coupling, sweeps: int, width: int
 ) -> torch.Tensor:
     """Codes `[N, M, 1]`."""
+    metric = coupled.metric
     units, dim = len(metric), x.shape[2]
     parts = x.unflatten(1, (units, -1))  # [N, U, G, d]
-    books = codewords[:, 0].unflatten(0, (units, -1))  # [U, G, K, d]
+    books = codewords[:, 0].float().unflatten(0, (units, -1))  # [U, G, K, d]
+    rows = max(1, MAX_HELD // (units * width * codewords.shape[2]))
+    found = [_search(part, books, coupled.ahead, width) for part in parts.split(rows)]
+    errors = torch.cat(found)
     codes = x.new_zeros(*parts.shape[:3], 1, dtype=torch.int32)
-    errors = torch.zeros_like(parts)
-    if width > 1:
-        rows = max(1, MAX_HELD // (units * width * codewords.shape[2]))
-        found = [_beam(part, books, metric.float(), width) for part in parts.split(rows)]
-        errors = torch.cat(found) if found else errors
     for _ in range(sweeps):
         for group in range(parts.shape[2]):
             others = errors.clone()
@@ -37,19 +37,19 @@ def encode_joint(
     return codes.flatten(1, 2)
 
 
-def _beam(x: torch.Tensor, books: torch.Tensor, metric: torch.Tensor, width: int) -> torch.Tensor:
-    """Errors `[N, U, G, d]` after a beam search through the groups."""
+def _search(x: torch.Tensor, books: torch.Tensor, ahead: torch.Tensor, width: int) -> torch.Tensor:
+    """Errors `[N, U, G, d]` after a search through the groups that looks ahead."""
     count, units, groups, dim = x.shape
     errors = x.new_zeros(count, units, 1, groups * dim)  # of each choice so far, W growing
     costs = x.new_zeros(count, units, 1)
     for group in range(groups):
         own = slice(group * dim, (group + 1) * dim)
-        pushed = torch.einsum("nuwi,uid->nuwd", errors, metric[:, :, own])
         error = books[:, group] - x[:, :, group, None]  # [N, U, K, d]
-        more = error.square().sum(-1).unsqueeze(2) + 2 * torch.einsum(
-            "nuwd,nukd->nuwk", pushed, error
-        )
-        totals = (costs.unsqueeze(3) + more).flatten(2)
+        # What Vᵀ e is in the group's channels, by errors before it and by its own.
+        before = torch.einsum("nuwi,uid->nuwd", errors, ahead[:, :, own])
+        by_own = error @ ahead[:, own, own]
+        more = by_own.square().sum(-1).unsqueeze(2) + 2 * before @ by_own.mT
+        totals = (costs.unsqueeze(3) + before.square().sum(-1, keepdim=True) + more).flatten(2)
         costs, chosen = totals.topk(min(width, totals.shape[2]), largest=False)
         parent, code = chosen // more.shape[3], chosen % more.shape[3]
         errors = errors.gather(2, parent.unsqueeze(3).expand(-1, -1, -1, groups * dim))

@@ -1,11 +1,11 @@
-"""Codes chosen together on a GPU, all sweeps over all groups in one launch."""
+"""Codes chosen together on a GPU: the search and all sweeps over all groups in one launch."""
 
 from __future__ import annotations
 
 import torch
 
 from vqkv.kernels.encode import triton
-from vqkv.kernels.encode.joint import JointLayout
+from vqkv.kernels.encode.joint import Coupling, JointLayout
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
 
@@ -14,19 +14,19 @@ MOST_BITS, MOST_CHANNELS = 8, 256
 
 
 def encode_joint(
-    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int, width: int
+    x: torch.Tensor, codewords: torch.Tensor, coupled: Coupling, sweeps: int, width: int
 ) -> torch.Tensor:
     """Codes `[N, M, 1]`. Errors of groups push each other as fp16 numbers."""
     from vqkv.kernels.gpu import encode_ops
 
-    codes: torch.Tensor = encode_ops.encode_joint(x, codewords, metric, sweeps)
+    codes: torch.Tensor = encode_ops.encode_joint(x, codewords, *coupled, sweeps)
     return codes
 
 
 def refuses(layout: JointLayout, device: torch.device) -> str | None:
-    """What `misfit` says, and beam searches."""
+    """What `misfit` says, and wide searches."""
     if layout.width > 1:
-        return f"a beam search of width {layout.width}, it only sweeps"
+        return f"a search that keeps {layout.width} choices, it keeps one"
     return misfit(layout.codes, device)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vqkv.errors import StateError
+from vqkv.kernels.encode.joint import Coupling
 from vqkv.kernels.select import Selection, select
 from vqkv.layouts import Layout
 
@@ -44,14 +45,14 @@ class MappedCodes(NamedTuple):
     Attributes:
         maps: of each head, fp32.
         codewords: `[M, 1, K, d]`, K ≤ 256, those of a head side by side.
-        metric: `[H, n, n]`, as `encode_joint` takes it; None to look for nearest codewords.
-        sweeps: over the groups of a head; 1 without a metric.
-        width: of the beam search before them; 1 for none.
+        coupled: what errors of a head's channels do to each other; None to look for each group's
+            nearest codeword.
+        sweeps, width: as `encode_joint` takes them; 1 without a coupling.
     """
 
     maps: Maps
     codewords: torch.Tensor
-    metric: torch.Tensor | None
+    coupled: Coupling | None
     sweeps: int
     width: int
 
@@ -61,7 +62,7 @@ def encode_mapped(
     source: torch.Tensor | None,
     maps: Maps,
     codewords: torch.Tensor,
-    metric: torch.Tensor | None,
+    coupled: Coupling | None,
     sweeps: int = 1,
     width: int = 1,
 ) -> torch.Tensor:
@@ -70,7 +71,7 @@ def encode_mapped(
     Args:
         x: the states.
         source: states that `maps.source_matrix` maps, where there is one.
-        maps, codewords, metric, sweeps, width: see `MappedCodes`.
+        maps, codewords, coupled, sweeps, width: see `MappedCodes`.
 
     Raises:
         StateError: other states without a map of them, or the other way round.
@@ -81,7 +82,7 @@ def encode_mapped(
         raise StateError(f"the maps need {needed} other states, {given} given")
     books, _, size, dim = codewords.shape
     kernel = selection(Layout.of_codebook(books, 1, size, dim, len(maps.mean)), x.device).kernel
-    codes: torch.Tensor = kernel(x, source, maps, codewords, metric, sweeps, width)
+    codes: torch.Tensor = kernel(x, source, maps, codewords, coupled, sweeps, width)
     return codes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vqkv.kernels.encode import joint_triton, mapped_naive
+from vqkv.kernels.encode.joint import Coupling
 from vqkv.kernels.encode.mapped import Maps
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import Layout
@@ -20,7 +21,7 @@ def encode_mapped(
     source: torch.Tensor | None,
     maps: Maps,
     codewords: torch.Tensor,
-    metric: torch.Tensor | None,
+    coupled: Coupling | None,
     sweeps: int,
     width: int,
 ) -> torch.Tensor:
@@ -31,8 +32,8 @@ def encode_mapped(
     """
     from vqkv.kernels.gpu import encode_ops
 
-    if metric is not None:
-        return mapped_naive.encode_mapped(x, source, maps, codewords, metric, sweeps, width)
+    if coupled is not None:
+        return mapped_naive.encode_mapped(x, source, maps, codewords, coupled, sweeps, width)
     codes: torch.Tensor = encode_ops.encode_mapped(x, source, *maps, codewords)
     return codes
 

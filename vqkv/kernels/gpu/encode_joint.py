@@ -3,6 +3,10 @@
 A program keeps its vectors' errors in all groups of a head, in fp16 and as multiples of the head's
 longest codeword, and goes through the groups: how far the other errors push a group's vector is one
 product with the metric's columns of the group, and its new error gets to its channels by another.
+
+The first pass looks ahead. It is like the others, with the upper triangular V in place of the metric
+and codewords times the group's own block of it. Errors begin as −x, what is missing where nothing is
+chosen: pushed through V, they also give x times that block, and those of later groups push nothing.
 """
 
 from __future__ import annotations
@@ -32,48 +36,54 @@ def prepare_books(
 
 @triton.jit
 def encode_jointly(
-    x, books, words, units, metric, codes, vectors, sweeps,
+    x, books, words, units, matrices, codes, vectors, passes,
     GROUPS: tl.constexpr, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """Codes `[N, M]` of `x` `[N, M, d]` under `books` `[M, K, d]`, M = U · GROUPS.
 
-    `metric` is `[U, n, n]`, n = GROUPS · d, and CHANNELS a power of two from n on. Grid: (blocks of
-    `VECTORS` vectors, U).
+    `words` and `units` are of `[2, M]` books, `matrices` `[2, U, n, n]`, n = GROUPS · d: those of
+    the first pass, then those of all others. CHANNELS is a power of two from n on. Grid: (blocks
+    of `VECTORS` vectors, U).
     """
     N: tl.constexpr = GROUPS * DIM
     PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
     head = tl.program_id(1)
     subvectors = tl.num_programs(1) * GROUPS
-    metric += head.to(tl.int64) * (N * N)
+    matrices += head.to(tl.int64) * (N * N)
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     there = vector < vectors
     lane = tl.arange(0, DEPTH)[None, :]
     from_lane = tl.arange(0, DEPTH)[:, None]
     channel = tl.arange(0, CHANNELS)
     every = tl.arange(0, PADDED)
-    every_unit = tl.load(units + head * GROUPS + every, mask=every < GROUPS, other=0.0)
+    every_unit = tl.load(units + subvectors + head * GROUPS + every, mask=every < GROUPS, other=0.0)
     largest = tl.max(every_unit, 0)
     real = there[:, None] & (lane < 3 * DIM)
-    errors = tl.zeros([VECTORS, CHANNELS], tl.float16)
-    for sweep in range(sweeps):
+    at = x + (vector[:, None] * subvectors + head * GROUPS) * DIM + channel[None, :]
+    states = tl.load(at, mask=there[:, None] & (channel < N)[None, :], other=0.0).to(tl.float32)
+    errors = tl.clamp(-states / largest, -FARTHEST, FARTHEST).to(tl.float16)
+    for step in range(passes):
+        sweeping = tl.minimum(step, 1)
+        matrix = matrices + sweeping * tl.num_programs(1).to(tl.int64) * (N * N)
         for group in range(GROUPS):
             subvector = head * GROUPS + group
-            others = (channel < N) & (channel // DIM != group)
+            book = sweeping * subvectors + subvector
+            pushing = (channel < N) & ((channel // DIM != group) | (step == 0))
             # Three times side by side, as the vectors.
             columns = tl.load(
-                metric + channel[:, None] * N + group * DIM + lane % DIM,
-                mask=others[:, None] & (lane < 3 * DIM),
+                matrix + channel[:, None] * N + group * DIM + lane % DIM,
+                mask=pushing[:, None] & (lane < 3 * DIM),
                 other=0.0,
             )
             pushed = tl.dot(errors, columns.to(tl.float16)) * largest
             row = vector * subvectors + subvector
             own = tl.load(x + row[:, None] * DIM + lane % DIM, mask=real, other=0.0).to(tl.float32)
             word = tl.arange(0, SIZE)[:, None]
-            book = tl.load(words + (subvector * SIZE + word) * DEPTH + lane)
-            unit = tl.load(units + subvector)
-            _, code = highest(own - pushed, book, unit, 0, K, DIM, SIZE)
-            if sweep + 1 == sweeps:
+            prepared_words = tl.load(words + (book * SIZE + word) * DEPTH + lane)
+            unit = tl.load(units + book)
+            _, code = highest(own * sweeping - pushed, prepared_words, unit, 0, K, DIM, SIZE)
+            if step + 1 == passes:
                 tl.store(codes + row, code.to(codes.dtype.element_ty), mask=there)
             word = books + (subvector * K + code[:, None]) * DIM + lane % DIM
             found = tl.load(word, mask=real & (lane < DIM), other=0.0).to(tl.float32)

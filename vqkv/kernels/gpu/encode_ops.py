@@ -88,7 +88,9 @@ def _(
 
 
 @torch.library.custom_op("vqkv::encode_joint", mutates_args=(), device_types=("cuda", "cpu"))
-def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> Tensor:
+def encode_joint(
+    x: Tensor, codewords: Tensor, metric: Tensor, ahead: Tensor, sweeps: int
+) -> Tensor:
     """Codes `[N, M, 1]` (int32) of `x` `[N, M, d]` under `codewords` `[M, 1, K, d]`."""
     vectors, subvectors, dim = x.shape
     units, size = len(metric), codewords.shape[2]
@@ -96,16 +98,17 @@ def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> T
     if codes.numel():
         books = readable(codewords)
         config = SearchConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
-        words, longest = _prepared(books, config)
+        both = torch.cat([_ahead(books, ahead), books[:, 0].float()])
+        words, longest = _prepared(both, config)
         encode_jointly[-(-vectors // config.vectors), units](
             readable(x),
             books,
             words,
             longest,
-            metric.half().contiguous(),
+            torch.stack([ahead.half(), metric.half()]),
             codes,
             vectors,
-            sweeps,
+            1 + sweeps,
             **config.constants(),
             **config.options(),
         )
@@ -113,7 +116,7 @@ def encode_joint(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> T
 
 
 @encode_joint.register_fake
-def _(x: Tensor, codewords: Tensor, metric: Tensor, sweeps: int) -> Tensor:
+def _(x: Tensor, codewords: Tensor, metric: Tensor, ahead: Tensor, sweeps: int) -> Tensor:
     return x.new_empty((*x.shape[:2], 1), dtype=torch.int32)
 
 
@@ -165,6 +168,16 @@ def _(
     codewords: Tensor,
 ) -> Tensor:
     return x.new_empty((*x.shape[:2], len(codewords) // x.shape[1]), dtype=torch.uint8)
+
+
+def _ahead(books: Tensor, ahead: Tensor) -> Tensor:
+    """Codewords `[M, 1, K, d]` times their groups' own blocks of V, `[M, K, d]` in fp32."""
+    dim, channels = books.shape[3], ahead.shape[1]
+    group = torch.arange(0, channels, dim, device=ahead.device)[:, None] + torch.arange(
+        dim, device=ahead.device
+    )
+    blocks = ahead[:, group[:, :, None], group[:, None]].flatten(0, 1)  # [M, d, d]
+    return books[:, 0].float() @ blocks.half().float()
 
 
 def _prepared(books: Tensor, search: SearchConfig) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,10 @@ struct work {
     search_fn search;
     int64_t channels, dim, size;
     const float *metric; /* [n, n] */
+    const float *ahead;  /* [n, n], upper triangular: V, with V V' the metric and a little more */
     float *books;        /* [G, floats]: codewords as they are searched */
+    float *ahead_words;  /* [G, K, d]: codewords times the group's own block of V */
+    float *ahead_books;  /* [G, floats]: as they are searched */
     float *errors;       /* [n, ROWS] */
     float *target;       /* [d, ROWS] */
     float *gathered;     /* [ROWS, d]: the targets, row by row */
@@ -38,8 +41,16 @@ struct work {
     int32_t *found;      /* [ROWS] */
 };
 
-/* What the words of group g are to be near to: x less what the other groups' errors push. `x` is the
- * group's part of the first vector, the next one's is `stride` further. */
+/* Targets row by row, as searches take them. */
+static void gather(const struct work *w, int64_t rows)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < w->dim; j++)
+            w->gathered[r * w->dim + j] = w->target[j * ROWS + r];
+}
+
+/* Targets of the words of group g: x less what the other groups' errors push. `x` is the group's part
+ * of the first vector, the next one's is `stride` further. */
 static void set_target(const struct work *w, const float *x, int64_t stride, int64_t group,
                        int64_t rows)
 {
@@ -50,37 +61,65 @@ static void set_target(const struct work *w, const float *x, int64_t stride, int
             w->target[j * ROWS + r] = x[r * stride + j];
     w->push(w->errors, columns, w->channels, 0, first, lanes, dim, w->target);
     w->push(w->errors, columns, w->channels, first + dim, w->channels, lanes, dim, w->target);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < dim; j++)
-            w->gathered[r * dim + j] = w->target[j * ROWS + r];
 }
 
-/* Codes of one group of `rows` vectors, given the errors of the others. */
+/* Targets of the group's words times its own block of V, when errors of later groups can make up for
+ * what they can: x times that block, less what errors of the groups before push through V. */
+static void set_target_ahead(const struct work *w, const float *x, int64_t stride, int64_t group,
+                             int64_t rows)
+{
+    const int64_t dim = w->dim, first = group * dim, lanes = (rows + LANES - 1) / LANES * LANES;
+    memset(w->target, 0, dim * ROWS * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) /* so much is missing before a word is chosen */
+        for (int64_t j = 0; j < dim; j++)
+            w->errors[(first + j) * ROWS + r] = -x[r * stride + j];
+    w->push(w->errors, w->ahead + first, w->channels, 0, first + dim, lanes, dim, w->target);
+}
+
+/* Codes `found` of one group of `rows` vectors, whose targets are set, and their errors. */
 static void choose(const struct work *w, const float *x, int64_t stride, const float *words,
-                   int64_t group, int64_t rows, int32_t *codes, int64_t code_stride)
+                   const float *books, int64_t group, int64_t rows)
 {
     const int64_t dim = w->dim;
-    set_target(w, x, stride, group, rows);
-    w->search(w->gathered, dim, rows, w->books + group * vqkv_arranged_floats(w->size, dim),
+    gather(w, rows);
+    w->search(w->gathered, dim, rows, books + group * vqkv_arranged_floats(w->size, dim),
               vqkv_word_blocks(w->size), dim, w->found, 1, w->scratch);
-    for (int64_t r = 0; r < rows; r++) {
-        codes[r * code_stride] = w->found[r];
+    for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < dim; j++)
             w->errors[(group * dim + j) * ROWS + r] =
                 words[w->found[r] * dim + j] - x[r * stride + j];
+}
+
+/* Codewords of a unit [G, K, d] as both searches take them. */
+static void arrange(const struct work *w, const float *words, int64_t groups)
+{
+    const int64_t dim = w->dim, floats = vqkv_arranged_floats(w->size, dim);
+    for (int64_t g = 0; g < groups; g++) {
+        const float *own = words + g * w->size * dim;
+        const float *block = w->ahead + g * dim * w->channels + g * dim;
+        float *ahead = w->ahead_words + g * w->size * dim;
+        for (int64_t k = 0; k < w->size; k++)
+            for (int64_t j = 0; j < dim; j++) {
+                float sum = 0.0f;
+                for (int64_t i = 0; i <= j; i++)
+                    sum += own[k * dim + i] * block[i * w->channels + j];
+                ahead[k * dim + j] = sum;
+            }
+        vqkv_arrange(own, w->size, dim, w->books + g * floats);
+        vqkv_arrange(ahead, w->size, dim, w->ahead_books + g * floats);
     }
 }
 
-/* What a beam search needs beside it: of each vector `width` choices so far, before and after a
- * group. */
+/* What a search that keeps several choices needs beside it: of each vector `width` so far, before and
+ * after a group. */
 struct beam {
     extend_fn extend;
     spread_fn spread;
     int64_t width, groups, room;
-    float *words;     /* [G, d, room]: -2 c */
+    float *words;     /* [G, d, room]: -2 c, c being the words of looking ahead */
     float *norms;     /* [G, room]: squares of c, infinite beyond K */
     float *scratch;   /* [width, room + LANES] */
-    float *pushed[2]; /* [width, n]: what errors so far push */
+    float *pushed[2]; /* [width, n]: what errors so far push through V */
     int32_t *codes[2]; /* [width, G] */
     float *error;      /* [d] */
     struct sums sums; /* of one group; its codes are not used */
@@ -101,22 +140,24 @@ static void arrange_for_beam(const struct beam *b, const float *words, int64_t s
         }
 }
 
-/* Costs of the choices so far, and what is near to the words of group g: the costs of another one
- * are |c - x|^2 + 2 <c - x, pushed> more, as errors of groups to come are not known and taken as 0. */
-static void begin_group(struct beam *b, const float *x, const float *pushed, int64_t channels,
-                        int64_t dim)
+/* What is near to the words of looking ahead in a group, and costs of the choices so far if a word is
+ * at no distance of it: the cost of one is that, less the target's square, more than the distance. */
+static void begin_group(const struct work *w, struct beam *b, const float *x, const float *pushed,
+                        int64_t first)
 {
-    for (int64_t i = 0; i < b->sums.count; i++) {
-        const float *own = pushed + i * channels;
-        float *residual = b->sums.residuals + i * dim;
+    const int64_t dim = w->dim;
+    for (int64_t i = 0; i < b->sums.count; i++)
         for (int64_t j = 0; j < dim; j++) {
-            residual[j] = x[j] - own[j];
-            b->sums.scores[i] += x[j] * x[j] - 2 * x[j] * own[j];
+            float target = -pushed[i * w->channels + first + j];
+            for (int64_t k = 0; k <= j; k++)
+                target += x[first + k] * w->ahead[(first + k) * w->channels + first + j];
+            b->sums.residuals[i * dim + j] = target;
+            b->sums.scores[i] += target * target;
         }
-    }
 }
 
-/* Errors of one vector `x` [n] after a beam search through the groups, into column r. */
+/* Errors of one vector `x` [n] after a search through the groups that keeps `width` choices, into
+ * column r. */
 static void search_beam(const struct work *w, struct beam *b, const float *x, const float *words,
                         int64_t r)
 {
@@ -128,7 +169,7 @@ static void search_beam(const struct work *w, struct beam *b, const float *x, co
         const int64_t first = g * dim, all = b->sums.count * w->size;
         const float *before = b->pushed[g % 2];
         const int32_t *codes = b->codes[g % 2];
-        begin_group(b, x + first, before + first, channels, dim);
+        begin_group(w, b, x, before, first);
         b->found.count = b->found.worst = 0;
         b->found.wanted = g + 1 == b->groups ? 1 : all < b->width ? all : b->width;
         b->extend(&b->sums, b->words + first * b->room, b->norms + g * b->room, dim, b->room,
@@ -145,7 +186,7 @@ static void search_beam(const struct work *w, struct beam *b, const float *x, co
                 b->error[j] = words[(g * w->size + code) * dim + j] - x[first + j];
             memcpy(mine, codes + parent * b->groups, g * sizeof(int32_t));
             mine[g] = (int32_t)code;
-            b->spread(before + parent * channels, b->error, w->metric + first * channels, channels,
+            b->spread(before + parent * channels, b->error, w->ahead + first * channels, channels,
                       first + dim, channels, dim, b->pushed[(g + 1) % 2] + i * channels);
         }
         b->sums.count = b->found.count;
@@ -167,6 +208,8 @@ static size_t lay_out_floats(struct work *w, struct beam *b, float **what)
     const size_t width = b->width, dim = w->dim;
     size_t used = 0;
     TAKE(w->books, b->groups * vqkv_arranged_floats(w->size, dim));
+    TAKE(w->ahead_books, b->groups * vqkv_arranged_floats(w->size, dim));
+    TAKE(w->ahead_words, b->groups * w->size * dim);
     TAKE(w->errors, w->channels * ROWS);
     TAKE(w->target, dim * ROWS);
     TAKE(w->gathered, dim * ROWS);
@@ -198,12 +241,12 @@ static size_t lay_out_integers(struct work *w, struct beam *b, int32_t **what)
 #undef TAKE
 
 /* Codes [N, U, G] of rows `begin` to `end` of x [N, U, G, d] in words [U, G, K, d], in the metric
- * [U, n, n], n = G d, whose diagonal blocks of d are taken as ones; all contiguous. A beam search of
- * `width` choices comes before the sweeps where that is more than one. Returns 0, or -1 where memory
- * ran out. */
-int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
-               int64_t groups, int64_t size, int64_t dim, int64_t width, int64_t sweeps,
-               int64_t begin, int64_t end, int32_t *codes)
+ * [U, n, n], n = G d, whose diagonal blocks of d are taken as ones; all contiguous. A search that
+ * looks ahead, by upper triangular matrices [U, n, n], and keeps `width` choices comes before the
+ * sweeps. Returns 0, or -1 where memory ran out. */
+int vqkv_joint(int level, const float *x, const float *words, const float *metric,
+               const float *ahead, int64_t units, int64_t groups, int64_t size, int64_t dim, int64_t width,
+               int64_t sweeps, int64_t begin, int64_t end, int32_t *codes)
 {
     const int64_t channels = groups * dim, stride = units * channels;
     struct work w = {.push = AT_LEVEL(level, push), .search = vqkv_search_of(level),
@@ -222,23 +265,30 @@ int vqkv_joint(int level, const float *x, const float *words, const float *metri
     lay_out_floats(&w, &b, &floats);
     lay_out_integers(&w, &b, &integers);
     memset(w.target, 0, dim * ROWS * sizeof(float));
+    memset(w.errors, 0, channels * ROWS * sizeof(float));
     for (int64_t u = 0; u < units; u++) {
         const float *unit = words + u * groups * size * dim;
         w.metric = metric + u * channels * channels;
-        for (int64_t g = 0; g < groups; g++)
-            vqkv_arrange(unit + g * size * dim, size, dim, w.books + g * vqkv_arranged_floats(size, dim));
+        w.ahead = ahead + u * channels * channels;
+        arrange(&w, unit, groups);
         if (width > 1)
-            arrange_for_beam(&b, unit, size, dim);
+            arrange_for_beam(&b, w.ahead_words, size, dim);
         for (int64_t first = begin; first < end; first += ROWS) {
             const int64_t rows = end - first < ROWS ? end - first : ROWS;
             const float *own = x + first * stride + u * channels;
-            memset(w.errors, 0, channels * ROWS * sizeof(float));
             for (int64_t r = 0; width > 1 && r < rows; r++)
                 search_beam(&w, &b, own + r * stride, unit, r);
+            for (int64_t g = 0; width == 1 && g < groups; g++) {
+                set_target_ahead(&w, own + g * dim, stride, g, rows);
+                choose(&w, own + g * dim, stride, unit + g * size * dim, w.ahead_books, g, rows);
+            }
             for (int64_t step = 0; step < sweeps * groups; step++) {
                 const int64_t g = step % groups;
-                choose(&w, own + g * dim, stride, unit + g * size * dim, g, rows,
-                       codes + (first * units + u) * groups + g, units * groups);
+                int32_t *to = codes + (first * units + u) * groups + g;
+                set_target(&w, own + g * dim, stride, g, rows);
+                choose(&w, own + g * dim, stride, unit + g * size * dim, w.books, g, rows);
+                for (int64_t r = 0; r < rows; r++)
+                    to[r * units * groups] = w.found[r];
             }
         }
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vqkv.kernels.encode.joint import Coupling
 from vqkv.kernels.native.library import in_ranges, level_number, library
 
 #: Rows below which another thread costs more than it gives.
@@ -11,10 +12,11 @@ MIN_ROWS = 64
 
 
 def encode_joint(
-    x: torch.Tensor, codewords: torch.Tensor, metric: torch.Tensor, sweeps: int, width: int
+    x: torch.Tensor, codewords: torch.Tensor, coupled: Coupling, sweeps: int, width: int
 ) -> torch.Tensor:
     """Codes `[N, M, 1]` (int32), all on the CPU."""
-    x, words, metric = (tensor.float().contiguous() for tensor in (x, codewords[:, 0], metric))
+    given = (x, codewords[:, 0], *coupled)
+    x, words, metric, ahead = (tensor.float().contiguous() for tensor in given)
     books, size, dim = words.shape
     units = len(metric)
     codes = torch.empty(*x.shape[:2], 1, dtype=torch.int32)
@@ -22,7 +24,7 @@ def encode_joint(
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_joint(
             level_number(),
-            *(x.data_ptr(), words.data_ptr(), metric.data_ptr()),
+            *(x.data_ptr(), words.data_ptr(), metric.data_ptr(), ahead.data_ptr()),
             *(units, books // units, size, dim, width, sweeps, begin, end),
             codes.data_ptr(),
         )
