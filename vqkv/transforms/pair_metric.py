@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from einops import rearrange
 from pydantic import Field
 
 from vqkv.errors import NotFittedError, SchemeError, StateError
-from vqkv.rotation import Pairs, channel_units
+from vqkv.rotation import Pairs
 from vqkv.states import States
 from vqkv.transforms.base import Metric, Transform, TransformConfig
+from vqkv.transforms.pairing import paired_groups
 from vqkv.transforms.roots import normed, roots
 from vqkv.transforms.statistics import mean_and_covariance
 
@@ -22,11 +22,13 @@ class PairMetricConfig(TransformConfig):
     Attributes:
         metric: in which errors count.
         dim: channels of a group, as the grouping after it has.
+        code_bits: that a group's code is taken to have.
     """
 
     type: Literal["pair_metric"] = "pair_metric"
     metric: Metric = "query"
     dim: int = Field(ge=2, le=4096, multiple_of=2)
+    code_bits: int = Field(default=8, ge=1)
 
 
 class PairMetric(Transform):
@@ -37,8 +39,9 @@ class PairMetric(Transform):
     contiguous groups of `dim` can be stored as plain channels, mean included: a read is one look-up
     per code and a rotation of its pairs.
 
-    Pairs are dealt to groups in snake order of their energy `tr(Cov M)`, so that every group holds
-    strong and weak ones. Channels outside of pairs are dealt two by two.
+    Pairs are grouped so that ideal codes would leave least of all groups together, as far as
+    exchanges of two pairs get (`pairing`): channels that tell about each other in one group, and
+    as much to code in every group.
 
     State: `mean` `[H, D]` and `blocks` `[H, G, d, d]`, which map z back, in fp16, and `order`
     `[H, D]` (int64), the channels of each head by group.
@@ -87,8 +90,11 @@ class PairMetric(Transform):
         heads, head_dim = metric.shape[:2]
         self.check(heads, head_dim)
         mean, covariance = mean_and_covariance(states, _by_head)
-        energy = (covariance * metric).sum(2)  # the diagonal of Cov M, [H, D]
-        order = torch.stack([_dealt(row, pairs, self.config.dim) for row in energy])
+        chosen = [
+            paired_groups(*of_head, pairs, self.config.dim, self.config.code_bits)
+            for of_head in zip(covariance, metric, strict=True)
+        ]
+        order = torch.stack(chosen)  # [H, D]
         index = order.view(heads, -1, self.config.dim)  # [H, G, d]
         every_head = torch.arange(heads)[:, None, None, None]
         blocks = metric[every_head, index.unsqueeze(3), index.unsqueeze(2)]
@@ -155,12 +161,3 @@ class PairMetric(Transform):
 def _by_head(x: torch.Tensor) -> torch.Tensor:
     """Tokens `[N, H, D]` as `[H, N, D]`."""
     return x.transpose(0, 1)
-
-
-def _dealt(energy: torch.Tensor, pairs: Pairs, dim: int) -> torch.Tensor:
-    """Channels `[D]` of a head with energies `[D]`, `dim` to a group, in snake order by pairs."""
-    units = channel_units(len(energy), pairs)  # [D / 2, 2]
-    strongest_first = energy[units].sum(1).argsort(descending=True, stable=True)
-    rounds = rearrange(units[strongest_first], "(r g) c -> r g c", r=dim // 2)
-    rounds[1::2] = rounds[1::2].flip(1)
-    return rearrange(rounds, "r g c -> (g r c)")

@@ -62,13 +62,13 @@ def encode_joint(
 ) -> torch.Tensor:
     """Codes `[N, M, 1]` (int32) of vectors `[N, M, d]` under codebooks `[M, 1, K, d]`.
 
-    U units have M / U groups each, side by side, and errors e of a unit cost `eᵀ M e`. A search goes
-    through the groups once and keeps the `width` choices of codes so far that cost least, if errors
-    of later groups made up for all that they can: with one of them, QuIP's rounding (arXiv
+    U units have M / U groups each, side by side, and errors e of a unit cost `eᵀ M e`. A search
+    goes through the groups once and keeps the `width` choices of codes so far that cost least, if
+    errors of later groups made up for all that they can: with one of them, QuIP's rounding (arXiv
     2307.13304, section 3); with more, a sphere decoder's K-best search.
 
-    Sweeps over the groups then give each the codeword nearest to `x_g − Σ_{h≠g} e_h M_hg`, e_h being
-    the errors of the others so far: the best one for `eᵀ M e` as they are, where `M_gg = I`.
+    Sweeps over the groups then give each the codeword nearest to `x_g − Σ_{h≠g} e_h M_hg`, e_h
+    being the errors of the others so far: the best one for `eᵀ M e` as they are, where `M_gg = I`.
 
     Args:
         x: fp32.

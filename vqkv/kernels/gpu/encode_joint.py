@@ -4,9 +4,10 @@ A program keeps its vectors' errors in all groups of a head, in fp16 and as mult
 longest codeword, and goes through the groups: how far the other errors push a group's vector is one
 product with the metric's columns of the group, and its new error gets to its channels by another.
 
-The first pass looks ahead. It is like the others, with the upper triangular V in place of the metric
-and codewords times the group's own block of it. Errors begin as −x, what is missing where nothing is
-chosen: pushed through V, they also give x times that block, and those of later groups push nothing.
+The first pass looks ahead. It is like the others, with the upper triangular V in place of the
+metric, and codewords times the group's own block of it. Errors begin as −x, what is missing where
+nothing is chosen: pushed through V, they also give x times that block, and those of later groups
+push nothing.
 """
 
 from __future__ import annotations
