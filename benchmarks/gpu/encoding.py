@@ -13,7 +13,7 @@ from benchmarks.gpu.timing import microseconds
 from vqkv.kernels import using
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-from vqkv.kernels.encode.joint import encode_joint
+from vqkv.kernels.encode.joint import coupling, encode_joint
 from vqkv.kernels.encode.mapped import Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
 from vqkv.layouts import PAGE_TOKENS
@@ -23,7 +23,7 @@ SHAPES = ((2, 1), (4, 1), (8, 1), (8, 2))
 APPENDS = (1, 16, 64)
 CODEWORDS = 256
 #: d of codes that are chosen together, and how often.
-JOINT_DIMS, SWEEPS = (4, 8), 3
+JOINT_DIMS, SWEEPS = (4, 8), 2
 
 
 def encoding(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -56,8 +56,9 @@ def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
         for vectors in (sizes.prefill, PAGE_TOKENS):
             x, books = _problem(sizes, vectors, dim, stages=1)
             x = x.float()  # as transforms leave it
-            run = partial(encode_joint, x, books, metric, SWEEPS)
-            some = partial(encode_joint, x[:512], books, metric, SWEEPS)
+            coupled = coupling(metric, dim)
+            run = partial(encode_joint, x, books, coupled, SWEEPS)
+            some = partial(encode_joint, x[:512], books, coupled, SWEEPS)
             with using(encode_joint="naive", encode="naive"):
                 least = _cost(x, books, metric, some())
             for kernel in ("triton", "naive"):

@@ -10,7 +10,7 @@ import torch
 
 from vqkv.errors import KernelError, StateError
 from vqkv.kernels.decode import decode
-from vqkv.kernels.encode.joint import Coupling, JointLayout, coupling, encode_joint
+from vqkv.kernels.encode.joint import SLACK, Coupling, JointLayout, coupling, encode_joint
 from vqkv.kernels.select import KERNELS as KERNELS_THERE
 from vqkv.kernels.select import recording, select, using
 from vqkv.layouts import Layout
@@ -112,6 +112,42 @@ def test_wider_searches_agree_but_for_near_ties(shape: tuple[int, ...], width: i
         expected = encode_joint(*given, sweeps=1, width=width)
     with using(encode_joint="cpu"):
         assert_as_good(given, expected, encode_joint(*given, sweeps=1, width=width))
+
+
+def test_looking_ahead_is_the_least_that_the_rest_can_leave() -> None:
+    coupled = case(1, 1, 4, 3, 2)[2]
+    metric = coupled.metric[0].double() + SLACK * torch.eye(8)
+    error = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for known in range(2, 9, 2):
+        best = error.clone()
+        rest, so_far = slice(known, 8), slice(0, known)
+        best[rest] = -torch.linalg.solve(metric[rest, rest], metric[rest, so_far] @ error[so_far])
+        pushed = coupled.ahead[0].double().mT @ error
+        assert float(best @ metric @ best) == pytest.approx(
+            float(pushed[so_far].square().sum()), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_looking_ahead_costs_less_than_sweeps_alone(kernel: str) -> None:
+    x, words, _ = case(500, 1, 16, 256, 1)
+    # Errors cost what they add up to in three directions, and little else.
+    directions = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    metric = directions @ directions.mT + 0.3 * torch.eye(16)
+    scale = metric.diagonal().rsqrt()
+    coupled = coupling((scale[:, None] * metric * scale).unsqueeze(0), 1)
+    blind = coupled._replace(ahead=torch.eye(16).unsqueeze(0))
+    with using(encode_joint=kernel):
+        sweeps_alone = encode_joint(x, words, blind, sweeps=3)
+        found = encode_joint(x, words, coupled, sweeps=2)
+    assert cost(x, words, coupled, found) < 0.95 * cost(x, words, coupled, sweeps_alone)
+
+
+def test_a_metric_in_which_errors_pay_is_refused() -> None:
+    metric = torch.eye(4).expand(2, 4, 4).clone()
+    metric[1, 0, 2] = metric[1, 2, 0] = 1.5
+    with pytest.raises(StateError, match="not positive definite"):
+        coupling(metric, 2)
 
 
 @pytest.mark.parametrize("kernel", SEARCHING)

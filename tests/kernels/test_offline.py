@@ -114,7 +114,7 @@ def test_the_page_tells_what_encoding_costs() -> None:
     assert f"issues {issued['encode/d4']} instructions per vector" in page
     assert f"that is {issued['encode-mapped/128/d4/source']} instructions per vector" in page
     d4, d8 = issued["encode-joint/128/d4"], issued["encode-joint/128/d8"]
-    assert f"{d4} instructions per vector and sweep\nat d = 4 and D = 128, {d8} at d = 8" in page
+    assert f"{d4} instructions per vector and pass\nat d = 4 and D = 128, {d8} at d = 8" in page
 
 
 def test_loops_and_loads_are_counted() -> None:
