@@ -226,8 +226,8 @@ class KVCompressor:
         seed: int,
     ) -> None:
         """Fit streams that share codebooks, these from an equal share of each one's tokens."""
-        share = -(-self.scheme.calibration.samples // len(family))
-        weighted = self.scheme.calibration.weights != "none"
+        calibration = self.scheme.calibration
+        share = -(-calibration.samples // len(family))
         vectors, weights = [], []
         for key in family:
             codec = self._codecs[key]
@@ -236,8 +236,9 @@ class KVCompressor:
             kind = codec.metric
             codec.fit_space(states, None if kind is None else source.metric(*key, kind))
             vectors.append(codec.training_vectors(states, share, seed))
-            if weighted:
-                weights.append(codec.training_weights(states, source.gradients(*key), share, seed))
+            if calibration.weights != "none":
+                squares = codec.training_weights(states, source.gradients(*key), share, seed)
+                weights.append([square.pow(calibration.weight_power) for square in squares])
         first, *others = (self._codecs[key] for key in family)
         first.fit_quantizers(_by_segment(vectors), seed, _by_segment(weights))
         for codec in others:

@@ -226,12 +226,23 @@ class CalibrationConfig(Config):
     """What learners see: at most `samples` tokens, drawn at random. Statistics use all tokens.
 
     With `fisher` weights a subvector counts as much as the squared gradient of the model's loss by
-    it (CQ, arXiv 2405.03917, section 3.3), from a backward pass over the calibration text.
+    it (CQ, arXiv 2405.03917, section 3.3), from a backward pass over the calibration text. A few
+    subvectors then carry most of the weight, on other text others would: a `weight_power` below 1
+    lets them count less.
     """
 
     samples: int = Field(default=32768, ge=1)
     weights: Literal["none", "fisher"] = "none"
+    weight_power: float = Field(
+        default=1.0, gt=0, le=1, description="That squared gradients are raised to."
+    )
     distillation: DistillationConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_power(self) -> CalibrationConfig:
+        if self.weights == "none" and self.weight_power != 1:
+            raise ValueError("`weight_power` is of `weights`, which are none: `weights: fisher`")
+        return self
 
 
 class LayerOverride(Config):
