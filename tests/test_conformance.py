@@ -41,6 +41,7 @@ QUANTIZER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("rope_commutative", {"rate": 4, "size": 8}),
     ("e8p", {"dim": 8}),
     ("nested", {"dim": 1, "depth": 2, "code_bits": 4}),
+    ("joint_heads", {"code_bits": 4}),
     ("joint_product", {"code_bits": 4}),
     ("trellis", {"rate": 2, "dim": 8, "memory": 8}),
     ("trellis", {"rate": 1.5, "dim": 16, "memory": 6, "run": 1}),

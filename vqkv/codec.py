@@ -131,18 +131,35 @@ class Codec:
         """The metric that `fit_space` wants; the scheme makes sure that there is at most one."""
         return next((t.metric for t in self.transforms if t.metric), None)
 
-    def fit_space(self, states: States, metric: torch.Tensor | None = None) -> None:
-        """Fit the transforms in order, each on what those before it make, then the grouping."""
+    @property
+    def couples_heads(self) -> bool:
+        """Whether `fit_space` wants to know what errors of heads do to each other."""
+        return any(quantizer.config.couples == "heads" for quantizer in self.quantizers)
+
+    def fit_space(
+        self,
+        states: States,
+        metric: torch.Tensor | None = None,
+        across: torch.Tensor | None = None,
+    ) -> None:
+        """Fit the transforms in order, each on what those before it make, then the grouping.
+
+        `metric` `[H, D, D]`, and `across` `[H, D, H, D]`, which is over all heads at once, are for
+        codecs that ask for them.
+        """
         with self._named_in_errors():
             for transform in self.transforms:
                 transform.fit(states, metric if transform.metric else None, self.pairs)
                 states = states.map(partial(_transformed, transform))
-            for quantizer in self.quantizers:
-                if quantizer.config.couples:
-                    assert metric is not None, "the scheme sees to it"
-                    quantizer.couple(self._coupling(metric))
             needs_data = self.config.grouping.needs_data
             self._set_order(moments(states).rms.square().cpu() if needs_data else None)
+            for quantizer in self.quantizers:
+                if quantizer.config.couples == "groups":
+                    assert metric is not None, "the scheme sees to it"
+                    quantizer.couple(self._coupling(metric))
+                elif quantizer.config.couples == "heads":
+                    assert across is not None, "the caller sees to it"
+                    quantizer.couple(self._coupling_of_heads(across))
 
     def training_vectors(self, states: States, samples: int, seed: int) -> list[torch.Tensor]:
         """What each segment's quantizer learns from: `[N', books, d]`."""
@@ -409,14 +426,32 @@ class Codec:
 
     def _coupling(self, metric: torch.Tensor) -> torch.Tensor:
         """The metric of what is coded `[H, D, D]`, without the groups' own blocks."""
-        probes = torch.eye(self.head_dim, device=metric.device)
-        probes = probes.unsqueeze(1).expand(-1, self.heads, -1)  # [D, H, D]
-        last = self.transforms[-1]  # those before keep the metric
-        back = last.inverse(probes, None) - last.inverse(torch.zeros_like(probes), None)
-        rows = back.transpose(0, 1).double()
+        rows = self._way_back(metric.device)
         coded = (rows @ normed(metric.double()) @ rows.mT).float()
         group = torch.arange(self.head_dim, device=metric.device) // self.config.grouping.dim
         return coded * (group.unsqueeze(0) != group.unsqueeze(1))
+
+    def _coupling_of_heads(self, across: torch.Tensor) -> torch.Tensor:
+        """How far errors of what is coded of one head push another's, `[H, n, H, n]`.
+
+        The last transform has made a head's own metric a multiple of the unit matrix.
+        """
+        rows = self._way_back(across.device)
+        order = (self._order() % self.head_dim).to(across.device)
+        rows = rows.gather(1, order.unsqueeze(2).expand_as(rows))
+        coded = torch.einsum("hnd,hdge,gme->hngm", rows, across.double(), rows)
+        heads = torch.arange(self.heads, device=across.device)
+        own = coded[heads, :, heads].diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        coded[heads, :, heads] = 0
+        return (coded / own[:, None]).float()
+
+    def _way_back(self, device: torch.device) -> torch.Tensor:
+        """Each coded channel's unit vector through the last transform undone, `[H, D, D]`."""
+        probes = torch.eye(self.head_dim, device=device)
+        probes = probes.unsqueeze(1).expand(-1, self.heads, -1)  # [D, H, D]
+        last = self.transforms[-1]  # those before keep the metric
+        back = last.inverse(probes, None) - last.inverse(torch.zeros_like(probes), None)
+        return back.transpose(0, 1).double()
 
     def _prepare(self) -> None:
         for quantizer, segment in zip(self.quantizers, self.layout.segments, strict=True):
@@ -464,9 +499,11 @@ class Codec:
             _check_bytes(part, planned, f"{self.heads} heads of dim {self.head_dim}")
 
     def _quantizer_bytes(self, quantizer: Quantizer, segment: Segment) -> int:
-        """What a quantizer's state takes: codebooks, and in fp16 how errors of a head couple."""
-        coupling = 2 * self.heads * self.head_dim**2 if quantizer.config.couples else 0
-        return quantizer.planned_bytes(segment.books, segment.dim) + coupling
+        """What a quantizer's state takes: codebooks, and in fp16 how errors couple."""
+        within_head = 2 * self.heads * self.head_dim**2
+        coupling = {None: 0, "groups": within_head, "heads": within_head * self.heads}
+        books = quantizer.planned_bytes(segment.books, segment.dim)
+        return books + coupling[quantizer.config.couples]
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):

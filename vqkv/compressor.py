@@ -56,6 +56,14 @@ class StateSource(ABC):
         """
         raise StateError(f"{type(self).__name__} has no {kind} metric of {stream} of layer {layer}")
 
+    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
+        """`[H, D, H, D]`: the Fisher metric of all heads of a stream at once.
+
+        Raises:
+            StateError: this source knows none.
+        """
+        raise StateError(f"{type(self).__name__} has no metric of all {stream} of layer {layer}")
+
     def gradients(self, layer: int, stream: Stream) -> States:
         """Of the model's loss by each channel of each token of `states`, `[N, H, D]`.
 
@@ -234,7 +242,11 @@ class KVCompressor:
             reconstructions.forget_before(key)
             states = codec.fit_predictor(source.states(*key), reconstructions.of(key))
             kind = codec.metric
-            codec.fit_space(states, None if kind is None else source.metric(*key, kind))
+            codec.fit_space(
+                states,
+                None if kind is None else source.metric(*key, kind),
+                source.across_heads(*key) if codec.couples_heads else None,
+            )
             vectors.append(codec.training_vectors(states, share, seed))
             if calibration.weights != "none":
                 squares = codec.training_weights(states, source.gradients(*key), share, seed)

@@ -20,6 +20,7 @@ from vqkv.quantizers.codebook import CodebookQuantizer
 from vqkv.registry import Config
 from vqkv.transforms import TRANSFORMS, Metric, TransformChoice
 from vqkv.transforms.pair_metric import PairMetricConfig
+from vqkv.transforms.spectral import SpectralConfig
 
 if TYPE_CHECKING:
     from vqkv.geometry import Geometry  # imports transformers, which a scheme can do without
@@ -139,22 +140,35 @@ class StreamConfig(Config):
 
     def _check_coupling(self) -> None:
         """Codes are chosen together in a metric whose blocks a transform has made unit ones."""
-        coupling = [s.quantizer.type for s in self.all_segments if s.quantizer.couples]  # type: ignore[attr-defined]
-        if not coupling:
-            return
         last = self.transforms[-1] if self.transforms else None
-        fits = (
+        plain = self.sharing == "group" and not self.segments
+        groups_apart = (
             isinstance(last, PairMetricConfig)
             and isinstance(self.grouping, Contiguous)
             and self.grouping.dim == last.dim
-            and self.sharing == "group"
-            and not self.segments
         )
-        if not fits:
+        heads_apart = (
+            isinstance(last, SpectralConfig)
+            and (last.metric, last.scope) == ("fisher", "head")
+            and self.grouping.head_local
+        )
+        for segment in self.all_segments:
+            couples = segment.quantizer.couples
+            if couples == "groups" and not (plain and groups_apart):
+                needed = (
+                    "groups that are apart in a metric: a last transform {type: pair_metric, "
+                    "dim: d}, the grouping {type: contiguous, dim: d} of the same d"
+                )
+            elif couples == "heads" and not (plain and heads_apart):
+                needed = (
+                    "heads in which errors cost their squares: a last transform {type: spectral, "
+                    "metric: fisher}, a grouping within heads"
+                )
+            else:
+                continue
+            kind = segment.quantizer.type  # type: ignore[attr-defined]
             raise ValueError(
-                f"quantizer: {coupling[0]!r} needs groups that are apart in a metric: a last "
-                "transform {type: pair_metric, dim: d}, the grouping {type: contiguous, dim: d} of "
-                "the same d, sharing 'group', and no segments"
+                f"quantizer: {kind!r} needs {needed}, sharing 'group', and no segments"
             )
 
     def dim_of(self, segment: SegmentConfig) -> int:

@@ -64,6 +64,18 @@ class CapturedStates(StateSource):
         assert isinstance(products, torch.Tensor)
         return products
 
+    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
+        """`[H, D, H, D]` in fp64: the `fisher` metric of all heads of a stream at once."""
+        heads, dim = self._geometry.kv_heads, self._geometry.head_dim
+        found = torch.zeros(heads * dim, heads * dim, dtype=torch.float64)
+        for chunk in self.gradients(layer, stream).map(torch.Tensor.double).chunks():
+            rows = chunk.flatten(1)
+            found += rows.T @ rows
+        across = (1 - SHRINKAGE) * found.view(heads, dim, heads, dim)
+        for head, own in enumerate(self.metric(layer, stream, "fisher")):
+            across[head, :, head] = own
+        return across
+
     def kept(self, layer: int, stream: Stream, states: States) -> States:
         """Kept on disk."""
         return self._spool.kept(layer, stream, states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -48,9 +48,10 @@ class QuantizerConfig(Config):
         return 1
 
     @property
-    def couples(self) -> bool:
-        """Codes of a head's subvectors are chosen together, in the metric of what is coded."""
-        return False
+    def couples(self) -> Literal["groups", "heads"] | None:
+        """What is chosen together in the metric of what is coded: codes of a head's subvectors, or
+        those of a token's heads."""
+        return None
 
 
 class Quantizer(Component, ABC):
@@ -70,8 +71,10 @@ class Quantizer(Component, ABC):
         """Told before `fit` where the config `couples`.
 
         Args:
-            metric: `[U, n, n]`, by which errors of the n = M·d / U channels of a unit cost; the
-                diagonal blocks of its subvectors are unit matrices and given as zeros.
+            metric: of groups, `[U, n, n]`, by which errors of the n = M·d / U channels of a unit
+                cost; the diagonal blocks of its subvectors are unit matrices and given as zeros.
+                Of heads, `[H, n, H, n]`: how far errors of one head's n = M·d / H channels push
+                those of another, in its own metric; zeros for a head and itself.
         """
 
     def fit(
@@ -132,6 +135,7 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry(
     {
         "product": "vqkv.quantizers.product:ProductQuantizer",
         "residual": "vqkv.quantizers.residual:ResidualQuantizer",
+        "joint_heads": "vqkv.quantizers.joint_heads:JointHeadsQuantizer",
         "joint_product": "vqkv.quantizers.joint_product:JointProductQuantizer",
         "identity": "vqkv.quantizers.identity:IdentityQuantizer",
         "rope_commutative": "vqkv.quantizers.commutative:Commutative",

@@ -41,9 +41,9 @@ class JointProductConfig(QuantizerConfig):
         return self.code_bits
 
     @property
-    def couples(self) -> bool:
-        """Always."""
-        return True
+    def couples(self) -> Literal["groups"]:
+        """Always groups."""
+        return "groups"
 
 
 class JointProductQuantizer(CodebookQuantizer):

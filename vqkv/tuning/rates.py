@@ -38,7 +38,7 @@ class ProductStep(NamedTuple):
 
     def apply(self, stream: Plain) -> Plain | None:
         """The stream with this step; None where it has another kind of code."""
-        if _quantizer(stream) not in ("product", "joint_product"):
+        if _quantizer(stream) not in ("product", "joint_heads", "joint_product"):
             return None
         changes = {"grouping": {"dim": self.dim}, "quantizer": {"code_bits": self.code_bits}}
         changed = merge(stream, changes)
