@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,23 @@ def test_the_fisher_metric_is_the_mean_squared_slope_of_an_error(tmp_path: Path)
     _, captured, _ = source(tmp_path)
     metric = captured.metric(0, "keys", "fisher")
     mine = GRADIENTS[0, :, 2:].double()
-    product = mine.mT @ mine
-    even = product.diagonal(dim1=1, dim2=2).mean(1)
+    products = mine.mT @ mine
+    even = products.diagonal(dim1=1, dim2=2).mean(1)
     error = torch.randn(DIM, generator=torch.Generator().manual_seed(1)).double()
     slopes = (mine @ error).square().sum(1)
     expected = (1 - SHRINKAGE) * slopes + SHRINKAGE * even * error.square().sum()
     torch.testing.assert_close(error @ metric @ error, expected)
+
+
+def test_the_metric_of_all_heads_is_theirs_and_what_they_do_to_each_other(tmp_path: Path) -> None:
+    _, captured, _ = source(tmp_path)
+    across = captured.across_heads(0, "keys")
+    mine = GRADIENTS[0, :, 2:].double()
+    for one, other in product(range(HEADS), repeat=2):
+        expected = (1 - SHRINKAGE) * mine[one].T @ mine[other]
+        if one == other:
+            expected = captured.metric(0, "keys", "fisher")[one]
+        torch.testing.assert_close(across[one, :, other], expected)
 
 
 def test_models_without_a_known_output_projection() -> None:

@@ -1,0 +1,163 @@
+"""Codes of heads chosen together: what a coupling of heads changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vqkv.codec import Codec
+from vqkv.errors import SchemeError, StateError
+from vqkv.quantizers.joint_heads import JointHeadsQuantizer
+from vqkv.quantizers.product import ProductQuantizer
+from vqkv.scheme import merge
+from vqkv.scheme_files import load_scheme, scheme_from_dict
+from vqkv.states import States
+from vqkv.transforms.roots import normed
+
+HEADS, GROUPS, DIM = 3, 2, 2
+SUBSPACES, WIDTH = HEADS * GROUPS, GROUPS * DIM
+SETTINGS: dict[str, Any] = {"code_bits": 3, "learner": {"type": "kmeans", "iterations": 5}}
+#: c_h: what errors of each head cost alone.
+SCALES = torch.tensor([1.0, 4.0, 0.5])
+
+
+def samples(count: int = 400, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, SUBSPACES, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def metric() -> torch.Tensor:
+    """`[H, n, H, n]`: errors of all heads alike in sign add up."""
+    eye = torch.eye(WIDTH).view(1, WIDTH, 1, WIDTH)
+    same = torch.eye(HEADS).view(HEADS, 1, HEADS, 1)
+    root = SCALES.sqrt()
+    coupled = (same + 0.7 * (1 - same)) * eye
+    return root.view(-1, 1, 1, 1) * coupled * root.view(1, 1, -1, 1)
+
+
+def coupling() -> torch.Tensor:
+    same = torch.eye(HEADS).view(HEADS, 1, HEADS, 1)
+    return metric() * (1 - same) / SCALES.view(1, 1, -1, 1)
+
+
+def costs(error: torch.Tensor) -> torch.Tensor:
+    """Of each token, `[N]`."""
+    wide = error.reshape(len(error), HEADS, WIDTH)
+    return torch.einsum("nhi,higj,ngj->n", wide, metric(), wide)
+
+
+def joint(weights: torch.Tensor | None = None, **settings: Any) -> JointHeadsQuantizer:
+    quantizer = JointHeadsQuantizer(**{**SETTINGS, **settings})
+    quantizer.couple(coupling())
+    quantizer.fit(samples(), weights)
+    return quantizer
+
+
+def error(quantizer: Any, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = quantizer.decode(quantizer.encode(x)) - x
+    return found
+
+
+def test_errors_cost_less_than_those_of_codes_chosen_alone() -> None:
+    x = samples(seed=1)
+    alone = ProductQuantizer(**SETTINGS).fit(samples())
+    assert costs(error(joint(), x)).mean() < 0.9 * costs(error(alone, x)).mean()
+
+
+def test_no_code_can_be_changed_for_the_better() -> None:
+    quantizer = joint(sweeps=20)
+    x = samples(30, seed=2)
+    codes = quantizer.encode(x)
+    kept = costs(quantizer.decode(codes) - x)
+    for subspace in range(SUBSPACES):
+        for code in range(8):
+            moved = codes.clone()
+            moved[:, subspace] = code
+            assert bool((costs(quantizer.decode(moved) - x) >= kept - 1e-2).all())
+
+
+@pytest.mark.parametrize("what", ["sweeps", "rounds"])
+def test_more_of_them_do_no_harm(what: str) -> None:
+    few, many = (
+        costs(error(joint(None, **{"sweeps": 8, what: count}), samples())).mean()
+        for count in (1, 8)
+    )
+    assert many <= few * (1 + 1e-3)
+
+
+def test_without_a_coupling_it_is_a_product_code() -> None:
+    x = samples(seed=1)
+    alone = JointHeadsQuantizer(**SETTINGS).fit(samples())
+    product = ProductQuantizer(**SETTINGS).fit(samples())
+    assert torch.equal(alone.encode(x), product.encode(x))
+
+
+def test_weights_draw_codewords() -> None:
+    x = samples()
+    heavy = torch.where(torch.arange(len(x)) < 40, 100.0, 1.0)
+    plain, weighted = joint(), joint(heavy)
+    assert costs(error(weighted, x[:40])).mean() < costs(error(plain, x[:40])).mean()
+
+
+def test_state_carries_the_coupling() -> None:
+    quantizer = joint()
+    other = JointHeadsQuantizer(**SETTINGS)
+    other.load_state(quantizer.state())
+    assert torch.equal(other.encode(samples(seed=1)), quantizer.encode(samples(seed=1)))
+    half = coupling().half()
+    for wrong in (coupling(), half[:2], half[:, :2], half.flatten(2), half.flatten(0, 1)):
+        with pytest.raises(StateError, match=r"coupling is float16 \[H, n, H, n\] of 12 channels"):
+            other.load_state({**quantizer.state(), "coupling": wrong})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"transforms": []},
+        {"transforms": [{"type": "spectral"}]},
+        {"transforms": [{"type": "spectral", "metric": "fisher", "scope": "layer"}]},
+        {"sharing": "head"},
+        {"grouping": {"type": "across_heads"}},
+    ],
+)
+def test_schemes_in_which_heads_are_not_apart_are_refused(changed: dict[str, Any]) -> None:
+    scheme = load_scheme("fast-2bit").to_dict()
+    with pytest.raises(SchemeError, match="'joint_heads' needs heads in which errors cost"):
+        scheme_from_dict(merge(scheme, {"values": changed}))
+
+
+def test_a_codec_couples_what_it_codes() -> None:
+    """Errors of coded channels cost as much by the coupling as those of states by the metric."""
+    heads, head_dim, tokens = 2, 8, 500
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, heads, head_dim, generator=generator)
+    root = torch.randn(heads * head_dim, heads * head_dim, generator=generator).double()
+    across = (root @ root.T).view(heads, head_dim, heads, head_dim)
+    own = torch.stack([across[head, :, head] for head in range(heads)])
+    config = load_scheme("fast-2bit").values.model_copy(update={"predictor": None})
+    config = config.model_copy(
+        update={"quantizer": config.all_segments[0].quantizer.model_copy(update={"code_bits": 4})}
+    )
+    codec = Codec(config, heads, head_dim)
+    codec.fit_space(States.of(x), own, across)
+    (quantizer,) = codec.quantizers
+    assert isinstance(quantizer, JointHeadsQuantizer)
+    # In coded channels, each head's own metric is its mean eigenvalue times the unit matrix.
+    scales = own.diagonal(dim1=1, dim2=2).mean(1)
+    torch.testing.assert_close(normed(own) * scales[:, None, None], own)
+    z = torch.randn(20, heads, head_dim, generator=generator)
+    pushes = quantizer.coupling_.double()
+    by_coupling = torch.einsum("h,nhi->n", scales, z.double().square()) + torch.einsum(
+        "nhi,higj,g,ngj->n", z.double(), pushes, scales, z.double()
+    )
+    back = codec.transforms[-1].inverse(_unordered(codec, z), None)
+    error = (back - codec.transforms[-1].inverse(torch.zeros_like(z), None)).double()
+    by_metric = torch.einsum("nhi,higj,ngj->n", error, across, error)
+    torch.testing.assert_close(by_coupling, by_metric, rtol=2e-2, atol=2e-2 * float(scales.max()))
+
+
+def _unordered(codec: Codec, coded: torch.Tensor) -> torch.Tensor:
+    """Channels `[N, H, n]` in the grouping's order, back in the transform's."""
+    order = codec.order_ % codec.head_dim
+    return torch.empty_like(coded).scatter_(2, order.expand_as(coded), coded)
