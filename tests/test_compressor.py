@@ -409,6 +409,15 @@ class WeighedStates(RandomStates):
         root = torch.randn(self.geometry.kv_heads, dim, dim, dtype=torch.float64)
         return root @ root.mT + torch.eye(dim, dtype=torch.float64)
 
+    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
+        channels = self.geometry.kv_heads * self.geometry.head_dim
+        root = torch.randn(channels, channels, dtype=torch.float64)
+        return (root @ root.mT).view(2 * (self.geometry.kv_heads, self.geometry.head_dim))
+
+    def gradients(self, layer: int, stream: Stream) -> States:
+        x = self.states(layer, stream)
+        return x.map(torch.randn_like)
+
 
 @pytest.mark.parametrize("name", ["fast-2bit", "fast-1bit", "spectral-2"])
 def test_presets_learned_in_a_metric_come_back_from_their_artefact(
@@ -422,3 +431,7 @@ def test_presets_learned_in_a_metric_come_back_from_their_artefact(
     again = KVCompressor.from_pretrained(tmp_path / "artefact")
     x = states.tensor(0, "keys").transpose(0, 1)[None]
     assert torch.equal(again.encode(0, "keys", x).codes, compressor.encode(0, "keys", x).codes)
+    if name != "spectral-2":
+        sources = [compressor.decode(0, "keys", compressor.encode(0, "keys", x))]
+        found, expected = (c.encode(0, "values", x, sources) for c in (again, compressor))
+        assert torch.equal(found.codes, expected.codes)

@@ -118,7 +118,7 @@ def test_state_carries_the_coupling() -> None:
         {"transforms": [{"type": "spectral"}]},
         {"transforms": [{"type": "spectral", "metric": "fisher", "scope": "layer"}]},
         {"sharing": "head"},
-        {"grouping": {"type": "across_heads"}},
+        {"grouping": {"type": "across_heads", "dim": 4}},
     ],
 )
 def test_schemes_in_which_heads_are_not_apart_are_refused(changed: dict[str, Any]) -> None:
