@@ -409,10 +409,10 @@ class WeighedStates(RandomStates):
         root = torch.randn(self.geometry.kv_heads, dim, dim, dtype=torch.float64)
         return root @ root.mT + torch.eye(dim, dtype=torch.float64)
 
-    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
-        channels = self.geometry.kv_heads * self.geometry.head_dim
-        root = torch.randn(channels, channels, dtype=torch.float64)
-        return (root @ root.mT).view(2 * (self.geometry.kv_heads, self.geometry.head_dim))
+    def across_heads(self, layer: int, stream: Stream, together: int) -> torch.Tensor:
+        sets, dim = self.geometry.kv_heads // together, self.geometry.head_dim
+        root = torch.randn(sets, together * dim, together * dim, dtype=torch.float64)
+        return (root @ root.mT).view(sets, together, dim, together, dim)
 
     def gradients(self, layer: int, stream: Stream) -> States:
         x = self.states(layer, stream)

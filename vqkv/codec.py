@@ -132,9 +132,10 @@ class Codec:
         return next((t.metric for t in self.transforms if t.metric), None)
 
     @property
-    def couples_heads(self) -> bool:
-        """Whether `fit_space` wants to know what errors of heads do to each other."""
-        return any(quantizer.config.couples == "heads" for quantizer in self.quantizers)
+    def coupled_heads(self) -> int | None:
+        """Of how many heads `fit_space` wants to know what their errors do to each other."""
+        configs = [quantizer.config for quantizer in self.quantizers]
+        return next((c.coupled_heads(self.heads) for c in configs if c.couples == "heads"), None)
 
     def fit_space(
         self,
@@ -144,7 +145,7 @@ class Codec:
     ) -> None:
         """Fit the transforms in order, each on what those before it make, then the grouping.
 
-        `metric` `[H, D, D]`, and `across` `[H, D, H, D]`, which is over all heads at once, are for
+        `metric` `[H, D, D]`, and `across` `[B, h, D, h, D]`, which is over sets of h heads, are for
         codecs that ask for them.
         """
         with self._named_in_errors():
@@ -432,18 +433,19 @@ class Codec:
         return coded * (group.unsqueeze(0) != group.unsqueeze(1))
 
     def _coupling_of_heads(self, across: torch.Tensor) -> torch.Tensor:
-        """How far errors of what is coded of one head push another's, `[H, n, H, n]`.
+        """How far errors of what is coded of one head push another's, `[B, h, n, h, n]`.
 
         The last transform has made a head's own metric a multiple of the unit matrix.
         """
         rows = self._way_back(across.device)
         order = (self._order() % self.head_dim).to(across.device)
-        rows = rows.gather(1, order.unsqueeze(2).expand_as(rows))
-        coded = torch.einsum("hnd,hdge,gme->hngm", rows, across.double(), rows)
-        heads = torch.arange(self.heads, device=across.device)
-        own = coded[heads, :, heads].diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-        coded[heads, :, heads] = 0
-        return (coded / own[:, None]).float()
+        rows = rows.gather(1, order.unsqueeze(2).expand_as(rows)).unflatten(0, across.shape[:2])
+        coded = torch.einsum("bhnd,bhdge,bgme->bhngm", rows, across.double(), rows)
+        for head in range(across.shape[1]):
+            own = coded[:, head, :, head].diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+            coded[:, :, :, head] /= own[:, None, None, None]
+            coded[:, head, :, head] = 0
+        return coded.float()
 
     def _way_back(self, device: torch.device) -> torch.Tensor:
         """Each coded channel's unit vector through the last transform undone, `[H, D, D]`."""
@@ -500,10 +502,12 @@ class Codec:
 
     def _quantizer_bytes(self, quantizer: Quantizer, segment: Segment) -> int:
         """What a quantizer's state takes: codebooks, and in fp16 how errors couple."""
-        within_head = 2 * self.heads * self.head_dim**2
-        coupling = {None: 0, "groups": within_head, "heads": within_head * self.heads}
         books = quantizer.planned_bytes(segment.books, segment.dim)
-        return books + coupling[quantizer.config.couples]
+        if quantizer.config.couples is None:
+            return books
+        return (
+            books + 2 * self.heads * quantizer.config.coupled_heads(self.heads) * self.head_dim**2
+        )
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):

@@ -56,13 +56,15 @@ class StateSource(ABC):
         """
         raise StateError(f"{type(self).__name__} has no {kind} metric of {stream} of layer {layer}")
 
-    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
-        """`[H, D, H, D]`: the Fisher metric of all heads of a stream at once.
+    def across_heads(self, layer: int, stream: Stream, together: int) -> torch.Tensor:
+        """`[B, h, D, h, D]`: the Fisher metric of each B-th part of the heads at once, h of them.
 
         Raises:
             StateError: this source knows none.
         """
-        raise StateError(f"{type(self).__name__} has no metric of all {stream} of layer {layer}")
+        raise StateError(
+            f"{type(self).__name__} has no metric of all heads' {stream} of layer {layer}"
+        )
 
     def gradients(self, layer: int, stream: Stream) -> States:
         """Of the model's loss by each channel of each token of `states`, `[N, H, D]`.
@@ -241,11 +243,11 @@ class KVCompressor:
             codec = self._codecs[key]
             reconstructions.forget_before(key)
             states = codec.fit_predictor(source.states(*key), reconstructions.of(key))
-            kind = codec.metric
+            kind, together = codec.metric, codec.coupled_heads
             codec.fit_space(
                 states,
                 None if kind is None else source.metric(*key, kind),
-                source.across_heads(*key) if codec.couples_heads else None,
+                None if together is None else source.across_heads(*key, together),
             )
             vectors.append(codec.training_vectors(states, share, seed))
             if calibration.weights != "none":

@@ -108,8 +108,10 @@ def test_the_fisher_metric_is_the_mean_squared_slope_of_an_error(tmp_path: Path)
 
 def test_the_metric_of_all_heads_is_theirs_and_what_they_do_to_each_other(tmp_path: Path) -> None:
     _, captured, _ = source(tmp_path)
-    across = captured.across_heads(0, "keys")
+    (across,) = captured.across_heads(0, "keys", HEADS)
     mine = GRADIENTS[0, :, 2:].double()
+    apart = captured.across_heads(0, "keys", 1)
+    torch.testing.assert_close(apart[:, 0, :, 0], captured.metric(0, "keys", "fisher"))
     for one, other in product(range(HEADS), repeat=2):
         expected = (1 - SHRINKAGE) * mine[one].T @ mine[other]
         if one == other:

@@ -9,7 +9,7 @@ import torch
 
 from vqkv.codec import Codec
 from vqkv.errors import SchemeError, StateError
-from vqkv.quantizers.joint_heads import JointHeadsQuantizer
+from vqkv.quantizers.joint_heads import JointHeadsConfig, JointHeadsQuantizer
 from vqkv.quantizers.product import ProductQuantizer
 from vqkv.scheme import merge
 from vqkv.scheme_files import load_scheme, scheme_from_dict
@@ -37,8 +37,9 @@ def metric() -> torch.Tensor:
 
 
 def coupling() -> torch.Tensor:
+    """`[B, h, n, h, n]`, all heads in one set."""
     same = torch.eye(HEADS).view(HEADS, 1, HEADS, 1)
-    return metric() * (1 - same) / SCALES.view(1, 1, -1, 1)
+    return (metric() * (1 - same) / SCALES.view(1, 1, -1, 1)).unsqueeze(0)
 
 
 def costs(error: torch.Tensor) -> torch.Tensor:
@@ -106,9 +107,27 @@ def test_state_carries_the_coupling() -> None:
     other.load_state(quantizer.state())
     assert torch.equal(other.encode(samples(seed=1)), quantizer.encode(samples(seed=1)))
     half = coupling().half()
-    for wrong in (coupling(), half[:2], half[:, :2], half.flatten(2), half.flatten(0, 1)):
-        with pytest.raises(StateError, match=r"coupling is float16 \[H, n, H, n\] of 12 channels"):
+    for wrong in (coupling(), half[:, :2], half[:, :, :2], half.flatten(2), half[0]):
+        with pytest.raises(StateError, match=r"float16 \[B, h, n, h, n\] of 12 channels"):
             other.load_state({**quantizer.state(), "coupling": wrong})
+
+
+def test_sets_of_heads_know_nothing_of_each_other() -> None:
+    """Six heads in two sets are coded as three heads twice."""
+    one = joint()
+    both = JointHeadsQuantizer(**SETTINGS)
+    books = one.state()["codewords"]
+    both.load_state(
+        {"codewords": torch.cat([books, books]), "coupling": coupling().half().expand(2, *[-1] * 4)}
+    )
+    x, y = samples(seed=1), samples(seed=2)
+    expected = torch.cat([one.encode(x), one.encode(y)], 1)
+    assert torch.equal(both.encode(torch.cat([x, y], 1)), expected)
+
+
+@pytest.mark.parametrize("heads, together", [(1, 1), (3, 3), (8, 8), (12, 6), (13, 1), (32, 8)])
+def test_heads_go_into_sets_of_one_size(heads: int, together: int) -> None:
+    assert JointHeadsConfig(code_bits=8).coupled_heads(heads) == together
 
 
 @pytest.mark.parametrize(
@@ -140,14 +159,14 @@ def test_a_codec_couples_what_it_codes() -> None:
         update={"quantizer": config.all_segments[0].quantizer.model_copy(update={"code_bits": 4})}
     )
     codec = Codec(config, heads, head_dim)
-    codec.fit_space(States.of(x), own, across)
+    codec.fit_space(States.of(x), own, across.unsqueeze(0))
     (quantizer,) = codec.quantizers
     assert isinstance(quantizer, JointHeadsQuantizer)
     # In coded channels, each head's own metric is its mean eigenvalue times the unit matrix.
     scales = own.diagonal(dim1=1, dim2=2).mean(1)
     torch.testing.assert_close(normed(own) * scales[:, None, None], own)
     z = torch.randn(20, heads, head_dim, generator=generator)
-    pushes = quantizer.coupling_.double()
+    pushes = quantizer.coupling_[0].double()
     by_coupling = torch.einsum("h,nhi->n", scales, z.double().square()) + torch.einsum(
         "nhi,higj,g,ngj->n", z.double(), pushes, scales, z.double()
     )

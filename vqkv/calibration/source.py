@@ -64,16 +64,17 @@ class CapturedStates(StateSource):
         assert isinstance(products, torch.Tensor)
         return products
 
-    def across_heads(self, layer: int, stream: Stream) -> torch.Tensor:
-        """`[H, D, H, D]` in fp64: the `fisher` metric of all heads of a stream at once."""
-        heads, dim = self._geometry.kv_heads, self._geometry.head_dim
-        found = torch.zeros(heads * dim, heads * dim, dtype=torch.float64)
+    def across_heads(self, layer: int, stream: Stream, together: int) -> torch.Tensor:
+        """`[B, h, D, h, D]` in fp64: the `fisher` metric of each B-th part of the heads at once."""
+        dim, sets = self._geometry.head_dim, self._geometry.kv_heads // together
+        found = torch.zeros(sets, together * dim, together * dim, dtype=torch.float64)
         for chunk in self.gradients(layer, stream).map(torch.Tensor.double).chunks():
-            rows = chunk.flatten(1)
-            found += rows.T @ rows
-        across = (1 - SHRINKAGE) * found.view(heads, dim, heads, dim)
-        for head, own in enumerate(self.metric(layer, stream, "fisher")):
-            across[head, :, head] = own
+            rows = rearrange(chunk, "n (b h) d -> b n (h d)", b=sets)
+            found += rows.mT @ rows
+        across = (1 - SHRINKAGE) * found.view(sets, together, dim, together, dim)
+        own = self.metric(layer, stream, "fisher").unflatten(0, (sets, together))
+        for head in range(together):
+            across[:, head, :, head] = own[:, head]
         return across
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:

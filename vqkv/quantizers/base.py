@@ -53,6 +53,10 @@ class QuantizerConfig(Config):
         those of a token's heads."""
         return None
 
+    def coupled_heads(self, heads: int) -> int:
+        """Of H heads, how many are chosen together where heads are; a number that divides H."""
+        return 1
+
 
 class Quantizer(Component, ABC):
     """Codes vectors `[N, M, d]` as integers `[N, M, S]`, deterministically.
@@ -73,8 +77,8 @@ class Quantizer(Component, ABC):
         Args:
             metric: of groups, `[U, n, n]`, by which errors of the n = M·d / U channels of a unit
                 cost; the diagonal blocks of its subvectors are unit matrices and given as zeros.
-                Of heads, `[H, n, H, n]`: how far errors of one head's n = M·d / H channels push
-                those of another, in its own metric; zeros for a head and itself.
+                Of B sets of h heads, `[B, h, n, h, n]`: how far errors of one head's n channels
+                push those of another, in its own metric; zeros for a head and itself.
         """
 
     def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ class JointHeadsConfig(QuantizerConfig):
         learner: of the codewords that learning starts from, group by group.
         rounds: of learning, over all heads.
         sweeps: of choosing each head's codes, when encoding.
+        most_heads: that are chosen together, as a coupling of all would grow with their square.
     """
 
     type: Literal["joint_heads"] = "joint_heads"
@@ -32,6 +34,7 @@ class JointHeadsConfig(QuantizerConfig):
     learner: LearnerChoice = KMeansConfig()
     rounds: int = Field(default=4, ge=1)
     sweeps: int = Field(default=2, ge=1)
+    most_heads: int = Field(default=8, ge=1)
 
     def bits(self) -> int:
         """`code_bits`."""
@@ -42,9 +45,13 @@ class JointHeadsConfig(QuantizerConfig):
         """Always heads."""
         return "heads"
 
+    def coupled_heads(self, heads: int) -> int:
+        """The largest number up to `most_heads` that divides H."""
+        return max(h for h in range(1, min(heads, self.most_heads) + 1) if heads % h == 0)
+
 
 class JointHeadsQuantizer(CodebookQuantizer):
-    """Codes that minimise `eᵀ M e` over all channels of a token, `M_hh = c_h I` for each head h.
+    """Codes that minimise `eᵀ M e` over channels of several heads, `M_hh = c_h I` for each head h.
 
     Alone, a head's best codes are the nearest codewords. What errors of the other heads do to it
     moves what they are to be near to: a sweep goes through the heads and codes, each in one search,
@@ -54,8 +61,8 @@ class JointHeadsQuantizer(CodebookQuantizer):
     which is best as the others are; learning also moves codewords to the means of these targets.
     Neither can raise the error. Reading is that of a product code, head by head.
 
-    State: `codewords`, and `coupling` `[H, n, H, n]` in fp16, `M_gh / c_h` of the n channels of
-    heads g and h, where errors of heads were coupled.
+    State: `codewords`, and `coupling` `[B, h, n, h, n]` in fp16, `M_gh / c_h` of the n channels of
+    heads g and h in each set of h heads, where errors of heads were coupled.
     """
 
     Config = JointHeadsConfig
@@ -63,7 +70,7 @@ class JointHeadsQuantizer(CodebookQuantizer):
     coupling_: torch.Tensor
 
     def couple(self, metric: torch.Tensor) -> None:
-        """Before `fit`: `M_gh / c_h`, `[H, n, H, n]`."""
+        """Before `fit`: `M_gh / c_h`, `[B, h, n, h, n]`."""
         self.coupling_ = metric.to(torch.float16)
 
     def prepare(self, subspaces: int, dim: int) -> None:
@@ -78,8 +85,8 @@ class JointHeadsQuantizer(CodebookQuantizer):
         codes = x.new_zeros(*x.shape[:2], 1, dtype=torch.int32)
         errors = torch.zeros_like(x)
         for _ in range(self.config.sweeps):
-            for head in self._heads(len(books)):
-                target = self._target(x, errors, head)
+            for head, columns in self._heads(len(books)):
+                target = _target(x, errors, head, columns)
                 codes[:, head] = encode(target, books[head])
                 errors[:, head] = decode(codes[:, head], books[head]) - x[:, head]
         return codes
@@ -97,12 +104,12 @@ class JointHeadsQuantizer(CodebookQuantizer):
         if coupling is None:
             return
         channels = self.codewords_.shape[0] * self.codewords_.shape[3]
-        heads, width = coupling.shape[:2] if coupling.ndim == 4 else (0, 0)
-        fits = heads * width == channels and coupling.shape[2:] == (heads, width)
+        sets, heads, width = coupling.shape[:3] if coupling.ndim == 5 else (0, 0, 0)
+        fits = sets * heads * width == channels and coupling.shape[3:] == (heads, width)
         if not fits or coupling.dtype != torch.float16:
             raise StateError(
-                f"coupling is float16 [H, n, H, n] of {channels} channels, given {coupling.dtype} "
-                f"{list(coupling.shape)}"
+                f"coupling is float16 [B, h, n, h, n] of {channels} channels, given "
+                f"{coupling.dtype} {list(coupling.shape)}"
             )
         self.coupling_ = coupling
 
@@ -120,8 +127,8 @@ class JointHeadsQuantizer(CodebookQuantizer):
         books = self.codewords_.float()
         errors = decode(self.encode(samples), books) - samples
         for _ in range(self.config.rounds):
-            for head in self._heads(len(books)):
-                target = self._target(samples, errors, head)
+            for head, columns in self._heads(len(books)):
+                target = _target(samples, errors, head, columns)
                 own = weights if weights is None or weights.ndim == 1 else weights[:, head]
                 found = step(target, books[head, 0], own).all_reduced()
                 books[head, 0] = found.means(books[head, 0])
@@ -129,14 +136,22 @@ class JointHeadsQuantizer(CodebookQuantizer):
                 errors[:, head] = decode(codes, books[head]) - samples[:, head]
         self.keep(books)
 
-    def _heads(self, subspaces: int) -> list[slice]:
-        """The subvectors of each head."""
-        groups = subspaces // len(self.coupling_)
-        return [slice(first, first + groups) for first in range(0, subspaces, groups)]
+    def _heads(self, subspaces: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The subvectors of each head, and `[h n, n]`, what those of its set push it by."""
+        sets, heads = self.coupling_.shape[:2]
+        groups = subspaces // (sets * heads)
+        for head in range(sets * heads):
+            columns = self.coupling_[head // heads, :, :, head % heads].flatten(0, 1)
+            yield slice(head * groups, (head + 1) * groups), columns.float()
 
-    def _target(self, x: torch.Tensor, errors: torch.Tensor, head: slice) -> torch.Tensor:
-        """What the codewords of a head are to be near to, `[N, M / H, d]`."""
-        groups = head.stop - head.start
-        columns = self.coupling_[:, :, head.start // groups].flatten(0, 1).float()  # [C, n]
-        pushed = errors.flatten(1) @ columns  # by the other heads: a head's own block is 0
-        return (x[:, head] - pushed.view(len(x), groups, -1)).contiguous()
+
+def _target(
+    x: torch.Tensor, errors: torch.Tensor, head: slice, columns: torch.Tensor
+) -> torch.Tensor:
+    """What the codewords of a head are to be near to, `[N, M / H, d]`."""
+    groups = head.stop - head.start
+    together = groups * len(columns) // columns.shape[1]  # subvectors of the head's set
+    first = head.start - head.start % together
+    # By the other heads of the set: a head's own block is 0.
+    pushed = errors[:, first : first + together].flatten(1) @ columns
+    return (x[:, head] - pushed.view(len(x), groups, -1)).contiguous()
