@@ -505,9 +505,8 @@ class Codec:
         books = quantizer.planned_bytes(segment.books, segment.dim)
         if quantizer.config.couples is None:
             return books
-        return (
-            books + 2 * self.heads * quantizer.config.coupled_heads(self.heads) * self.head_dim**2
-        )
+        together = quantizer.config.coupled_heads(self.heads)
+        return books + 2 * self.heads * together * self.head_dim**2
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):
