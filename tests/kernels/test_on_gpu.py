@@ -20,6 +20,10 @@ from tests.kernels.test_encode_joint import case as joint_case
 from tests.kernels.test_encode_joint import cost
 from tests.kernels.test_encode_mapped import case as mapped_case
 from tests.kernels.test_triton_attend import assert_equal_up_to_fp16
+from tests.quantizers.test_joint_heads import SETTINGS as HEADS_SETTINGS
+from tests.quantizers.test_joint_heads import costs as heads_costs
+from tests.quantizers.test_joint_heads import joint as joint_heads
+from tests.quantizers.test_joint_heads import samples as heads_samples
 from tests.tiny_models import tiny_model
 from vqkv.errors import KernelError
 from vqkv.kernels import gpu, recording, select, using
@@ -33,6 +37,7 @@ from vqkv.kernels.encode import encode
 from vqkv.kernels.encode.joint import Coupling, encode_joint
 from vqkv.kernels.encode.mapped import MappedCodes, Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
+from vqkv.quantizers.joint_heads import JointHeadsQuantizer
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -192,6 +197,16 @@ def test_states_become_the_same_bytes(shape: tuple[int, ...], jointly: bool) -> 
         moved = on_gpu(MappedCodes(maps, words, coupled, sweeps, 1))
         found = encode_mapped(on_gpu(x), on_gpu(source), *moved)
     assert (expected == found.cpu()).float().mean() > 0.98
+
+
+def test_heads_coded_together_are_as_good() -> None:
+    quantizer, x = joint_heads(), heads_samples(2000)
+    moved = JointHeadsQuantizer(**HEADS_SETTINGS)
+    moved.load_state({name: on_gpu(tensor) for name, tensor in quantizer.state().items()})
+    expected, found = quantizer.encode(x), moved.encode(on_gpu(x)).cpu()
+    assert (expected == found).float().mean() > 0.98
+    costs = [float(heads_costs(quantizer.decode(c) - x).mean()) for c in (expected, found)]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("case", DECODED, ids=str)
