@@ -36,7 +36,12 @@ def give_codewords(codec: Codec) -> None:
     states = States.of(torch.randn(50, codec.heads, codec.head_dim))
     left = codec.fit_predictor(states, [states for _ in codec.layout.sources])
     metric = torch.eye(codec.head_dim).expand(codec.heads, -1, -1)
-    codec.fit_space(left, None if codec.metric is None else metric)
+    across, together = None, codec.coupled_heads
+    if together is not None:
+        sets, channels = codec.heads // together, together * codec.head_dim
+        across = torch.eye(channels).expand(sets, -1, -1)
+        across = across.view(sets, *2 * (together, codec.head_dim))
+    codec.fit_space(left, None if codec.metric is None else metric, across)
     for quantizer, segment in zip(codec.quantizers, codec.layout.segments, strict=True):
         if quantizer.config.data_free:
             quantizer.prepare(segment.books, segment.dim)

@@ -96,18 +96,19 @@ class Codec:
         seed: int = 0,
         sources: Sequence[States] = (),
         metric: torch.Tensor | None = None,
+        across: torch.Tensor | None = None,
     ) -> Codec:
         """Fit the whole chain: statistics on all tokens, codebooks on at most `samples` of them.
 
-        A data-free chain stays as it is. `metric` is for transforms that ask for one.
+        A data-free chain stays as it is. For `metric` and `across` see `fit_space`.
 
         Raises:
-            StateError: no tokens, another shape, NaN or infinity, or too few for the codebooks;
-                names the stream.
+            StateError: no tokens, another shape, NaN or infinity, too few for the codebooks, or no
+                metric though one is asked for; names the stream.
         """
         if not self.config.data_free:
             states = self.fit_predictor(states, sources)
-            self.fit_space(states, metric)
+            self.fit_space(states, metric, across)
             self.fit_quantizers(self.training_vectors(states, samples, seed), seed)
         return self
 
@@ -134,8 +135,11 @@ class Codec:
     @property
     def coupled_heads(self) -> int | None:
         """Of how many heads `fit_space` wants to know what their errors do to each other."""
-        configs = [quantizer.config for quantizer in self.quantizers]
-        return next((c.coupled_heads(self.heads) for c in configs if c.couples == "heads"), None)
+        for quantizer in self.quantizers:
+            together = quantizer.config.coupled_heads(self.heads)
+            if quantizer.config.couples == "heads" and together > 1:
+                return together
+        return None
 
     def fit_space(
         self,
@@ -158,8 +162,7 @@ class Codec:
                 if quantizer.config.couples == "groups":
                     assert metric is not None, "the scheme sees to it"
                     quantizer.couple(self._coupling(metric))
-                elif quantizer.config.couples == "heads":
-                    assert across is not None, "the caller sees to it"
+                elif self.coupled_heads is not None:
                     quantizer.couple(self._coupling_of_heads(across))
 
     def training_vectors(self, states: States, samples: int, seed: int) -> list[torch.Tensor]:
@@ -432,11 +435,13 @@ class Codec:
         group = torch.arange(self.head_dim, device=metric.device) // self.config.grouping.dim
         return coded * (group.unsqueeze(0) != group.unsqueeze(1))
 
-    def _coupling_of_heads(self, across: torch.Tensor) -> torch.Tensor:
+    def _coupling_of_heads(self, across: torch.Tensor | None) -> torch.Tensor:
         """How far errors of what is coded of one head push another's, `[B, h, n, h, n]`.
 
-        The last transform has made a head's own metric a multiple of the unit matrix.
+        The transform has made a head's own metric a multiple of the unit matrix.
         """
+        if across is None:
+            raise StateError("the metric across heads, that codes are chosen in, is needed")
         rows = self._way_back(across.device)
         order = (self._order() % self.head_dim).to(across.device)
         rows = rows.gather(1, order.unsqueeze(2).expand_as(rows)).unflatten(0, across.shape[:2])
@@ -503,10 +508,9 @@ class Codec:
     def _quantizer_bytes(self, quantizer: Quantizer, segment: Segment) -> int:
         """What a quantizer's state takes: codebooks, and in fp16 how errors couple."""
         books = quantizer.planned_bytes(segment.books, segment.dim)
-        if quantizer.config.couples is None:
-            return books
-        together = quantizer.config.coupled_heads(self.heads)
-        return books + 2 * self.heads * together * self.head_dim**2
+        if quantizer.config.couples == "groups":
+            return books + 2 * self.heads * self.head_dim**2
+        return books + 2 * self.heads * (self.coupled_heads or 0) * self.head_dim**2
 
     def _order(self) -> torch.Tensor:
         if not hasattr(self, "order_"):

@@ -31,7 +31,7 @@ def mapped_codes(codec: Codec) -> MappedCodes:
         raise NotFoldable(f"a {type(codec).__name__} codes in its own way")
     quantizer, segment = codec.quantizers[0], codec.layout.segments[0]
     if type(quantizer) not in (ProductQuantizer, JointProductQuantizer):
-        raise NotFoldable(f"{type(quantizer).__name__} does not look for nearest codewords")
+        raise NotFoldable(f"{type(quantizer).__name__} does not code head by head, in bytes")
     if len(codec.quantizers) > 1 or segment.stages > 1 or segment.code_bits != 8:
         raise NotFoldable("a code is not one byte")
     stuck = [t.config.type for t in codec.transforms if not t.folds or t.token_group != 1]

@@ -146,9 +146,11 @@ class StreamConfig(Config):
             isinstance(last, PairMetricConfig)
             and isinstance(self.grouping, Contiguous)
             and self.grouping.dim == last.dim
+            and all(s.quantizer.bits() == last.code_bits for s in self.all_segments)
         )
         heads_apart = (
             isinstance(last, SpectralConfig)
+            and len(self.transforms) == 1
             and (last.metric, last.scope) == ("fisher", "head")
             and self.grouping.head_local
         )
@@ -157,11 +159,12 @@ class StreamConfig(Config):
             if couples == "groups" and not (plain and groups_apart):
                 needed = (
                     "groups that are apart in a metric: a last transform {type: pair_metric, "
-                    "dim: d}, the grouping {type: contiguous, dim: d} of the same d"
+                    "dim: d, code_bits: b}, the grouping {type: contiguous, dim: d} of the same d, "
+                    "codes of b bits"
                 )
             elif couples == "heads" and not (plain and heads_apart):
                 needed = (
-                    "heads in which errors cost their squares: a last transform {type: spectral, "
+                    "heads in which errors cost their squares: one transform {type: spectral, "
                     "metric: fisher}, a grouping within heads"
                 )
             else:
@@ -255,7 +258,10 @@ class CalibrationConfig(Config):
     @model_validator(mode="after")
     def _check_power(self) -> CalibrationConfig:
         if self.weights == "none" and self.weight_power != 1:
-            raise ValueError("`weight_power` is of `weights`, which are none: `weights: fisher`")
+            raise ValueError(
+                "`weight_power` is of `weights`, which are none: `weights: fisher`, or "
+                "`weight_power: 1`"
+            )
         return self
 
 
@@ -556,8 +562,8 @@ def _check_codewords(configs: Iterable[StreamConfig], where: str) -> None:
     if not any(map(learns_codewords, used)):
         found = sorted({quantizer.type for quantizer in used})  # type: ignore[attr-defined]
         raise SchemeError(
-            f"{where}: moves learned codewords, which product, residual and joint_product "
-            f"quantizers have; given {', '.join(found)}"
+            f"{where}: moves learned codewords, which product, residual, joint_product and "
+            f"joint_heads quantizers have; given {', '.join(found)}"
         )
 
 

@@ -145,9 +145,16 @@ def test_looking_ahead_costs_less_than_sweeps_alone(kernel: str) -> None:
 
 def test_a_metric_in_which_errors_pay_is_refused() -> None:
     metric = torch.eye(4).expand(2, 4, 4).clone()
-    metric[1, 0, 2] = metric[1, 2, 0] = 1.5
-    with pytest.raises(StateError, match="not positive definite"):
+    metric[1, 0, 2] = metric[1, 2, 0] = 1.7
+    with pytest.raises(StateError, match=r"not positive definite: its least eigenvalue is -0\.7"):
         coupling(metric, 2)
+
+
+def test_a_metric_that_rounding_made_a_little_negative_is_raised() -> None:
+    metric = torch.eye(4)
+    metric[0, 2] = metric[2, 0] = 1.2
+    ahead = coupling(metric[None], 2).ahead[0]
+    torch.testing.assert_close(ahead @ ahead.T, metric + (SLACK + 0.2) * torch.eye(4))
 
 
 @pytest.mark.parametrize("kernel", SEARCHING)
@@ -210,6 +217,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, words, coupled = case(3, 1, 2, 4, 2)
     with pytest.raises(StateError, match=r"metric \[U, n, n\] with n = M d / U"):
         encode_joint(x, words, coupled._replace(metric=coupled.metric[:, 1:]), sweeps=1)
+    with pytest.raises(StateError, match=r"metric \[U, n, n\] with n = M d / U"):
+        encode_joint(x, words, coupled._replace(ahead=coupled.ahead[:, :2]), sweeps=1)
 
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="Triton is not installed")

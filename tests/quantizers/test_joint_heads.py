@@ -14,7 +14,6 @@ from vqkv.quantizers.product import ProductQuantizer
 from vqkv.scheme import merge
 from vqkv.scheme_files import load_scheme, scheme_from_dict
 from vqkv.states import States
-from vqkv.transforms.roots import normed
 
 HEADS, GROUPS, DIM = 3, 2, 2
 SUBSPACES, WIDTH = HEADS * GROUPS, GROUPS * DIM
@@ -130,10 +129,30 @@ def test_heads_go_into_sets_of_one_size(heads: int, together: int) -> None:
     assert JointHeadsConfig(code_bits=8).coupled_heads(heads) == together
 
 
+def test_errors_of_which_some_cost_far_more_are_refused() -> None:
+    with pytest.raises(StateError, match="beyond fp16's 65504"):
+        JointHeadsQuantizer(**SETTINGS).couple(1e5 * coupling())
+
+
+def test_a_codec_of_one_head_couples_nothing() -> None:
+    config = load_scheme("fast-2bit").values.model_copy(update={"predictor": None})
+    config = config.model_copy(
+        update={"quantizer": config.all_segments[0].quantizer.model_copy(update={"code_bits": 4})}
+    )
+    x = torch.randn(300, 1, 8, generator=torch.Generator().manual_seed(0))
+    codec = Codec(config, 1, 8).fit(States.of(x), samples=300, metric=torch.eye(8)[None])
+    assert set(codec.quantizers[0].state()) == {"codewords"}
+    with pytest.raises(StateError, match="stream: the metric across heads"):
+        Codec(config, 2, 8).fit(
+            States.of(x.expand(-1, 2, -1)), samples=300, metric=torch.eye(8).expand(2, 8, 8)
+        )
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {"transforms": []},
+        {"transforms": [{"type": "token_scale"}, {"type": "spectral", "metric": "fisher"}]},
         {"transforms": [{"type": "spectral"}]},
         {"transforms": [{"type": "spectral", "metric": "fisher", "scope": "layer"}]},
         {"sharing": "head"},
@@ -162,9 +181,8 @@ def test_a_codec_couples_what_it_codes() -> None:
     codec.fit_space(States.of(x), own, across.unsqueeze(0))
     (quantizer,) = codec.quantizers
     assert isinstance(quantizer, JointHeadsQuantizer)
-    # In coded channels, each head's own metric is its mean eigenvalue times the unit matrix.
+    # In coded channels a head's own metric is its mean eigenvalue times the unit matrix.
     scales = own.diagonal(dim1=1, dim2=2).mean(1)
-    torch.testing.assert_close(normed(own) * scales[:, None, None], own)
     z = torch.randn(20, heads, head_dim, generator=generator)
     pushes = quantizer.coupling_[0].double()
     by_coupling = torch.einsum("h,nhi->n", scales, z.double().square()) + torch.einsum(

@@ -116,6 +116,7 @@ def test_state_carries_the_coupling() -> None:
         {"transforms": []},
         {"transforms": [{"type": "spectral", "metric": "fisher"}]},
         {"grouping": {"dim": 8}},
+        {"quantizer": {"code_bits": 6}},
         {"grouping": {"type": "strided", "dim": 4}},
         {"sharing": "head"},
     ],

@@ -71,10 +71,11 @@ class CapturedStates(StateSource):
         for chunk in self.gradients(layer, stream).map(torch.Tensor.double).chunks():
             rows = rearrange(chunk, "n (b h) d -> b n (h d)", b=sets)
             found += rows.mT @ rows
-        across = (1 - SHRINKAGE) * found.view(sets, together, dim, together, dim)
-        own = self.metric(layer, stream, "fisher").unflatten(0, (sets, together))
+        across = found.view(sets, together, dim, together, dim)
+        own = [_spread(across[:, head, :, head]) for head in range(together)]
+        across *= 1 - SHRINKAGE
         for head in range(together):
-            across[:, head, :, head] = own[:, head]
+            across[:, head, :, head] = own[head]
         return across
 
     def kept(self, layer: int, stream: Stream, states: States) -> States:
@@ -100,9 +101,7 @@ class CapturedStates(StateSource):
         """
         heads, dim = self._geometry.kv_heads, self._geometry.head_dim
         if kind == "fisher":
-            products = self.gradient_products(layer, stream)
-            even = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-            return torch.lerp(products, even * torch.eye(dim, dtype=torch.float64), SHRINKAGE)
+            return _spread(self.gradient_products(layer, stream))
         if kind == "output":
             channels = self._geometry.query_heads * dim
             weight = output_projection(self._modules[layer], channels).detach().double().cpu()
@@ -114,6 +113,13 @@ class CapturedStates(StateSource):
         if layer not in self._pre_rope or self._adapter is None:
             return moments
         return _averaged(self._adapter, layer, moments, self._context)
+
+
+def _spread(products: torch.Tensor) -> torch.Tensor:
+    """`[H, D, D]`, a tenth of it spread evenly over channels."""
+    even = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(products.shape[1], dtype=products.dtype)
+    return torch.lerp(products, even * eye, SHRINKAGE)
 
 
 def gradients_of(stream: Stream, before_rope: bool) -> Kind:

@@ -54,12 +54,13 @@ class JointHeadsQuantizer(CodebookQuantizer):
     """Codes that minimise `eᵀ M e` over channels of several heads, `M_hh = c_h I` for each head h.
 
     Alone, a head's best codes are the nearest codewords. What errors of the other heads do to it
-    moves what they are to be near to: a sweep goes through the heads and codes, each in one search,
+    moves what they are to be near to: a sweep goes through the heads and codes each, by one search,
+    with codewords near to
 
         x_h − Σ_{g≠h} e_g M_gh / c_h
 
-    which is best as the others are; learning also moves codewords to the means of these targets.
-    Neither can raise the error. Reading is that of a product code, head by head.
+    which is best as the others are, so that no sweep raises the error. Learning also moves
+    codewords to the means of these targets. Reading is that of a product code, head by head.
 
     State: `codewords`, and `coupling` `[B, h, n, h, n]` in fp16, `M_gh / c_h` of the n channels of
     heads g and h in each set of h heads, where errors of heads were coupled.
@@ -70,8 +71,8 @@ class JointHeadsQuantizer(CodebookQuantizer):
     coupling_: torch.Tensor
 
     def couple(self, metric: torch.Tensor) -> None:
-        """Before `fit`: `M_gh / c_h`, `[B, h, n, h, n]`."""
-        self.coupling_ = metric.to(torch.float16)
+        """Before `fit`: `M_gh / c_h`, `[B, h, n, h, n]`. Raises StateError beyond fp16."""
+        self._take(metric.to(torch.float16))
 
     def prepare(self, subspaces: int, dim: int) -> None:
         """Codewords are always learned: raises NotFittedError."""
@@ -85,10 +86,10 @@ class JointHeadsQuantizer(CodebookQuantizer):
         codes = x.new_zeros(*x.shape[:2], 1, dtype=torch.int32)
         errors = torch.zeros_like(x)
         for _ in range(self.config.sweeps):
-            for head, columns in self._heads(len(books)):
-                target = _target(x, errors, head, columns)
-                codes[:, head] = encode(target, books[head])
-                errors[:, head] = decode(codes[:, head], books[head]) - x[:, head]
+            for own, columns in self._heads(len(books)):
+                found = encode(_target(x, errors, own, columns), books[own])
+                codes[:, own] = found
+                errors[:, own] = decode(found, books[own]) - x[:, own]
         return codes
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -111,7 +112,7 @@ class JointHeadsQuantizer(CodebookQuantizer):
                 f"coupling is float16 [B, h, n, h, n] of {channels} channels, given "
                 f"{coupling.dtype} {list(coupling.shape)}"
             )
-        self.coupling_ = coupling
+        self._take(coupling)
 
     def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
         learner = LEARNERS.build(self.config.learner)
@@ -127,31 +128,37 @@ class JointHeadsQuantizer(CodebookQuantizer):
         books = self.codewords_.float()
         errors = decode(self.encode(samples), books) - samples
         for _ in range(self.config.rounds):
-            for head, columns in self._heads(len(books)):
-                target = _target(samples, errors, head, columns)
-                own = weights if weights is None or weights.ndim == 1 else weights[:, head]
-                found = step(target, books[head, 0], own).all_reduced()
-                books[head, 0] = found.means(books[head, 0])
-                codes = encode(target, books[head])
-                errors[:, head] = decode(codes, books[head]) - samples[:, head]
+            for own, columns in self._heads(len(books)):
+                target = _target(samples, errors, own, columns)
+                weight = weights if weights is None or weights.ndim == 1 else weights[:, own]
+                found = step(target, books[own, 0], weight).all_reduced()
+                books[own, 0] = found.means(books[own, 0])
+                errors[:, own] = decode(encode(target, books[own]), books[own]) - samples[:, own]
         self.keep(books)
 
-    def _heads(self, subspaces: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The subvectors of each head, and `[h n, n]`, what those of its set push it by."""
+    def _take(self, coupling: torch.Tensor) -> None:
+        if not bool(coupling.isfinite().all()):
+            raise StateError(
+                "the coupling of heads reaches beyond fp16's 65504: errors of one cost far more "
+                "than those of another"
+            )
+        self.coupling_ = coupling
+
+    def _heads(self, subspaces: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of the first head of every set, the second and so on: subvectors, `[B · M / H]`, and what
+        heads of the set push them by, `[B, h n, n]`."""
         sets, heads = self.coupling_.shape[:2]
-        groups = subspaces // (sets * heads)
-        for head in range(sets * heads):
-            columns = self.coupling_[head // heads, :, :, head % heads].flatten(0, 1)
-            yield slice(head * groups, (head + 1) * groups), columns.float()
+        places = torch.arange(subspaces, device=self.coupling_.device).view(sets, heads, -1)
+        for head in range(heads):
+            columns = self.coupling_[:, :, :, head].flatten(1, 2)
+            yield places[:, head].flatten(), columns.float()
 
 
 def _target(
-    x: torch.Tensor, errors: torch.Tensor, head: slice, columns: torch.Tensor
+    x: torch.Tensor, errors: torch.Tensor, own: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """What the codewords of a head are to be near to, `[N, M / H, d]`."""
-    groups = head.stop - head.start
-    together = groups * len(columns) // columns.shape[1]  # subvectors of the head's set
-    first = head.start - head.start % together
+    """What codewords of a head of each set are to be near to, `[N, B · M / H, d]`."""
+    by_set = errors.reshape(len(x), *columns.shape[:2])
     # By the other heads of the set: a head's own block is 0.
-    pushed = errors[:, first : first + together].flatten(1) @ columns
-    return (x[:, head] - pushed.view(len(x), groups, -1)).contiguous()
+    pushed = torch.einsum("nbi,bij->nbj", by_set, columns)
+    return x[:, own] - pushed.reshape(len(x), len(own), -1)

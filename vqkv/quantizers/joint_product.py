@@ -51,8 +51,9 @@ class JointProductQuantizer(CodebookQuantizer):
 
     A search goes through the groups and looks ahead: errors of groups to come can make up for those
     of a code, as far as the metric has it. Then sweeps give each group the codeword nearest to
-    `x_g − Σ_h e_h M_hg`, the best one as the others are; learning also moves codewords to the means
-    of these targets. Neither can raise the error. Reading is that of a product code.
+    `x_g − Σ_h e_h M_hg`, the best one as the others are, so that no sweep raises the error. Rounds
+    of learning code all samples, then move codewords to the means of these targets. Reading is that
+    of a product code.
 
     State: `codewords`, and `coupling` `[U, n, n]` in fp16, M without its diagonal blocks, where
     errors of the n channels of a unit were coupled.

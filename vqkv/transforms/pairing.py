@@ -45,15 +45,23 @@ def paired_groups(
     rounds[1::2] = rounds[1::2].flip(1)
     groups = rearrange(rounds, "r g c -> g r c").clone()  # [G, d / 2, 2]
     left = costs(groups)
-    exchanged = True
+    exchanged = dim > 2  # of single pairs an exchange changes nothing
+    # How often each group has changed, and how often when two of them were last tried.
+    changes, seen = [0] * len(groups), dict[tuple[int, int], tuple[int, int]]()
     while exchanged:
         exchanged = False
         for one, other in combinations(range(len(groups)), 2):
+            now = changes[one], changes[other]
+            if seen.get((one, other)) == now:
+                continue
+            seen[one, other] = now
             tried = _exchanges(groups[one], groups[other])
             found = costs(tried)  # [tried, 2]
             best = int(found.sum(1).argmin())
             if found[best].sum() < (1 - LEAST_GAIN) * left[[one, other]].sum():
                 groups[[one, other]], left[[one, other]] = tried[best], found[best]
+                changes[one] += 1
+                changes[other] += 1
                 exchanged = True
     return groups[left.argsort(descending=True, stable=True)].flatten()
 

@@ -43,8 +43,10 @@ class ProductStep(NamedTuple):
         changes = {"grouping": {"dim": self.dim}, "quantizer": {"code_bits": self.code_bits}}
         changed = merge(stream, changes)
         # Transforms that work group by group follow the groups.
+        follow = {"dim": self.dim, "code_bits": self.code_bits}
         changed["transforms"] = [
-            {**each, "dim": self.dim} if "dim" in each else each for each in changed["transforms"]
+            {name: follow.get(name, value) for name, value in each.items()}
+            for each in changed["transforms"]
         ]
         return changed
 

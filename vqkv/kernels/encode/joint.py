@@ -13,6 +13,9 @@ from vqkv.layouts import Layout
 #: Added to a metric where a search looks ahead: errors to come are nearly free, not quite.
 SLACK = 0.05
 
+#: A metric's least eigenvalue; rounding makes some a little negative.
+LOWEST = -0.5
+
 
 class Coupling(NamedTuple):
     """What errors of a unit's groups do to each other, for units of n channels.
@@ -20,9 +23,9 @@ class Coupling(NamedTuple):
     Attributes:
         metric: M, `[U, n, n]` in fp32 or fp16; what it holds in the blocks of one group is not
             read, they are taken as ones.
-        ahead: V, `[U, n, n]` in fp32, upper triangular with `V Vᵀ = M + SLACK`. Whatever the errors
-            of channels from i on, those before cost at least `‖Vᵀ e‖²` over the channels before i:
-            the rest can make up for all else.
+        ahead: V, `[U, n, n]` in fp32, upper triangular with `V Vᵀ = M + s I`, s being `SLACK` or
+            a little more. In that metric errors that are known up to channel i cost at least
+            `‖Vᵀ e‖²` over the channels before i, and the others can make up for all else.
     """
 
     metric: torch.Tensor
@@ -33,16 +36,20 @@ def coupling(metric: torch.Tensor, dim: int) -> Coupling:
     """Of a metric `[U, n, n]` of groups of d channels.
 
     Raises:
-        StateError: it is not positive definite: errors could cost less than nothing.
+        StateError: it is far from positive definite: errors could cost less than nothing.
     """
     channels = torch.arange(metric.shape[1], device=metric.device) // dim
     eye = torch.eye(len(channels), dtype=torch.float64, device=metric.device)
     coupled = torch.where(channels[:, None] == channels, eye, metric.double())
+    least = torch.linalg.eigvalsh(coupled)[:, 0]
+    if not bool((least >= LOWEST).all()):
+        raise StateError(
+            "the metric that couples errors is not positive definite: its least eigenvalue is "
+            f"{float(least.min()):.3g}"
+        )
+    slack = SLACK + (-least).clamp_min(0)
     # Cholesky's factor is lower triangular, of channels in the opposite order an upper one.
-    turned = (coupled + SLACK * eye).flip(1, 2)
-    factor, failed = torch.linalg.cholesky_ex(turned)
-    if bool(failed.any()):
-        raise StateError("the metric that couples errors is not positive definite")
+    factor = torch.linalg.cholesky((coupled + slack[:, None, None] * eye).flip(1, 2))
     return Coupling(metric, factor.flip(1, 2).float().contiguous())
 
 
@@ -88,6 +95,7 @@ def encode_joint(
         and units
         and books % units == 0
         and tuple(coupled.metric.shape[1:]) == (channels, channels)
+        and coupled.ahead.shape == coupled.metric.shape
         and tuple(x.shape[1:]) == (books, dim)
     )
     if not fits:

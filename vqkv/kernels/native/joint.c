@@ -33,7 +33,7 @@ struct work {
     const float *ahead;  /* [n, n], upper triangular: V, with V V' the metric and a little more */
     float *books;        /* [G, floats]: codewords as they are searched */
     float *ahead_words;  /* [G, K, d]: codewords times the group's own block of V */
-    float *ahead_books;  /* [G, floats]: as they are searched */
+    float *ahead_books;  /* [G, floats]: as they are searched; NULL where several are kept */
     float *errors;       /* [n, ROWS] */
     float *target;       /* [d, ROWS] */
     float *gathered;     /* [ROWS, d]: the targets, row by row */
@@ -106,7 +106,8 @@ static void arrange(const struct work *w, const float *words, int64_t groups)
                 ahead[k * dim + j] = sum;
             }
         vqkv_arrange(own, w->size, dim, w->books + g * floats);
-        vqkv_arrange(ahead, w->size, dim, w->ahead_books + g * floats);
+        if (w->ahead_books != NULL)
+            vqkv_arrange(ahead, w->size, dim, w->ahead_books + g * floats);
     }
 }
 
@@ -208,14 +209,15 @@ static size_t lay_out_floats(struct work *w, struct beam *b, float **what)
     const size_t width = b->width, dim = w->dim;
     size_t used = 0;
     TAKE(w->books, b->groups * vqkv_arranged_floats(w->size, dim));
-    TAKE(w->ahead_books, b->groups * vqkv_arranged_floats(w->size, dim));
     TAKE(w->ahead_words, b->groups * w->size * dim);
     TAKE(w->errors, w->channels * ROWS);
     TAKE(w->target, dim * ROWS);
     TAKE(w->gathered, dim * ROWS);
     TAKE(w->scratch, vqkv_search_scratch(dim));
-    if (width < 2)
+    if (width < 2) {
+        TAKE(w->ahead_books, b->groups * vqkv_arranged_floats(w->size, dim));
         return used;
+    }
     TAKE(b->words, b->groups * dim * b->room);
     TAKE(b->norms, b->groups * b->room);
     TAKE(b->scratch, width * (b->room + LANES));
