@@ -183,14 +183,25 @@ def test_residual_codes_of_a_bf16_model(run: Callable[..., CalibrationReport], t
 def test_codes_chosen_together(
     run: Callable[..., CalibrationReport], model: PreTrainedModel, text: Path
 ) -> None:
-    keys = {
-        "rope": "pre",
-        "transforms": [{"type": "pair_metric", "metric": "fisher", "dim": 4}],
-        "grouping": {"type": "contiguous", "dim": 4},
-        "quantizer": {**scheme().to_dict()["values"]["quantizer"], "type": "joint_product"},
+    quantizer = scheme().to_dict()["values"]["quantizer"]
+    bits = quantizer["code_bits"]
+    streams: dict[str, Any] = {
+        "keys": {
+            "rope": "pre",
+            "transforms": [
+                {"type": "pair_metric", "metric": "fisher", "dim": 4, "code_bits": bits}
+            ],
+            "grouping": {"type": "contiguous", "dim": 4},
+            "quantizer": {**quantizer, "type": "joint_product"},
+        },
+        "values": {
+            "transforms": [{"type": "spectral", "metric": "fisher"}],
+            "grouping": {"type": "contiguous", "dim": 4},
+            "quantizer": {**quantizer, "type": "joint_heads"},
+        },
     }
-    before = run(scheme(keys=keys)).compressor
-    after = run(distilled(keys=keys), overwrite=True).compressor
+    before = run(scheme(**streams)).compressor
+    after = run(distilled(**streams), overwrite=True).compressor
     assert mean_kl(model, after, text) < mean_kl(model, before, text)
 
 

@@ -132,9 +132,9 @@ def test_it_learns_from_the_models_states_without_the_sinks(
 ) -> None:
     seen: dict[str, int] = {}
 
-    def fit_space(codec: Codec, states: States, metric: torch.Tensor | None = None) -> None:
+    def fit_space(codec: Codec, states: States, *metrics: torch.Tensor | None) -> None:
         seen[codec.where] = states.tokens
-        original(codec, states, metric)
+        original(codec, states, *metrics)
 
     original = Codec.fit_space
     monkeypatch.setattr(Codec, "fit_space", fit_space)
@@ -375,11 +375,11 @@ def interrupt_learning(monkeypatch: pytest.MonkeyPatch, at: str | None) -> list[
     fitted: list[str] = []
     original = Codec.fit_space
 
-    def fit_space(codec: Codec, states: States, metric: torch.Tensor | None = None) -> None:
+    def fit_space(codec: Codec, states: States, *metrics: torch.Tensor | None) -> None:
         if codec.where == at:
             raise Interrupted
         fitted.append(codec.where)
-        original(codec, states, metric)
+        original(codec, states, *metrics)
 
     monkeypatch.setattr(Codec, "fit_space", fit_space)
     return fitted
