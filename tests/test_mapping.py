@@ -49,7 +49,7 @@ def test_mapped_codes_are_those_of_the_chain(kernel: str, chain: str) -> None:
 @pytest.mark.parametrize(
     "values, reason",
     [
-        ({"quantizer": RESIDUAL}, "ResidualQuantizer does not look for nearest codewords"),
+        ({"quantizer": RESIDUAL}, "ResidualQuantizer does not code head by head"),
         ({"quantizer": {**JOINT, "type": "product", "code_bits": 4}}, "a code is not one byte"),
         ({"transforms": [{"type": "token_scale"}]}, "transforms do not fold: token_scale"),
         ({"grouping": {"type": "across_heads", "dim": 4}}, "heads are mixed"),

@@ -17,9 +17,9 @@ int vqkv_decode(const int32_t *codes, const float *words, int64_t books, int64_t
                 int64_t size, int64_t dim, int64_t begin, int64_t end, float *vectors);
 int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
                  int64_t dim, int64_t begin, int64_t end, int32_t *codes);
-int vqkv_joint(int level, const float *x, const float *words, const float *metric, int64_t units,
-               int64_t groups, int64_t size, int64_t dim, int64_t width, int64_t sweeps,
-               int64_t begin, int64_t end, int32_t *codes);
+int vqkv_joint(int level, const float *x, const float *words, const float *metric,
+               const float *ahead, int64_t units, int64_t groups, int64_t size, int64_t dim,
+               int64_t width, int64_t sweeps, int64_t begin, int64_t end, int32_t *codes);
 int vqkv_beam(int level, const float *x, const float *codewords, const float *words,
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes);
@@ -121,8 +121,9 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     const int64_t units = 2, channels = groups * dim, books = units * groups;
     float *x = floats(rows * books * dim), *words = floats(books * size * dim);
     float *metric = floats(units * channels * channels);
+    float *ahead = floats(units * channels * channels);
     int32_t *codes = integers(rows * books, 1);
-    expect(vqkv_joint(level, x, words, metric, units, groups, size, dim, width, 2, 0, rows,
+    expect(vqkv_joint(level, x, words, metric, ahead, units, groups, size, dim, width, 2, 0, rows,
                       codes) == 0,
            "no memory");
     for (int64_t i = 0; i < rows * books; i++)
@@ -130,6 +131,7 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     free(x);
     free(words);
     free(metric);
+    free(ahead);
     free(codes);
 }
 
