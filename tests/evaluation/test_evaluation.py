@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
 from tests.cache.compressors import compressor_for, random_ids
@@ -249,6 +250,13 @@ class TestBytes:
             del part
             grown = live_storage_bytes() - before
         assert grown == pytest.approx(cache.nbytes()["total"] - counted, rel=0.1)
+
+    def test_tensors_that_were_traced_with_take_nothing(self) -> None:
+        before = live_storage_bytes()
+        with FakeTensorMode():
+            traced = torch.zeros(1000)
+        assert traced.shape == (1000,)  # it still lives
+        assert live_storage_bytes() - before < 4000
 
     def test_an_exact_cache_grows_by_what_it_says_too(self, model: Any) -> None:
         """That the count above would see a hidden copy of the states."""

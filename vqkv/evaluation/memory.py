@@ -15,5 +15,7 @@ def live_storage_bytes() -> int:
         # Asking proxies and lazy modules for their class may import or warn; their type does not.
         if issubclass(type(item), torch.Tensor):
             storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            # Those that torch.compile traces with have sizes, but no memory.
+            if storage.device.type != "meta":
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
