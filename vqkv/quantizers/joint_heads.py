@@ -9,16 +9,12 @@ import torch
 from pydantic import Field
 
 from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import LEARNERS, LearnerChoice
-from vqkv.codebooks.kmeans import KMeansConfig
-from vqkv.errors import StateError
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-from vqkv.quantizers.base import QuantizerConfig
-from vqkv.quantizers.codebook import CodebookQuantizer
+from vqkv.quantizers.coupled import CoupledConfig, CoupledQuantizer
 
 
-class JointHeadsConfig(QuantizerConfig):
+class JointHeadsConfig(CoupledConfig):
     """Settings of `JointHeadsQuantizer`.
 
     Attributes:
@@ -30,15 +26,8 @@ class JointHeadsConfig(QuantizerConfig):
     """
 
     type: Literal["joint_heads"] = "joint_heads"
-    code_bits: int = Field(ge=1, le=16)
-    learner: LearnerChoice = KMeansConfig()
     rounds: int = Field(default=4, ge=1)
-    sweeps: int = Field(default=2, ge=1)
     most_heads: int = Field(default=8, ge=1)
-
-    def bits(self) -> int:
-        """`code_bits`."""
-        return self.code_bits
 
     @property
     def couples(self) -> Literal["heads"]:
@@ -50,7 +39,7 @@ class JointHeadsConfig(QuantizerConfig):
         return max(h for h in range(1, min(heads, self.most_heads) + 1) if heads % h == 0)
 
 
-class JointHeadsQuantizer(CodebookQuantizer):
+class JointHeadsQuantizer(CoupledQuantizer):
     """Codes that minimise `eᵀ M e` over channels of several heads, `M_hh = c_h I` for each head h.
 
     Alone, a head's best codes are the nearest codewords. What errors of the other heads do to it
@@ -68,15 +57,7 @@ class JointHeadsQuantizer(CodebookQuantizer):
 
     Config = JointHeadsConfig
     config: JointHeadsConfig
-    coupling_: torch.Tensor
-
-    def couple(self, metric: torch.Tensor) -> None:
-        """Before `fit`: `M_gh / c_h`, `[B, h, n, h, n]`. Raises StateError beyond fp16."""
-        self._take(metric.to(torch.float16))
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Codewords are always learned: raises NotFittedError."""
-        raise self.needs_fit()
+    form = "[B, h, n, h, n]"
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
@@ -92,40 +73,15 @@ class JointHeadsQuantizer(CodebookQuantizer):
                 errors[:, own] = decode(found, books[own]) - x[:, own]
         return codes
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """`codewords`, and `coupling` where there is one."""
-        coupling = {"coupling": self.coupling_} if hasattr(self, "coupling_") else {}
-        return {**super().state(), **coupling}
+    def _fits(self, shape: tuple[int, ...], channels: int) -> bool:
+        sets, heads, width = shape[:3] if len(shape) == 5 else (0, 0, 0)
+        return sets * heads * width == channels and shape[3:] == (heads, width)
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over `codewords` and `coupling`. Raises StateError where they do not fit."""
-        rest = dict(state)
-        coupling = rest.pop("coupling", None)
-        super().load_state(rest)
-        if coupling is None:
-            return
-        channels = self.codewords_.shape[0] * self.codewords_.shape[3]
-        sets, heads, width = coupling.shape[:3] if coupling.ndim == 5 else (0, 0, 0)
-        fits = sets * heads * width == channels and coupling.shape[3:] == (heads, width)
-        if not fits or coupling.dtype != torch.float16:
-            raise StateError(
-                f"coupling is float16 [B, h, n, h, n] of {channels} channels, given "
-                f"{coupling.dtype} {list(coupling.shape)}"
-            )
-        self._take(coupling)
-
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        learner = LEARNERS.build(self.config.learner)
-        learner.fit(samples, 2**self.config.code_bits, weights, seed=seed)
-        self.health_ = learner.health_
-        self.keep(learner.codewords_)
-        if hasattr(self, "coupling_"):
-            self._improve(samples, weights)
-
-    def _improve(self, samples: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Move codewords, in rounds over all heads."""
+    def _improve(
+        self, samples: torch.Tensor, weights: torch.Tensor | None, books: torch.Tensor
+    ) -> None:
         step = step_for("auto", samples.device)
-        books = self.codewords_.float()
+        books.copy_(self.codewords_)  # as codes are chosen by them
         errors = decode(self.encode(samples), books) - samples
         for _ in range(self.config.rounds):
             for own, columns in self._heads(len(books)):
@@ -134,15 +90,6 @@ class JointHeadsQuantizer(CodebookQuantizer):
                 found = step(target, books[own, 0], weight).all_reduced()
                 books[own, 0] = found.means(books[own, 0])
                 errors[:, own] = decode(encode(target, books[own]), books[own]) - samples[:, own]
-        self.keep(books)
-
-    def _take(self, coupling: torch.Tensor) -> None:
-        if not bool(coupling.isfinite().all()):
-            raise StateError(
-                "the coupling of heads reaches beyond fp16's 65504: errors of one cost far more "
-                "than those of another"
-            )
-        self.coupling_ = coupling
 
     def _heads(self, subspaces: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of the first head of every set, the second and so on: subvectors, `[B · M / H]`, and what

@@ -8,17 +8,13 @@ import torch
 from pydantic import Field
 
 from vqkv.codebooks.assignment import step_for
-from vqkv.codebooks.base import LEARNERS, LearnerChoice
-from vqkv.codebooks.kmeans import KMeansConfig
-from vqkv.errors import StateError
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
 from vqkv.kernels.encode.joint import Coupling, coupling, encode_joint
-from vqkv.quantizers.base import QuantizerConfig
-from vqkv.quantizers.codebook import CodebookQuantizer
+from vqkv.quantizers.coupled import CoupledConfig, CoupledQuantizer
 
 
-class JointProductConfig(QuantizerConfig):
+class JointProductConfig(CoupledConfig):
     """Settings of `JointProductQuantizer`.
 
     Attributes:
@@ -30,15 +26,7 @@ class JointProductConfig(QuantizerConfig):
     """
 
     type: Literal["joint_product"] = "joint_product"
-    code_bits: int = Field(ge=1, le=16)
-    learner: LearnerChoice = KMeansConfig()
-    rounds: int = Field(default=8, ge=1)
     width: int = Field(default=1, ge=1)
-    sweeps: int = Field(default=2, ge=1)
-
-    def bits(self) -> int:
-        """`code_bits`."""
-        return self.code_bits
 
     @property
     def couples(self) -> Literal["groups"]:
@@ -46,7 +34,7 @@ class JointProductConfig(QuantizerConfig):
         return "groups"
 
 
-class JointProductQuantizer(CodebookQuantizer):
+class JointProductQuantizer(CoupledQuantizer):
     """Codes `a` that minimise `eᵀ M e`, `e_g = c_{g, a_g} − x_g`, with `M_gg = I` for each group.
 
     A search goes through the groups and looks ahead: errors of groups to come can make up for those
@@ -61,16 +49,8 @@ class JointProductQuantizer(CodebookQuantizer):
 
     Config = JointProductConfig
     config: JointProductConfig
-    coupling_: torch.Tensor
+    form = "[U, n, n]"
     coupled_: Coupling
-
-    def couple(self, metric: torch.Tensor) -> None:
-        """Before `fit`: the metric `[U, n, n]` of U units' channels, those of M / U subvectors."""
-        self.coupling_ = metric.to(torch.float16)
-
-    def prepare(self, subspaces: int, dim: int) -> None:
-        """Codewords are always learned: raises NotFittedError."""
-        raise self.needs_fit()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
@@ -79,42 +59,16 @@ class JointProductQuantizer(CodebookQuantizer):
         effort = self.config.sweeps, self.config.width
         return encode_joint(self._checked(x), self._codewords(), self.coupled_, *effort)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """`codewords`, and `coupling` where there is one."""
-        coupling = {"coupling": self.coupling_} if hasattr(self, "coupling_") else {}
-        return {**super().state(), **coupling}
+    def _fits(self, shape: tuple[int, ...], channels: int) -> bool:
+        units = shape[0] if len(shape) == 3 else 0
+        return units > 0 and channels % units == 0 and shape[1:] == (channels // units,) * 2
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over `codewords` and `coupling`. Raises StateError where they do not fit."""
-        rest = dict(state)
-        metric = rest.pop("coupling", None)
-        super().load_state(rest)
-        if metric is None:
-            return
-        channels = self.codewords_.shape[0] * self.codewords_.shape[3]
-        units = metric.shape[0] if metric.ndim == 3 else 0
-        fits = units and metric.shape[1:] == (channels // units,) * 2
-        if not fits or channels % units or metric.dtype != torch.float16:
-            raise StateError(
-                f"coupling is float16 [U, n, n] of {channels} channels, given {metric.dtype} "
-                f"{list(metric.shape)}"
-            )
-        self._take(metric, self.codewords_.shape[3])
-
-    def _fit(self, samples: torch.Tensor, weights: torch.Tensor | None, seed: int) -> None:
-        learner = LEARNERS.build(self.config.learner)
-        learner.fit(samples, 2**self.config.code_bits, weights, seed=seed)
-        self.health_ = learner.health_
-        books = learner.codewords_.clone()
-        if hasattr(self, "coupling_"):
-            self._take(self.coupling_, samples.shape[2])
-            self._improve(samples, weights, books)
-        self.keep(books)
+    def _prepare_search(self, dim: int) -> None:
+        self.coupled_ = coupling(self.coupling_, dim)
 
     def _improve(
         self, samples: torch.Tensor, weights: torch.Tensor | None, books: torch.Tensor
     ) -> None:
-        """Learn codewords `[M, 1, K, d]` in place, in rounds over all groups."""
         step = step_for("auto", samples.device)
         for _ in range(self.config.rounds):
             codes = encode_joint(samples, books, self.coupled_, sweeps=1)
@@ -126,9 +80,6 @@ class JointProductQuantizer(CodebookQuantizer):
                 books[group, 0] = found.means(books[group, 0])
                 codes = encode(targets, books[group])
                 errors[:, group] = decode(codes, books[group]) - samples[:, group]
-
-    def _take(self, metric: torch.Tensor, dim: int) -> None:
-        self.coupling_, self.coupled_ = metric, coupling(metric, dim)
 
     def _groups(self, subspaces: int) -> list[torch.Tensor]:
         """Subvectors that are coded at once: group g of every unit."""

@@ -53,6 +53,16 @@ def coupling(metric: torch.Tensor, dim: int) -> Coupling:
     return Coupling(metric, factor.flip(1, 2).float().contiguous())
 
 
+def ahead_words(books: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+    """Codewords `[U, G, K, d]` times their groups' own blocks of V, in fp32.
+
+    A search that looks ahead finds the nearest one of these.
+    """
+    dim = books.shape[3]
+    blocks = [ahead[:, i : i + dim, i : i + dim] for i in range(0, ahead.shape[1], dim)]
+    return books.float() @ torch.stack(blocks, 1)
+
+
 class JointLayout(NamedTuple):
     """What a kernel is chosen by: the layout of the codes, and how many choices are kept."""
 

@@ -6,7 +6,7 @@ import torch
 
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
-from vqkv.kernels.encode.joint import Coupling
+from vqkv.kernels.encode.joint import Coupling, ahead_words
 from vqkv.kernels.select import Kernel, anywhere
 
 #: Scores of a search held at a time.
@@ -21,7 +21,7 @@ def encode_joint(
     units, dim = len(metric), x.shape[2]
     parts = x.unflatten(1, (units, -1))  # [N, U, G, d]
     books = codewords[:, 0].float().unflatten(0, (units, -1))  # [U, G, K, d]
-    ahead = _ahead(books, coupled.ahead)
+    ahead = ahead_words(books, coupled.ahead)
     if width == 1:
         errors = _nearest(parts, books, ahead, coupled.ahead)
     else:
@@ -39,13 +39,6 @@ def encode_joint(
             codes[:, :, group] = encode(parts[:, :, group] - pushed, own)
             errors[:, :, group] = decode(codes[:, :, group], own) - parts[:, :, group]
     return codes.flatten(1, 2)
-
-
-def _ahead(books: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Codewords `[U, G, K, d]` times their groups' own blocks of V."""
-    dim = books.shape[3]
-    blocks = [v[:, i : i + dim, i : i + dim] for i in range(0, v.shape[1], dim)]
-    return books @ torch.stack(blocks, 1)
 
 
 def _nearest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkv.kernels.encode.joint import ahead_words
 from vqkv.kernels.gpu.configs import (
     MAPPED_VECTORS,
     EncodeConfig,
@@ -98,7 +99,10 @@ def encode_joint(
     if codes.numel():
         books = readable(codewords)
         config = SearchConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
-        both = torch.cat([_ahead(books, ahead), books[:, 0].float()])
+        by_unit = books[:, 0].unflatten(0, (units, -1))
+        # The kernel has V in fp16.
+        first = ahead_words(by_unit, ahead.half().float()).flatten(0, 1)
+        both = torch.cat([first, books[:, 0].float()])
         words, longest = _prepared(both, config)
         encode_jointly[-(-vectors // config.vectors), units](
             readable(x),
@@ -168,16 +172,6 @@ def _(
     codewords: Tensor,
 ) -> Tensor:
     return x.new_empty((*x.shape[:2], len(codewords) // x.shape[1]), dtype=torch.uint8)
-
-
-def _ahead(books: Tensor, ahead: Tensor) -> Tensor:
-    """Codewords `[M, 1, K, d]` times their groups' own blocks of V, `[M, K, d]` in fp32."""
-    dim, channels = books.shape[3], ahead.shape[1]
-    group = torch.arange(0, channels, dim, device=ahead.device)[:, None] + torch.arange(
-        dim, device=ahead.device
-    )
-    blocks = ahead[:, group[:, :, None], group[:, None]].flatten(0, 1)  # [M, d, d]
-    return books[:, 0].float() @ blocks.half().float()
 
 
 def _prepared(books: Tensor, search: SearchConfig) -> tuple[Tensor, Tensor]:
