@@ -13,7 +13,6 @@ from einops import rearrange
 from vqkv.codebooks.base import Health, check_finite
 from vqkv.errors import NotFittedError, SchemeError, StateError
 from vqkv.groupings import ChannelStats, Contiguous
-from vqkv.kernels.encode.mapped import MappedCodes, encode_mapped
 from vqkv.kernels.pack import pack, unpack
 from vqkv.layouts import Layout, Segment, SideField
 from vqkv.predictors import PREDICTORS, Predictor
@@ -224,22 +223,6 @@ class Codec:
             codes = self._from_books(codes, segment).flatten(2)  # [N, U, codes per unit]
             packed.append(pack(codes, segment.code_bits, self.layout))
         return Encoded(torch.cat(packed, -1), side)
-
-    def encode_mapped(
-        self, mapped: MappedCodes, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
-    ) -> Encoded:
-        """As `encode`, by a kernel that does what `mapped` says this codec does.
-
-        Raises:
-            StateError: as `encode`.
-        """
-        with self._named_in_errors():
-            x = self._checked(x)
-            if self.predictor is not None:
-                self._check_sources(sources, len(x))
-        source = None if self.predictor is None else sources[0]
-        codes = encode_mapped(x, source, *mapped)
-        return Encoded(codes, x.new_empty(len(x), 0, dtype=torch.float16))
 
     def decode(self, encoded: Encoded, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """Reconstruct tokens, `[N, H, D]` in fp32.

@@ -20,10 +20,7 @@ from vqkv.drafts import DraftCodec
 from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
-from vqkv.kernels.encode.mapped import MappedCodes, selection
-from vqkv.kernels.select import asked_for
 from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
-from vqkv.mapping import mapped_codes
 from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
@@ -149,7 +146,6 @@ class KVCompressor:
             _check_samples(codec, scheme)
         self._moved: dict[tuple[int, Stream, torch.device], Codec] = {}
         self._folded: dict[tuple[int, torch.device], FoldedLayer | str] = {}
-        self._mapped: dict[tuple[int, Stream, torch.device], MappedCodes | str] = {}
         homes: dict[tuple[Stream, StreamConfig], int] = {}
         self._homes = {
             (layer, stream): homes.setdefault((stream, codec.config), layer)
@@ -205,7 +201,6 @@ class KVCompressor:
                 progress(done, total, names[family[-1]])
         self._moved.clear()
         self._folded.clear()
-        self._mapped.clear()
         self.fitted = True
         return self
 
@@ -311,23 +306,6 @@ class KVCompressor:
                 self._folded[key] = str(reason)
         return self._folded[key]
 
-    def mapped(
-        self, layer: int, stream: Stream, device: torch.device | str = "cpu"
-    ) -> MappedCodes | str:
-        """What codes a stream's states in one launch, or the reason why that cannot be.
-
-        Raises:
-            NotFittedError, StateError: as `codec` does.
-        """
-        key = (layer, stream, torch.device(device))
-        if key not in self._mapped:
-            try:
-                self._mapped[key] = mapped_codes(self.codec(layer, stream, device))
-            except NotFoldable as reason:
-                log.info("%s of layer %d are coded step by step: %s", stream, layer, reason)
-                self._mapped[key] = str(reason)
-        return self._mapped[key]
-
     def with_residency(
         self, *, sinks: int | None = None, window: int | None = None
     ) -> KVCompressor:
@@ -344,7 +322,7 @@ class KVCompressor:
         """The same compressor with each codec replaced by `replace(codec)`."""
         other = copy.copy(self)
         other._codecs = {key: replace(codec) for key, codec in self._codecs.items()}
-        other._moved, other._folded, other._mapped = {}, {}, {}
+        other._moved, other._folded = {}, {}
         return other
 
     def draft(self, stages: int) -> KVCompressor:
@@ -382,20 +360,12 @@ class KVCompressor:
     def encode_tokens(
         self, layer: int, stream: Stream, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
     ) -> Encoded:
-        """Code tokens `[N, H, D]`, as `encode` does, by a kernel that maps them where there is one.
+        """Code tokens `[N, H, D]`, as `encode` does.
 
         Raises:
             StateError: as `encode`.
         """
-        codec = self.codec(layer, stream, x.device)
-        # The naive kernel only does what the codec does; maps for it would be memory for nothing.
-        asked = asked_for("encode_mapped") is not None
-        if not asked and selection(codec.layout, x.device).kernel.speed == 0:
-            return codec.encode(x, sources)
-        mapped = self.mapped(layer, stream, x.device)
-        if isinstance(mapped, str):
-            return codec.encode(x, sources)
-        return codec.encode_mapped(mapped, x, sources)
+        return self.codec(layer, stream, x.device).encode(x, sources)
 
     def decode(
         self,
@@ -568,7 +538,6 @@ class KVCompressor:
             raise StateError(f"unknown tensors: {sorted(rest)[:5]}")
         self._moved.clear()
         self._folded.clear()
-        self._mapped.clear()
         self.fitted = True
         return self
 

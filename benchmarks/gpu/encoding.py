@@ -13,8 +13,8 @@ from benchmarks.gpu.timing import microseconds
 from vqkv.kernels import using
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.heads import encode_heads
 from vqkv.kernels.encode.joint import coupling, encode_joint
-from vqkv.kernels.encode.mapped import Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
 from vqkv.layouts import PAGE_TOKENS
 
@@ -44,11 +44,12 @@ def encoding(sizes: Sizes) -> Iterator[dict[str, Any]]:
                 gap = _gap(x, books, codes)
                 yield {**row, "arm": f"prefill-{kernel}", "us": time, "gap": gap}
     yield from _jointly(sizes)
-    yield from _mapped(sizes)
+    yield from _by_heads(sizes)
 
 
 def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Ours and torch's, for a prompt and for a page."""
+    """Ours in one launch, and group by group with torch between the searches, for a prompt and for
+    a page."""
     for dim in JOINT_DIMS:
         noise = torch.randn(sizes.heads, *2 * (sizes.head_dim,), device=sizes.device)
         # Little enough that the metric, with ones on its diagonal, is positive definite.
@@ -62,33 +63,34 @@ def _jointly(sizes: Sizes) -> Iterator[dict[str, Any]]:
             with using(encode_joint="naive", encode="naive"):
                 least = _cost(x, books, metric, some())
             for kernel in ("triton", "naive"):
-                with using(encode_joint=kernel, encode=kernel):
-                    time, codes = microseconds([run]), some()
+                with using(encode_joint=kernel):
+                    time, codes = microseconds([run], graph=kernel == "triton"), some()
                 gap = _cost(x, books, metric, codes) / least - 1
                 row = {"dim": dim, "stages": 1, "vectors": vectors * sizes.heads}
                 yield {**row, "arm": f"joint-{kernel}", "us": time, "gap": gap}
 
 
-def _mapped(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Predicted states of a prompt to bytes: maps and search in one launch, and in torch."""
-    shape = (sizes.prefill, sizes.heads, sizes.head_dim)
+def _by_heads(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """As `_jointly`, of heads whose errors are coupled."""
+    heads, width = sizes.heads, sizes.head_dim
+    noise = torch.randn(heads, width, heads, width, device=sizes.device)
+    noise = 0.25 * (noise + noise.permute(2, 3, 0, 1)) / (heads * width) ** 0.5
+    noise[range(heads), :, range(heads)] = 0
+    coupled = noise.half()[None]
     for dim in JOINT_DIMS:
-        _, books = _problem(sizes, 1, dim, stages=1)
-        x, source = (torch.randn(shape, device=sizes.device).half() for _ in range(2))
-        square = (sizes.heads, sizes.head_dim, sizes.head_dim)
-        matrix, source_matrix = (
-            torch.randn(square, device=sizes.device) / sizes.head_dim**0.5 for _ in range(2)
-        )
-        offset = torch.zeros(shape[1:], device=sizes.device)
-        given = (source.float(), Maps(offset, matrix, source_matrix, offset), books, None, 1)
-        mapped = given[1](x[:512], source[:512]).flatten(1).unflatten(1, (len(books), dim))
-        for kernel in ("triton", "naive"):
-            with using(encode_mapped=kernel, encode=kernel):
-                time = microseconds([partial(encode_mapped, x, *given)])
-                codes = encode_mapped(x[:512], given[0][:512], *given[1:])
-            gap = _gap(mapped, books, codes.flatten(1)[..., None])
-            row = {"dim": dim, "stages": 1, "vectors": sizes.prefill * sizes.heads}
-            yield {**row, "arm": f"mapped-{kernel}", "us": time, "gap": gap}
+        for vectors in (sizes.prefill, PAGE_TOKENS):
+            x, books = _problem(sizes, vectors, dim, stages=1)
+            x = x.float()
+            cost = partial(_cost, x, books, noise.view(1, heads * width, heads * width))
+            run = partial(encode_heads, x, books, coupled, SWEEPS)
+            some = partial(encode_heads, x[:512], books, coupled, SWEEPS)
+            with using(encode_heads="naive", encode="naive"):
+                least = cost(some())
+            for kernel in ("triton", "naive"):
+                with using(encode_heads=kernel):
+                    time, codes = microseconds([run], graph=kernel == "triton"), some()
+                row = {"dim": dim, "stages": 1, "vectors": vectors * heads}
+                yield {**row, "arm": f"heads-{kernel}", "us": time, "gap": cost(codes) / least - 1}
 
 
 def _problem(

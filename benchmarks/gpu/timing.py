@@ -12,12 +12,15 @@ import torch
 ROUNDS = 7
 #: Calls that one graph holds at least, so that starting it costs little.
 CALLS = 8
+#: Microseconds of a call beside which starting it costs nothing, graph or not.
+LONG = 20_000
 
 
-def microseconds(calls: Sequence[Callable[[], Any]]) -> float | None:
+def microseconds(calls: Sequence[Callable[[], Any]], graph: bool = True) -> float | None:
     """Median time of one of `calls`, each on data of its own; None where there is no GPU.
 
-    All calls are captured into one graph, which runs a few times.
+    All calls are captured into one graph, which runs a few times. Without `graph` they run as they
+    are, and so do long ones, as starting them costs nothing.
     """
     repeats = -(-CALLS // len(calls))
     for call in calls:
@@ -25,20 +28,25 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float | None:
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    if not graph or _elapsed(calls[0]) > LONG:
+        return statistics.median(_elapsed(call) for call in (*calls, *calls, *calls))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
         for _ in range(repeats):
             for call in calls:
                 call()
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / (repeats * len(calls)))
+    times = [_elapsed(captured.replay) / (repeats * len(calls)) for _ in range(ROUNDS)]
     return statistics.median(times[1:])
+
+
+def _elapsed(run: Callable[[], Any]) -> float:
+    """Microseconds by the GPU's clock."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * float(start.elapsed_time(stop))
 
 
 def copies(bytes_read: int, cold_bytes: int) -> int:

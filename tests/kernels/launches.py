@@ -26,12 +26,11 @@ from tests.kernels.coded_cases import Case, problem
 from vqkv.kernels.attend import codes_triton as attend
 from vqkv.kernels.decode import codes_triton as decode_pages
 from vqkv.kernels.decode import triton as decode
+from vqkv.kernels.encode import heads_triton as encode_heads
 from vqkv.kernels.encode import joint_triton as encode_joint
-from vqkv.kernels.encode import mapped_triton as encode_mapped
 from vqkv.kernels.encode import pair_triton as encode_pair
 from vqkv.kernels.encode import triton as encode
 from vqkv.kernels.encode.joint import coupling
-from vqkv.kernels.encode.mapped import Maps
 
 CASES = (
     Case(),
@@ -83,18 +82,7 @@ def launches() -> list[str]:
     encode_pair.encode_pair(x, books, x[:5].half(), books)
     coupled = coupling(torch.zeros(2, 16, 16).half(), 4)
     encode_joint.encode_joint(x, books[:, :1].half(), coupled, 2, 1)
-    states, maps = torch.randn(70, 2, 16), torch.zeros(2, 16, 16)
-    given = Maps(states[0], maps, maps, states[0])
-    encode_mapped.encode_mapped(states.half(), states, given, books[:, :1], None, 1, 1)
-    encode_mapped.encode_mapped(
-        states[:, :, :1].expand(-1, -1, 16).bfloat16(),
-        None,
-        given._replace(source_matrix=None),
-        books[:, :1],
-        None,
-        1,
-        1,
-    )
+    encode_heads.encode_heads(x, books[:, :1], torch.zeros(1, 2, 16, 2, 16).half(), 2)
     decode.decode(torch.zeros(5, 8, 2, dtype=torch.int32), books)
     states = torch.zeros(1, 1, 70, 128).half()
     exact(torch.zeros(1, 4, 1, 128).half(), states, states)

@@ -28,15 +28,15 @@ from vqkv.kernels.gpu.configs import (
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
-    MappedConfig,
+    HeadsConfig,
     SearchConfig,
     Words,
 )
 from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
 from vqkv.kernels.gpu.encode import encode_codes, encode_pair
+from vqkv.kernels.gpu.encode_heads import encode_heads
 from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
-from vqkv.kernels.gpu.encode_mapped import encode_mapped
-from vqkv.kernels.gpu.shipped import SHIPPED, Config, runs_on
+from vqkv.kernels.gpu.shipped import SHIPPED, Config
 from vqkv.layouts import PAGE_TOKENS
 
 CAPABILITIES = (80, 90)
@@ -46,15 +46,17 @@ KERNELS: dict[type, Any] = {
     AttendConfig: attend_split,
     EncodeConfig: encode_codes,
     SearchConfig: encode_jointly,
-    MappedConfig: encode_mapped,
+    HeadsConfig: encode_heads,
     DecodeConfig: decode_pages,
 }
-Encoders = EncodeConfig | SearchConfig | MappedConfig
+Encoders = EncodeConfig | SearchConfig | HeadsConfig
 #: Types of pointers.
 POINTERS = {
     **dict.fromkeys(("x", "key_x", "value_x", "states"), "*fp16"),
     **dict.fromkeys(("codes", "key_codes", "value_codes"), "*u8"),
-    **dict.fromkeys(("books", "words", "key_books", "value_books", "matrices"), "*fp16"),
+    **dict.fromkeys(
+        ("books", "words", "key_books", "value_books", "matrices", "coupling", "errors"), "*fp16"
+    ),
     **dict.fromkeys(("start", "stop", "pages", "pairs"), "*i32"),
     **dict.fromkeys(
         ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"
@@ -128,6 +130,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
         "spills": sass.spills,
         "past_l1": sass.past_l1,
         "unset_uniforms": sass.unset_uniforms,
+        "lost_products": sass.lost_products,
         "matrix": "wgmma" if sass.count("HGMMA") else "mma" if sass.count("HMMA") else None,
         "gathers": gathers(config) // (32 * warps),
         "wide_loads": sum(loads[width] for width in loads if width >= gather_bytes(config)),
@@ -136,7 +139,7 @@ def report(config: Config, capability: int) -> dict[str, Any]:
 
 def _vectors(config: Encoders) -> int:
     """That a program takes at a time."""
-    return config.search.vectors if isinstance(config, MappedConfig) else config.vectors
+    return config.search.vectors if isinstance(config, HeadsConfig) else config.vectors
 
 
 def gathers(config: Config) -> int:
@@ -180,9 +183,7 @@ def main() -> None:
     for capability in CAPABILITIES:
         build_helpers(capability)
         reports[f"sm_{capability}"] = {
-            name: report(config, capability)
-            for name, config in SHIPPED.items()
-            if runs_on(config, capability)
+            name: report(config, capability) for name, config in SHIPPED.items()
         }
     json.dump(reports, sys.stdout, indent=2)
     print()

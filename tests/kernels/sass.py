@@ -75,6 +75,14 @@ class Disassembly:
         return sum("BYPASS" in i.opcode for i in self.instructions)
 
     @property
+    def lost_products(self) -> int:
+        """Matrix instructions whose result goes nowhere: the compiler erred."""
+        return sum(
+            i.starts("HGMMA", "HMMA") and i.operands.split(",")[0].strip() == "RZ"
+            for i in self.instructions
+        )
+
+    @property
     def unset_uniforms(self) -> int:
         """Instructions that read a uniform register before any writes it: the compiler erred.
 

@@ -16,14 +16,11 @@ from tests.kernels.coded_cases import Case, askew, problem, with_codes
 from tests.kernels.test_attend_cuda import rounded
 from tests.kernels.test_decode_codes import CASES as DECODED
 from tests.kernels.test_encode_decode import make
+from tests.kernels.test_encode_heads import case as heads_case
+from tests.kernels.test_encode_heads import cost as heads_cost
 from tests.kernels.test_encode_joint import case as joint_case
 from tests.kernels.test_encode_joint import cost
-from tests.kernels.test_encode_mapped import case as mapped_case
 from tests.kernels.test_triton_attend import assert_equal_up_to_fp16
-from tests.quantizers.test_joint_heads import SETTINGS as HEADS_SETTINGS
-from tests.quantizers.test_joint_heads import costs as heads_costs
-from tests.quantizers.test_joint_heads import joint as joint_heads
-from tests.quantizers.test_joint_heads import samples as heads_samples
 from tests.tiny_models import tiny_model
 from vqkv.errors import KernelError
 from vqkv.kernels import gpu, recording, select, using
@@ -34,10 +31,9 @@ from vqkv.kernels.cuda.configs import odd_shape
 from vqkv.kernels.decode import decode
 from vqkv.kernels.decode.codes import decode_codes
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.heads import encode_heads
 from vqkv.kernels.encode.joint import Coupling, encode_joint
-from vqkv.kernels.encode.mapped import MappedCodes, Maps, encode_mapped
 from vqkv.kernels.encode.pair import encode_pair
-from vqkv.quantizers.joint_heads import JointHeadsQuantizer
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -58,7 +54,7 @@ def on_gpu(value: Any) -> Any:
     """A tensor, or a tuple of them, on the GPU."""
     if isinstance(value, torch.Tensor):
         return value.to(GPU)
-    if isinstance(value, (Coded, Plane, Turns, Maps, MappedCodes, Coupling)):
+    if isinstance(value, (Coded, Plane, Turns, Coupling)):
         return type(value)(*map(on_gpu, value))
     return value
 
@@ -184,29 +180,18 @@ def test_codes_chosen_together_are_as_good(shape: tuple[int, int, int, int, int]
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("jointly", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 128, 32, 256, 4), (1300, 2, 128, 16, 256, 8), (70, 3, 20, 5, 33, 4)], ids=str
+    "shape", [(70, 1, 8, 32, 256, 4), (5000, 2, 4, 16, 256, 8), (300, 1, 3, 5, 16, 3)], ids=str
 )
-def test_states_become_the_same_bytes(shape: tuple[int, ...], jointly: bool) -> None:
-    x, source, maps, words, coupled = mapped_case(shape, jointly=jointly)
-    sweeps = 3 if jointly else 1
-    with using(encode_mapped="naive", encode="naive", encode_joint="naive"):
-        expected = encode_mapped(x, source, maps, words, coupled, sweeps)
-    with using(encode_mapped="triton"):
-        moved = on_gpu(MappedCodes(maps, words, coupled, sweeps, 1))
-        found = encode_mapped(on_gpu(x), on_gpu(source), *moved)
-    assert (expected == found.cpu()).float().mean() > 0.98
-
-
-def test_heads_coded_together_are_as_good() -> None:
-    quantizer, x = joint_heads(), heads_samples(2000)
-    moved = JointHeadsQuantizer(**HEADS_SETTINGS)
-    moved.load_state({name: on_gpu(tensor) for name, tensor in quantizer.state().items()})
-    expected, found = quantizer.encode(x), moved.encode(on_gpu(x)).cpu()
+def test_heads_coded_together_are_as_good(shape: tuple[int, int, int, int, int, int]) -> None:
+    given = heads_case(*shape)
+    with using(encode_heads="naive", encode="naive"):
+        expected = encode_heads(*given, sweeps=2)
+    with using(encode_heads="triton"):
+        x, words, coupling = map(on_gpu, given)
+        found = encode_heads(x, words, coupling, sweeps=2).cpu()
     assert (expected == found).float().mean() > 0.98
-    costs = [float(heads_costs(quantizer.decode(c) - x).mean()) for c in (expected, found)]
-    assert costs[1] == pytest.approx(costs[0], rel=1e-3)
+    assert heads_cost(*given, found) == pytest.approx(heads_cost(*given, expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", DECODED, ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from pydantic import Field
 from vqkv.codebooks.assignment import step_for
 from vqkv.kernels.decode import decode
 from vqkv.kernels.encode import encode
+from vqkv.kernels.encode.heads import encode_heads, head_by_head, target
 from vqkv.quantizers.coupled import CoupledConfig, CoupledQuantizer
 
 
@@ -63,15 +63,7 @@ class JointHeadsQuantizer(CoupledQuantizer):
         """Codes `[N, M, 1]` (int32). Raises NotFittedError, or StateError on another shape."""
         if not hasattr(self, "coupling_"):
             return super().encode(x)
-        x, books = self._checked(x), self._codewords()
-        codes = x.new_zeros(*x.shape[:2], 1, dtype=torch.int32)
-        errors = torch.zeros_like(x)
-        for _ in range(self.config.sweeps):
-            for own, columns in self._heads(len(books)):
-                found = encode(_target(x, errors, own, columns), books[own])
-                codes[:, own] = found
-                errors[:, own] = decode(found, books[own]) - x[:, own]
-        return codes
+        return encode_heads(self._checked(x), self._codewords(), self.coupling_, self.config.sweeps)
 
     def _fits(self, shape: tuple[int, ...], channels: int) -> bool:
         sets, heads, width = shape[:3] if len(shape) == 5 else (0, 0, 0)
@@ -84,28 +76,9 @@ class JointHeadsQuantizer(CoupledQuantizer):
         books.copy_(self.codewords_)  # as codes are chosen by them
         errors = decode(self.encode(samples), books) - samples
         for _ in range(self.config.rounds):
-            for own, columns in self._heads(len(books)):
-                target = _target(samples, errors, own, columns)
+            for own, columns in head_by_head(self.coupling_, len(books)):
+                wanted = target(samples, errors, own, columns)
                 weight = weights if weights is None or weights.ndim == 1 else weights[:, own]
-                found = step(target, books[own, 0], weight).all_reduced()
+                found = step(wanted, books[own, 0], weight).all_reduced()
                 books[own, 0] = found.means(books[own, 0])
-                errors[:, own] = decode(encode(target, books[own]), books[own]) - samples[:, own]
-
-    def _heads(self, subspaces: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of the first head of every set, the second and so on: subvectors, `[B · M / H]`, and what
-        heads of the set push them by, `[B, h n, n]`."""
-        sets, heads = self.coupling_.shape[:2]
-        places = torch.arange(subspaces, device=self.coupling_.device).view(sets, heads, -1)
-        for head in range(heads):
-            columns = self.coupling_[:, :, :, head].flatten(1, 2)
-            yield places[:, head].flatten(), columns.float()
-
-
-def _target(
-    x: torch.Tensor, errors: torch.Tensor, own: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """What codewords of a head of each set are to be near to, `[N, B · M / H, d]`."""
-    by_set = errors.reshape(len(x), *columns.shape[:2])
-    # By the other heads of the set: a head's own block is 0.
-    pushed = torch.einsum("nbi,bij->nbj", by_set, columns)
-    return x[:, own] - pushed.reshape(len(x), len(own), -1)
+                errors[:, own] = decode(encode(wanted, books[own]), books[own]) - samples[:, own]

@@ -35,6 +35,7 @@
 #define COLUMNS (8 * BLOCKS)
 #define STRIDE (WARPS / 4)            // pages that the warps read at a time, TILES times
 #define BATCH (TILES * STRIDE)
+#define OWN_QUERIES ((ROWS * HEAD_DIM + THREADS - 1) / THREADS)
 #define NOTHING (-3e38f)
 #define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
@@ -46,6 +47,7 @@
 #define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
 
 static_assert(WARPS % 4 == 0 && WARPS * COLUMNS <= ROWS * HEAD_DIM, "factors take the place of queries");
+static_assert(4 * (1 + KEY_SUMS) * WARPS * ROWS * HEAD_DIM <= KEY_BYTES + VALUE_BYTES, "sums take that of tables");
 
 #if ROPE
 #define CHUNK (64 / ROWS / BATCH * BATCH)    // pages whose turned queries are made between two barriers
@@ -92,38 +94,70 @@ struct Columns {
     u32 of[STEPS][2][2];
 };
 
-// A table [QUARTER, 256, 4, d] of fp8, each code's 4 d bytes copied.
-DEVICE void spread_keys(u8 *table, const u8 *from) {
-    constexpr int PARTS = KEY_COPIES * WORDS;  // of 16 bytes
-#pragma unroll 4
-    for (int entry = thread_index(); entry < QUARTER * 256; entry += THREADS) {
-        uint4 part[WORDS];
+// A thread's share of a table, all of it on its way at once.
+
+// [QUARTER, 256, 4, d] of fp8, each code's 4 d bytes copied.
+struct KeyTable {
+    static constexpr int ENTRIES = QUARTER * 256, OWN = (ENTRIES + THREADS - 1) / THREADS;
+    uint4 words[OWN][WORDS];
+
+    DEVICE static int entry(int own) { return thread_index() + own * THREADS; }
+    DEVICE static bool has(int own) { return ENTRIES % THREADS == 0 || entry(own) < ENTRIES; }
+    DEVICE explicit KeyTable(const u8 *from) {
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) part[i] = ((const uint4 *)from)[entry * WORDS + i];
+        for (int own = 0; own < OWN; own++)
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) {
-            const int place = (i + entry * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
-            ((uint4 *)table)[entry * PARTS + place] = part[WORDS == 2 ? place % 2 : 0];
+            for (int i = 0; i < WORDS; i++)
+                if (has(own)) words[own][i] = ((const uint4 *)from)[entry(own) * WORDS + i];
+    }
+    DEVICE void write(u8 *table) const {
+        constexpr int PARTS = KEY_COPIES * WORDS;  // of 16 bytes
+#pragma unroll
+        for (int own = 0; own < OWN; own++)
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) {
+                const int place = (i + entry(own) * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
+                const uint4 part = WORDS == 2 && place % 2 ? words[own][WORDS - 1] : words[own][0];
+                if (has(own)) ((uint4 *)table)[entry(own) * PARTS + place] = part;
+            }
+    }
+};
+
+// [EIGHTH, 256, 8, d] of fp8, four copies of every entry.
+struct ValueTable {
+    static constexpr int ENTRIES = EIGHTH * 256 * 8, OWN = (ENTRIES + THREADS - 1) / THREADS;
+    u32 words[OWN][WORDS];
+
+    DEVICE static int entry(int own) { return thread_index() + own * THREADS; }
+    DEVICE static bool has(int own) { return ENTRIES % THREADS == 0 || entry(own) < ENTRIES; }
+    DEVICE explicit ValueTable(const u8 *from) {
+#pragma unroll
+        for (int own = 0; own < OWN; own++)
+            if (has(own)) {
+#if DIM == 4
+                words[own][0] = ((const u32 *)from)[entry(own)];
+#else
+                const uint2 both = ((const uint2 *)from)[entry(own)];
+                words[own][0] = both.x, words[own][1] = both.y;
+#endif
+            }
+    }
+    DEVICE void write(u8 *table) const {
+#pragma unroll
+        for (int own = 0; own < OWN; own++) {
+            const u32 first = words[own][0], second = words[own][WORDS - 1];
+            const uint4 copies = make_uint4(first, second, first, second);
+            if (!has(own)) continue;
+#if DIM == 4
+            ((uint4 *)table)[entry(own)] = copies;
+#else
+            const int g = entry(own) & 7, code = entry(own) >> 3 & 255, u = entry(own) >> 11;
+            uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * VALUE_ROW + g % 4 * 32);
+            to[g / 4] = to[1 - g / 4] = copies;  // lanes of either half of g write to other banks
+#endif
         }
     }
-}
-
-// A table [EIGHTH, 256, 8, d] of fp8, four copies of every entry.
-DEVICE void spread_values(u8 *table, const u8 *from) {
-#pragma unroll 4
-    for (int entry = thread_index(); entry < EIGHTH * 256 * 8; entry += THREADS) {
-#if DIM == 4
-        const u32 word = ((const u32 *)from)[entry];
-        ((uint4 *)table)[entry] = make_uint4(word, word, word, word);
-#else
-        const uint2 words = ((const uint2 *)from)[entry];
-        const int g = entry & 7, code = entry >> 3 & 255, u = entry >> 11;
-        uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * VALUE_ROW + g % 4 * 32);
-        // Lanes of either half of g write to other banks.
-        to[g / 4] = to[1 - g / 4] = make_uint4(words.x, words.y, words.x, words.y);
-#endif
-    }
-}
+};
 
 DEVICE KeyRead read_keys(const u8 *from) {
     KeyRead codes;
@@ -243,36 +277,47 @@ DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
 
 // What a thread turns of queries [ROWS, D], once for BATCH pages: fragments [BATCH, STEPS, ROWS, 4].
 struct Turning {
+    // By which it turns them.
+    struct Turns {
+        float2 of[OWN_ITEMS][2];
+    };
     const float2 *page_turns;
     float4 query[OWN_ITEMS];
     int first[OWN_ITEMS], second[OWN_ITEMS];  // pairs in the tables
-    float2 turns[OWN_ITEMS][2];
 
     DEVICE static int item(int own) { return thread_index() + own * THREADS; }
     // Threads are as many as items, or some have nothing to do.
     DEVICE static bool has(int own) { return BATCH * ITEMS % THREADS == 0 || item(own) < BATCH * ITEMS; }
-    DEVICE Turning(const float *queries, const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
+    DEVICE Turning(const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
+#pragma unroll
+        for (int own = 0; own < OWN_ITEMS; own++) {
+            const int c = item(own) & 3, step = item(own) / (4 * ROWS) % STEPS;
+            first[own] = pairs[pair_of(step, c)], second[own] = pairs[pair_of(step, c) + 1];
+        }
+    }
+    DEVICE void take(const float *queries) {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++) {
             const int c = item(own) & 3, row = item(own) / 4 % ROWS, step = item(own) / (4 * ROWS) % STEPS;
             query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair_of(step, c));
-            first[own] = pairs[pair_of(step, c)], second[own] = pairs[pair_of(step, c) + 1];
         }
     }
     // Of the pages from `page` on; past the last one it is read again, and what becomes of it is not.
-    DEVICE void read(int page, int end) {
+    DEVICE Turns read(int page, int end) const {
+        Turns turns = {};
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++)
             if (has(own)) {
                 const int at = page + item(own) / ITEMS;
                 const float2 *const from = page_turns + (i64)(at < end ? at : end - 1) * HALF;
-                turns[own][0] = read_early(from + first[own]), turns[own][1] = read_early(from + second[own]);
+                turns.of[own][0] = read_early(from + first[own]), turns.of[own][1] = read_early(from + second[own]);
             }
+        return turns;
     }
-    DEVICE void write(uint2 *fragments) const {
+    DEVICE void write(uint2 *fragments, const Turns &turns) const {
 #pragma unroll
         for (int own = 0; own < OWN_ITEMS; own++)
-            if (has(own)) fragments[item(own)] = fragment(turned_back(query[own], turns[own][0], turns[own][1]));
+            if (has(own)) fragments[item(own)] = fragment(turned_back(query[own], turns.of[own][0], turns.of[own][1]));
     }
 };
 #endif
@@ -281,10 +326,9 @@ struct Turning {
 DEVICE int value_channel(int step, int g, int i) { return g * (HEAD_DIM / 8) + step * 2 + i; }
 DEVICE int key_channel(int step, int g, int i) { return 2 * (pair_of(step, g / 2) + i) + g % 2; }
 
-// Rows of D: sums of all warps, each scaled by its own factor of a row. `room` is for WARPS ROWS D floats.
-DEVICE void write_rows(float *to, float *room, const float *factors, float sums[STEPS][BLOCKS][4], int rows, int warp,
-                       int lane, int (*channel)(int, int, int)) {
-    barrier();
+// A warp's sums, scaled by its own factor of a row, to its own rows of D among those of all warps.
+DEVICE void put_rows(float *room, const float *factors, float sums[STEPS][BLOCKS][4], int warp, int lane,
+                     int (*channel)(int, int, int)) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -296,7 +340,9 @@ DEVICE void write_rows(float *to, float *room, const float *factors, float sums[
                     room[(warp * ROWS + row) * HEAD_DIM + channel(step, lane >> 2, i >> 1)] =
                         sums[step][block][i] * factors[warp * COLUMNS + row];
             }
-    barrier();
+}
+// Rows of D: sums of all warps.
+DEVICE void add_rows(float *to, const float *room, int rows) {
     for (int place = thread_index(); place < rows * HEAD_DIM; place += THREADS) {
         float total = 0;
 #pragma unroll
@@ -320,22 +366,38 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     const int split = block_index() % splits, head = block_index() / splits % heads;
     const i64 batch = block_index() / splits / heads;
     let_later_begin();
-    // Nobody writes tables any more: keys' is filled before the wait, values' while bounds are on their way.
-    spread_keys(keys_at, key_table + (i64)head * (HEAD_DIM * 256));
+    // Nobody writes tables any more: they are read before the wait.
+    const KeyTable key_entries(key_table + (i64)head * (HEAD_DIM * 256));
+    const ValueTable value_entries(value_table + (i64)head * (HEAD_DIM * 256));
     wait_for_earlier();
+
+    // What is needed first, before any of it is waited for.
     const int begin = start[batch], end = stop[batch];
-    spread_values(values_at, value_table + (i64)head * (HEAD_DIM * 256));
+    query += (batch * heads + head) * rows * HEAD_DIM;
+    float own_query[OWN_QUERIES];
+#pragma unroll
+    for (int own = 0; own < OWN_QUERIES; own++) {
+        const int at = thread_index() + own * THREADS;
+        own_query[own] = at < rows * HEAD_DIM ? query[at] : 0;
+    }
+    const int g = lane >> 2, c = lane & 3;
+    pages += batch * pages_row, page_turns += batch * turns_row, pairs += head * HALF;
+#if ROPE
+    Turning turning(page_turns, pairs);
+    int turned_pair[STEPS][2];
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+        turned_pair[step][0] = pairs[pair_of(step, c)], turned_pair[step][1] = pairs[pair_of(step, c) + 1];
+#endif
+    key_entries.write(keys_at);
+    value_entries.write(values_at);
+
     const int first = begin / PAGE, count = end > begin ? (end + PAGE - 1) / PAGE - first : 0;
     const int share = (count + splits - 1) / splits, low = first + split * share;
     const int high = low + share < first + count ? low + share : first + count;
 
-    query += (batch * heads + head) * rows * HEAD_DIM;
-    for (int at = thread_index(); at < ROWS * HEAD_DIM; at += THREADS)
-        queries[at] = at < rows * HEAD_DIM ? query[at] * LOG2_E : 0;
-    const int g = lane >> 2, c = lane & 3;
     key_codes += head * key_head + (PAGED ? 0 : batch * key_row);
     value_codes += head * value_head + (PAGED ? 0 : batch * value_row);
-    pages += batch * pages_row, page_turns += batch * turns_row, pairs += head * HALF;
     key_codes += (tile + g) * KEY_TOKEN + c * QUARTER;
     value_codes += (tile + 2 * c) * VALUE_TOKEN + g * EIGHTH;
     KeyRead key_read[TILES] = {};
@@ -351,28 +413,39 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         }
     };
     if (low + warp / 4 < high) read_pages(low + warp / 4);
-    barrier();
-
-    const u32 key_entry = address_of(keys_at) + (g % KEY_COPIES * 4 + c) * DIM;
-    const u32 value_entry = address_of(values_at) + (DIM == 4 ? lane * 4 : g / 4 * (256 * VALUE_ROW) + lane % 16 * 8);
-    const float scale = key_scale[head];
-    const int lane_row = g % ROWS;  // where there are four, columns beside them are the same again, and not written
 #if ROPE
-    uint2 *const fragments = (uint2 *)(maxima + 2 * WARPS * COLUMNS);  // [2 CHUNK, STEPS, ROWS, 4]
-    u32 cosine[STEPS][2], sine[STEPS][2];                              // of tokens g and g + 8 of the tile
+    // Of the first chunk, pages there are alone; all on their way at once.
+    Turning::Turns first_turns[CHUNK / BATCH] = {};
+#pragma unroll
+    for (int i = 0; i < CHUNK / BATCH; i++)
+        if (low + i * BATCH < high) first_turns[i] = turning.read(low + i * BATCH, high);
+    u32 cosine[STEPS][2], sine[STEPS][2];  // of tokens g and g + 8 of the tile
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const float *turn = offset_turns + (tile + g + 8 * k) * HEAD_DIM;
-            const int first = 2 * pairs[pair_of(step, c)], second = 2 * pairs[pair_of(step, c) + 1];
-            cosine[step][k] = halves(turn[first], turn[second]), sine[step][k] = halves(turn[first + 1], turn[second + 1]);
+            const float2 *const turn = (const float2 *)(offset_turns + (tile + g + 8 * k) * HEAD_DIM);
+            const float2 one = turn[turned_pair[step][0]], other = turn[turned_pair[step][1]];
+            cosine[step][k] = halves(one.x, other.x), sine[step][k] = halves(one.y, other.y);
         }
-    Turning turning(queries, page_turns, pairs);
-    for (int ahead = 0; ahead < CHUNK && low < high; ahead += BATCH) {
-        turning.read(low + ahead, high);
-        turning.write(fragments + ahead * ITEMS);
+#endif
+#pragma unroll
+    for (int own = 0; own < OWN_QUERIES; own++) {
+        const int at = thread_index() + own * THREADS;
+        if (at < ROWS * HEAD_DIM) queries[at] = own_query[own] * LOG2_E;
     }
+    barrier();
+
+    const u32 key_entry = address_of(keys_at) + (g % KEY_COPIES * 4 + c) * DIM;
+    const u32 value_entry = address_of(values_at) + (DIM == 4 ? lane * 4 : g / 4 * (256 * VALUE_ROW) + lane % 16 * 8);
+    const float scale = key_scale[head], value_factor = value_scale[head];
+    const int lane_row = g % ROWS;  // where there are four, columns beside them are the same again, and not written
+#if ROPE
+    uint2 *const fragments = (uint2 *)(maxima + 2 * WARPS * COLUMNS);  // [2 CHUNK, STEPS, ROWS, 4]
+    turning.take(queries);
+#pragma unroll
+    for (int i = 0; i < CHUNK / BATCH; i++)
+        if (low + i * BATCH < high) turning.write(fragments + i * BATCH * ITEMS, first_turns[i]);
     int turned = 0;  // place of the pages at hand among the fragments
 #else
     uint2 q[STEPS][BLOCKS];
@@ -396,7 +469,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         const int page = first_page + warp / 4;
 #if ROPE
         if (turned % CHUNK == 0) barrier();
-        turning.read(first_page + CHUNK, high);
+        const Turning::Turns turns = turning.read(first_page + CHUNK, high);
 #endif
         if (page < high) {
             Keys keys[TILES];
@@ -496,7 +569,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         }
 #if ROPE
         const int ahead = turned < CHUNK ? turned + CHUNK : turned - CHUNK;
-        turning.write(fragments + ahead * ITEMS);
+        turning.write(fragments + ahead * ITEMS, turns);
         turned = turned + BATCH < 2 * CHUNK ? turned + BATCH : 0;
 #endif
     }
@@ -524,7 +597,6 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         if (row < rows) lse[place + row] = total > 0 ? (most + log2f(total)) * LN_2 : -INFINITY;
     }
     barrier();
-    const float value_factor = value_scale[head];
 #pragma unroll
     for (int i = 0; i < STEPS * BLOCKS * 4; i++) {
         sums[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] *= value_factor;
@@ -532,8 +604,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         key_sums[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] *= scale;
 #endif
     }
-    write_rows(output + place * HEAD_DIM, (float *)shared, factors, sums, rows, warp, lane, value_channel);
+    float *const room = (float *)shared;  // [WARPS, ROWS, D], where the tables were
+    put_rows(room, factors, sums, warp, lane, value_channel);
 #if KEY_SUMS
-    write_rows(key_mean + place * HEAD_DIM, (float *)shared, factors, key_sums, rows, warp, lane, key_channel);
+    float *const key_room = room + WARPS * ROWS * HEAD_DIM;
+    put_rows(key_room, factors, key_sums, warp, lane, key_channel);
+#endif
+    barrier();
+    add_rows(output + place * HEAD_DIM, room, rows);
+#if KEY_SUMS
+    add_rows(key_mean + place * HEAD_DIM, key_room, rows);
 #endif
 }

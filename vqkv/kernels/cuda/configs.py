@@ -55,10 +55,12 @@ class AttendVariant:
 
     @property
     def warps(self) -> int:
-        """Of a block, which has a multiprocessor for itself. As measured on an H200."""
-        if self.padded_rows > 8 or self.key_sums or self.rope:
-            return 8
-        return 16 if self.dim == 4 else 12
+        """Of a block, which has a multiprocessor for itself.
+
+        As measured on an H200: more of them read long contexts at most a fiftieth faster, and are
+        slower to begin and to add up.
+        """
+        return 8
 
     @property
     def tiles(self) -> int:
@@ -66,7 +68,7 @@ class AttendVariant:
 
         Two, where there are registers for both.
         """
-        full = self.padded_rows > 8 or self.key_sums or (self.dim == 4 and not self.rope)
+        full = self.padded_rows > 8 or (self.key_sums and self.dim == 4)
         return 1 if full else 2
 
     @property

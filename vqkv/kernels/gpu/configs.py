@@ -21,8 +21,14 @@ NUM_STAGES = 1
 #: Pages below which a split costs more than it gives.
 LEAST_PAGES = 2
 MOST_SPLITS = 128
-#: Vectors that states are mapped and encoded at a time: as one of Hopper's instructions has them.
-MAPPED_VECTORS = 64
+#: Blocks of a program that looks for nearest codewords, for at least so many vectors.
+PROMPT_BLOCKS = ((32, 16384), (8, 1024))
+#: Numbers of prepared codewords that a search over groups looks through at a time: it holds their
+#: scores beside what else it holds.
+SEARCHED = 2048
+#: Vectors of a block that goes through all groups of a head. Blocks of 64 would take wgmma, and
+#: ptxas 12.8 gets some kernels with wgmma wrong: seen on an H200, and right in the interpreter.
+SEARCH_VECTORS = 32
 #: Registers of a thread beside those kept, about, and of a multiprocessor.
 PASSING, REGISTERS = 80, 65536
 
@@ -131,8 +137,8 @@ class SearchConfig:
 
     @property
     def depth(self) -> int:
-        """Of the product of vectors and codewords: each three times, and two halves of a norm."""
-        return max(16, 1 << (3 * self.dim + 1).bit_length())
+        """Of a product with codewords: channels three times, a norm's halves, a constant."""
+        return max(16, 1 << (3 * self.dim + 2).bit_length())
 
     def constants(self) -> dict[str, int]:
         """Compile-time arguments of `encode_jointly`."""
@@ -141,29 +147,27 @@ class SearchConfig:
             "K": self.codewords,
             "DIM": self.dim,
             "SIZE": self.size,
+            "PART": min(self.size, SEARCHED // self.depth),
             "DEPTH": self.depth,
             "CHANNELS": max(16, 1 << (self.groups * self.dim - 1).bit_length()),
             "VECTORS": self.vectors,
         }
 
     def options(self) -> dict[str, int]:
-        """Of the compiler. Errors in more than 128 channels do not fit into four warps."""
-        return {"num_warps": 4 if self.groups * self.dim <= 128 else 8, "num_stages": NUM_STAGES}
+        """Of the compiler. Errors in more than 128 channels do not fit into two warps."""
+        return {"num_warps": 2 if self.groups * self.dim <= 128 else 4, "num_stages": NUM_STAGES}
 
 
 @dataclass(frozen=True)
-class MappedConfig:
-    """One compiled variant of states to nearest codewords."""
+class HeadsConfig:
+    """One compiled variant of a search over the heads of a set."""
 
-    head_dim: int
+    heads: int
     search: SearchConfig
-    source: bool
 
     def constants(self) -> dict[str, int]:
-        """Compile-time arguments of `encode_mapped`."""
-        constants = self.search.constants()
-        widest = max(constants["CHANNELS"], 1 << (self.head_dim - 1).bit_length())
-        return {**constants, "CHANNELS": widest, "D": self.head_dim, "SOURCE": self.source}
+        """Compile-time arguments of `encode_heads`."""
+        return {**self.search.constants(), "HEADS": self.heads}
 
     def options(self) -> dict[str, int]:
         """Of the compiler."""
@@ -225,21 +229,24 @@ def encode_blocks(vectors: int) -> tuple[int, int]:
     A program prepares its codewords once for all its blocks; scores of more vectors than 64 do not
     fit into registers.
     """
-    return (64, 8 if vectors >= 1024 else 1) if vectors > 16 else (16, 1)
+    if vectors <= 16:
+        return 16, 1
+    return 64, next((blocks for blocks, least in PROMPT_BLOCKS if vectors >= least), 1)
 
 
 def split_count(programs: int, pages: int, multiprocessors: int, resident: int) -> int:
     """Into how many splits the pages of each of `programs` go.
 
-    The fewest that keep the GPU within a tenth as full as any number does: splits cost partial
-    results, and a last wave of few programs leaves multiprocessors idle.
+    The fewest that read at most a twentieth longer than the best number does: splits cost partial
+    results, a last wave of few programs leaves multiprocessors idle, and the longest split of a
+    program is what the others wait for.
     """
     slots = multiprocessors * resident
     most = max(1, min(pages // LEAST_PAGES, MOST_SPLITS))
 
-    def fullness(splits: int) -> float:
+    def pages_in_turn(splits: int) -> int:
         waves = -(-programs * splits // slots)
-        return programs * splits / (waves * slots)
+        return waves * -(-pages // splits)
 
-    best = max(fullness(splits) for splits in range(1, most + 1))
-    return next(s for s in range(1, most + 1) if fullness(s) >= 0.9 * best)
+    best = min(pages_in_turn(splits) for splits in range(1, most + 1))
+    return next(s for s in range(1, most + 1) if pages_in_turn(s) <= 1.05 * best)

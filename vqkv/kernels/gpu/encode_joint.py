@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkv.kernels.gpu.encode import FARTHEST, highest, prepared
+from vqkv.kernels.gpu.encode import FARTHEST, highest, longest, prepared
 
 
 @triton.jit
@@ -28,7 +28,9 @@ def prepare_books(
     """
     subvector = tl.program_id(0)
     word = tl.arange(0, SIZE)
-    found, unit = prepared(books + subvector * (K * DIM), word, K, DIM, DEPTH)
+    book = books + subvector * (K * DIM)
+    unit = longest(book, word, K, DIM)
+    found = prepared(book, word, unit, K, DIM, DEPTH)
     lane = tl.arange(0, DEPTH)[None, :]
     place = subvector.to(tl.int64) * SIZE + word[:, None]
     tl.store(words + place * DEPTH + lane, found)
@@ -39,7 +41,7 @@ def prepare_books(
 def encode_jointly(
     x, books, words, units, matrices, codes, vectors, passes,
     GROUPS: tl.constexpr, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, VECTORS: tl.constexpr,
+    PART: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """Codes `[N, M]` of `x` `[N, M, d]` under `books` `[M, K, d]`, M = U · GROUPS.
 
@@ -80,10 +82,8 @@ def encode_jointly(
             pushed = tl.dot(errors, columns.to(tl.float16)) * largest
             row = vector * subvectors + subvector
             own = tl.load(x + row[:, None] * DIM + lane % DIM, mask=real, other=0.0).to(tl.float32)
-            word = tl.arange(0, SIZE)[:, None]
-            prepared_words = tl.load(words + (book * SIZE + word) * DEPTH + lane)
-            unit = tl.load(units + book)
-            _, code = highest(own * sweeping - pushed, prepared_words, unit, 0, K, DIM, SIZE)
+            unit, own_words = tl.load(units + book), words + book * (SIZE * DEPTH)
+            code = highest(own * sweeping - pushed, own_words, unit, K, DIM, SIZE, PART)
             if step + 1 == passes:
                 tl.store(codes + row, code.to(codes.dtype.element_ty), mask=there)
             word = books + (subvector * K + code[:, None]) * DIM + lane % DIM

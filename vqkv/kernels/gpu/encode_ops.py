@@ -7,16 +7,16 @@ from torch import Tensor
 
 from vqkv.kernels.encode.joint import ahead_words
 from vqkv.kernels.gpu.configs import (
-    MAPPED_VECTORS,
+    SEARCH_VECTORS,
     EncodeConfig,
-    MappedConfig,
+    HeadsConfig,
     SearchConfig,
     encode_blocks,
 )
 from vqkv.kernels.gpu.encode import encode_codes
 from vqkv.kernels.gpu.encode import encode_pair as encode_pair_kernel
+from vqkv.kernels.gpu.encode_heads import encode_heads as encode_heads_kernel
 from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
-from vqkv.kernels.gpu.encode_mapped import encode_mapped as encode_mapped_kernel
 from vqkv.kernels.gpu.tensors import readable
 
 
@@ -28,7 +28,7 @@ def encode(x: Tensor, codewords: Tensor) -> Tensor:
     codes = torch.empty(vectors, subvectors, stages, dtype=torch.int32, device=x.device)
     if codes.numel():
         config = EncodeConfig(stages, size, dim, *encode_blocks(vectors))
-        encode_codes[-(-vectors // (config.vectors * config.blocks)), subvectors](
+        encode_codes[subvectors, -(-vectors // (config.vectors * config.blocks))](
             readable(x),
             readable(codewords),
             codes,
@@ -60,7 +60,7 @@ def encode_pair(
         stages, size, dim = key_codewords.shape[1:]
         config = EncodeConfig(stages, size, dim, *encode_blocks(vectors))
         runs = -(-vectors // (config.vectors * config.blocks))
-        encode_pair_kernel[runs, max(keys.shape[1], values.shape[1]), 2](
+        encode_pair_kernel[max(keys.shape[1], values.shape[1]), runs, 2](
             readable(keys),
             readable(key_codewords),
             key_codes,
@@ -98,7 +98,7 @@ def encode_joint(
     codes = torch.empty(vectors, subvectors, 1, dtype=torch.int32, device=x.device)
     if codes.numel():
         books = readable(codewords)
-        config = SearchConfig(subvectors // units, size, dim, encode_blocks(vectors)[0])
+        config = SearchConfig(subvectors // units, size, dim, SEARCH_VECTORS)
         by_unit = books[:, 0].unflatten(0, (units, -1))
         # The kernel has V in fp16.
         first = ahead_words(by_unit, ahead.half().float()).flatten(0, 1)
@@ -124,54 +124,34 @@ def _(x: Tensor, codewords: Tensor, metric: Tensor, ahead: Tensor, sweeps: int) 
     return x.new_empty((*x.shape[:2], 1), dtype=torch.int32)
 
 
-@torch.library.custom_op("vqkv::encode_mapped", mutates_args=(), device_types=("cuda", "cpu"))
-def encode_mapped(
-    x: Tensor,
-    source: Tensor | None,
-    mean: Tensor,
-    matrix: Tensor,
-    source_matrix: Tensor | None,
-    offset: Tensor,
-    codewords: Tensor,
-) -> Tensor:
-    """Nearest codewords' codes `[N, H, M / H]` (uint8), see `vqkv.kernels.encode.mapped`."""
-    vectors, heads, head_dim = x.shape
-    subvectors, _, size, dim = codewords.shape
-    codes = torch.empty(vectors, heads, subvectors // heads, dtype=torch.uint8, device=x.device)
+@torch.library.custom_op("vqkv::encode_heads", mutates_args=(), device_types=("cuda", "cpu"))
+def encode_heads(x: Tensor, codewords: Tensor, coupling: Tensor, sweeps: int) -> Tensor:
+    """Codes `[N, M, 1]` (int32) of `x` `[N, M, d]` under `codewords` `[M, 1, K, d]`."""
+    vectors, subvectors, dim = x.shape
+    sets, heads = coupling.shape[:2]
+    codes = torch.empty(vectors, subvectors, 1, dtype=torch.int32, device=x.device)
     if codes.numel():
-        x = _side_by_side(x)
-        other = x if source is None or source_matrix is None else _side_by_side(source)
-        search = SearchConfig(subvectors // heads, size, dim, MAPPED_VECTORS)
-        config = MappedConfig(head_dim, search, source_matrix is not None)
-        encode_mapped_kernel[-(-vectors // MAPPED_VECTORS), heads](
-            x,
-            *x.stride()[:2],
-            other,
-            *other.stride()[:2],
-            mean.contiguous(),
-            matrix.contiguous(),
-            (matrix if source_matrix is None else source_matrix).contiguous(),
-            offset.contiguous(),
-            *_prepared(readable(codewords), search),
+        books, groups = readable(codewords), subvectors // (sets * heads)
+        search = SearchConfig(groups, codewords.shape[2], dim, SEARCH_VECTORS)
+        config = HeadsConfig(heads, search)
+        encode_heads_kernel[-(-vectors // search.vectors), sets](
+            readable(x),
+            books,
+            *_prepared(books, search),
+            coupling.half().contiguous(),
+            torch.zeros(vectors, subvectors * dim, dtype=torch.float16, device=x.device),
             codes,
             vectors,
+            sweeps,
             **config.constants(),
             **config.options(),
         )
     return codes
 
 
-@encode_mapped.register_fake
-def _(
-    x: Tensor,
-    source: Tensor | None,
-    mean: Tensor,
-    matrix: Tensor,
-    source_matrix: Tensor | None,
-    offset: Tensor,
-    codewords: Tensor,
-) -> Tensor:
-    return x.new_empty((*x.shape[:2], len(codewords) // x.shape[1]), dtype=torch.uint8)
+@encode_heads.register_fake
+def _(x: Tensor, codewords: Tensor, coupling: Tensor, sweeps: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], 1), dtype=torch.int32)
 
 
 def _prepared(books: Tensor, search: SearchConfig) -> tuple[Tensor, Tensor]:
@@ -183,9 +163,3 @@ def _prepared(books: Tensor, search: SearchConfig) -> tuple[Tensor, Tensor]:
         books, words, units, search.codewords, search.dim, search.size, search.depth
     )
     return words, units
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """With channels side by side; heads and tokens may lie anywhere."""
-    x = x.float() if x.device.type == "cpu" else x  # as `readable`
-    return x if x.stride(2) == 1 else x.contiguous()

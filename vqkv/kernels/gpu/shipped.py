@@ -6,18 +6,17 @@ Others are compiled when they are first needed: head dims, dims and stages are f
 
 from __future__ import annotations
 
-from vqkv.kernels.encode.mapped_triton import LEAST_CAPABILITY
 from vqkv.kernels.gpu.configs import (
     AttendConfig,
     DecodeConfig,
     EncodeConfig,
-    MappedConfig,
+    HeadsConfig,
     SearchConfig,
     Words,
     word_bytes,
 )
 
-Config = AttendConfig | EncodeConfig | SearchConfig | MappedConfig | DecodeConfig
+Config = AttendConfig | EncodeConfig | SearchConfig | HeadsConfig | DecodeConfig
 
 
 def words(head_dim: int, dim: int, stages: int) -> Words:
@@ -55,24 +54,17 @@ SHIPPED: dict[str, Config] = {
     "attend/80/d4/rope": attend(80, 4, rope=True),
     "attend/256/d4": attend(256, 4),
     "attend/256/d4/rope/key-sums": attend(256, 4, rope=True, key_sums=True),
-    "encode/d2": EncodeConfig(1, 256, 2, 64, 8),
-    "encode/d4": EncodeConfig(1, 256, 4, 64, 8),
+    "encode/d2": EncodeConfig(1, 256, 2, 64, 32),
+    "encode/d4": EncodeConfig(1, 256, 4, 64, 32),
     "encode/d4/16-vectors": EncodeConfig(1, 256, 4, 16, 1),
-    "encode/d8": EncodeConfig(1, 256, 8, 64, 8),
-    "encode/d8/two-stages": EncodeConfig(2, 256, 8, 64, 8),
-    "encode-joint/128/d4": SearchConfig(32, 256, 4, 64),
-    "encode-joint/128/d8": SearchConfig(16, 256, 8, 64),
-    "encode-joint/256/d4": SearchConfig(64, 256, 4, 64),
-    "encode-joint/64/d4/16-vectors": SearchConfig(16, 256, 4, 16),
-    "encode-mapped/128/d4": MappedConfig(128, SearchConfig(32, 256, 4, 64), source=False),
-    "encode-mapped/128/d4/source": MappedConfig(128, SearchConfig(32, 256, 4, 64), source=True),
-    "encode-mapped/128/d8/source": MappedConfig(128, SearchConfig(16, 256, 8, 64), source=True),
-    "encode-mapped/64/d4/source": MappedConfig(64, SearchConfig(16, 256, 4, 64), source=True),
+    "encode/d8": EncodeConfig(1, 256, 8, 64, 32),
+    "encode/d8/two-stages": EncodeConfig(2, 256, 8, 64, 32),
+    "encode-joint/128/d4": SearchConfig(32, 256, 4, 32),
+    "encode-joint/128/d8": SearchConfig(16, 256, 8, 32),
+    "encode-joint/256/d4": SearchConfig(64, 256, 4, 32),
+    "encode-joint/64/d4": SearchConfig(16, 256, 4, 32),
+    "encode-heads/128/d4": HeadsConfig(8, SearchConfig(32, 256, 4, 32)),
+    "encode-heads/128/d8": HeadsConfig(8, SearchConfig(16, 256, 8, 32)),
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
     "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
 }
-
-
-def runs_on(config: Config, capability: int) -> bool:
-    """Whether a GPU of that compute capability runs the variant."""
-    return capability >= 10 * LEAST_CAPABILITY or not isinstance(config, MappedConfig)

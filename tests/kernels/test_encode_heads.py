@@ -1,0 +1,96 @@
+"""Codes of heads chosen together: the compiled kernel against the naive one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vqkv.errors import StateError
+from vqkv.kernels.decode import decode
+from vqkv.kernels.encode.heads import encode_heads
+from vqkv.kernels.select import KERNELS, recording, using
+from vqkv.layouts import Layout
+
+INTERPRETED = (
+    KERNELS.get("encode_heads.triton").refuses(
+        Layout.of_codebook(3, 1, 16, 5, 1), torch.device("cpu")
+    )
+    is None
+)
+#: N, B, h, groups of a head, K, d
+SHAPES = [
+    (1, 1, 2, 2, 3, 1),
+    (70, 2, 3, 4, 33, 4),
+    (40, 1, 4, 5, 16, 3),
+    (17, 1, 2, 2, 256, 8),
+    (0, 1, 2, 2, 3, 1),
+]
+
+
+def case(
+    rows: int, sets: int, heads: int, groups: int, size: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Vectors, codewords, and a coupling of heads whose metric is positive definite."""
+    generator = torch.Generator().manual_seed(rows + size)
+    subvectors, width = sets * heads * groups, groups * dim
+    x = torch.randn(rows, subvectors, dim, generator=generator)
+    words = torch.randn(subvectors, 1, size, dim, generator=generator)
+    noise = torch.randn(sets, heads * width, heads * width, generator=generator)
+    coupling = (0.25 * (noise + noise.mT) / (heads * width) ** 0.5).half()
+    parts = coupling.view(sets, heads, width, heads, width)
+    for head in range(heads):
+        parts[:, head, :, head] = 0
+    return x, words, parts
+
+
+def cost(
+    x: torch.Tensor, words: torch.Tensor, coupling: torch.Tensor, codes: torch.Tensor
+) -> float:
+    """Of errors, where those of one head cost their squares."""
+    error = (decode(codes, words) - x).view(len(x), *coupling.shape[:3])
+    coupled = torch.einsum("nbhi,bhigj,nbgj->", error, coupling.float(), error)
+    return float(coupled + error.square().sum())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_the_naive_kernel_s_but_for_near_ties(
+    shape: tuple[int, ...], scale: float
+) -> None:
+    x, words, coupling = case(*shape)
+    given = (scale * x, scale * words, coupling)
+    with using(encode_heads="naive", encode="naive"):
+        expected = encode_heads(*given, sweeps=3)
+    with using(encode_heads="triton"), recording() as ran:
+        found = encode_heads(*given, sweeps=3)
+    assert ran == ["encode_heads.triton"]
+    assert found.shape == expected.shape and found.dtype == torch.int32
+    # Later codes follow from those of near ties.
+    assert (expected != found).sum() <= 1 + 0.02 * found.numel()
+    assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=2e-3)
+
+
+def test_another_sweep_costs_no_more() -> None:
+    given = case(200, 2, 4, 2, 16, 2)
+    costs = [cost(*given, encode_heads(*given, sweeps=sweeps)) for sweeps in (1, 2, 4)]
+    assert costs[0] > costs[1] > 0 and costs[2] <= costs[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, words, coupling: (x[:, 1:], words, coupling),
+        lambda x, words, coupling: (x, words[1:], coupling),
+        lambda x, words, coupling: (x, words.expand(-1, 2, -1, -1), coupling),
+        lambda x, words, coupling: (x, words, coupling[:, :1]),
+        lambda x, words, coupling: (x, words, coupling[0]),
+        lambda x, words, coupling: (x, words, coupling[:, :, :, 1:]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(wrong: Any) -> None:
+    x, words, coupling = wrong(*case(3, 1, 2, 2, 4, 2))
+    with pytest.raises(StateError, match=r"the coupling \[B, h, n, h, n\]"):
+        encode_heads(x, words, coupling, sweeps=1)
