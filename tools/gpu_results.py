@@ -23,14 +23,26 @@ STEPS = (*PRESETS, "d4", "d8")
 
 
 def with_gpu_results(page: str) -> str:
-    """The page with all tables of a file after each line `<!-- gpu: FILE -->`."""
+    """The page with all tables of a file after each line `<!-- gpu: FILE -->`, and those of a
+    decoding step after each line `<!-- gpu-steps: FILE -->`."""
 
     def replaced(match: re.Match[str]) -> str:
-        data = json.loads((RESULTS / match.group(1)).read_text(encoding="utf-8"))
-        return "\n\n".join([f"<!-- gpu: {match.group(1)} -->", *_parts(data), END])
+        kind, file = match.groups()
+        data = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        parts = _parts(data) if kind == "gpu" else _steps_alone(data)
+        return "\n\n".join([f"<!-- {kind}: {file} -->", *parts, END])
 
-    pattern = rf"<!-- gpu: (\S+) -->(?:(?:(?!<!--).)*{re.escape(END)})?"
+    pattern = rf"<!-- (gpu|gpu-steps): (\S+) -->(?:(?:(?!<!--).)*{re.escape(END)})?"
     return re.sub(pattern, replaced, page, flags=re.DOTALL)
+
+
+def _steps_alone(data: dict[str, Any]) -> Iterable[str]:
+    """Of a run whose other figures are out of date."""
+    yield (
+        f"At commit `{data['commit'][:7]}`, on an {data['gpu_before']['name']}: tokens a second of "
+        "the whole batch, attention in CUDA."
+    )
+    yield _steps(data["step"])
 
 
 def _parts(data: dict[str, Any]) -> Iterable[str]:
@@ -51,9 +63,10 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
     yield "### Attention of one token, in Triton"
     yield "The same, at some batches, for what CUDA C++ does not read, and for what it does."
     yield _attention(data, "triton")
-    yield "### A decoding step"
-    yield "Tokens a second of the whole batch, attention in CUDA."
-    yield _steps(data["step"])
+    if "step" in data:
+        yield "### A decoding step"
+        yield "Tokens a second of the whole batch, attention in CUDA."
+        yield _steps(data["step"])
     yield "### Encoding"
     yield (
         "One stream of one layer for a prompt of 131,072 tokens, 8 heads; and keys and values of "

@@ -41,11 +41,11 @@ def attention(sizes: Sizes, out_of_time: Callable[[], bool]) -> Iterator[dict[st
     """Each arm at each context and batch, until the time is up."""
     for context, batch in sizes.points():
         arms = [
-            partial(_codes, sizes, scheme, kernel, context, batch)
+            partial(on_codes, sizes, scheme, kernel, context, batch)
             for scheme in SCHEMES
             for kernel in kernels(scheme.layout(sizes), sizes.device)
         ]
-        arms.append(partial(_exact, sizes, context, batch))
+        arms.append(partial(exactly, sizes, context, batch))
         for arm in arms:
             if out_of_time():
                 return
@@ -63,7 +63,7 @@ def _queries(sizes: Sizes, batch: int) -> torch.Tensor:
     return torch.randn(shape, device=sizes.device) * sizes.head_dim**-0.5
 
 
-def _codes(
+def on_codes(
     sizes: Sizes, scheme: Scheme, kernel: str, context: int, batch: int
 ) -> Iterator[dict[str, Any]]:
     query, layout = _queries(sizes, batch), scheme.layout(sizes)
@@ -123,7 +123,7 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def _exact(sizes: Sizes, context: int, batch: int) -> Iterator[dict[str, Any]]:
+def exactly(sizes: Sizes, context: int, batch: int) -> Iterator[dict[str, Any]]:
     query = _queries(sizes, batch)
     shape = (batch, sizes.heads, context, sizes.head_dim)
     size = 4 * batch * sizes.heads * context * sizes.head_dim

@@ -12,15 +12,12 @@ import torch
 ROUNDS = 7
 #: Calls that one graph holds at least, so that starting it costs little.
 CALLS = 8
-#: Microseconds of a call beside which starting it costs nothing, graph or not.
-LONG = 20_000
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], graph: bool = True) -> float | None:
     """Median time of one of `calls`, each on data of its own; None where there is no GPU.
 
-    All calls are captured into one graph, which runs a few times. Without `graph` they run as they
-    are, and so do long ones, as starting them costs nothing.
+    All calls are captured into one graph, which runs a few times, or run as they are.
     """
     repeats = -(-CALLS // len(calls))
     for call in calls:
@@ -28,7 +25,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], graph: bool = True) -> floa
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
-    if not graph or _elapsed(calls[0]) > LONG:
+    if not graph:
         return statistics.median(_elapsed(call) for call in (*calls, *calls, *calls))
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):

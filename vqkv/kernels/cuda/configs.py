@@ -57,10 +57,11 @@ class AttendVariant:
     def warps(self) -> int:
         """Of a block, which has a multiprocessor for itself.
 
-        As measured on an H200: more of them read long contexts at most a fiftieth faster, and are
-        slower to begin and to add up.
+        As measured on an H200: more of them are slower to begin and to add up, and hardly faster
+        between, but for d = 8 after RoPE.
         """
-        return 8
+        few = self.padded_rows > 8 or self.key_sums or self.rope or self.dim == 4
+        return 8 if few else 12
 
     @property
     def tiles(self) -> int:
