@@ -6,8 +6,8 @@
 The demo model, before use, with the artefacts' own sinks. `contexts` scores the same tokens of the
 two evaluation texts, from token 4,096 on, in windows of 2,048 and of 8,192; artefacts were
 calibrated in windows of 2,048. `code` scores modules of the standard library in windows of
-2,048. Interrupted, the same command goes on where it was; rows of other schemes stay. Exact logits
-take 200 kB a token in a temporary folder.
+2,048. Interrupted, the same command goes on where it was; rows of other schemes stay, each with
+its commit. Exact logits take 200 kB a token in a temporary folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vqkv.calibration import read_text
 from vqkv.calibration.windows import Text
 from vqkv.evaluation import evaluate
 from vqkv.evaluation.exact import ExactLogits
-from vqkv.provenance import write
+from vqkv.provenance import commit, write
 from vqkv.texts import EVALUATION_TEXTS, bundled_text
 
 CONTEXT, LONG_CONTEXT, SKIP = 2048, 8192, 4096
@@ -115,7 +115,7 @@ def main() -> None:
                     passages=0,
                     exact=exact,
                 )
-                row = {**evaluation.to_dict(), **case}
+                row = {**evaluation.to_dict(), **case, "commit": commit()}
                 rows = [each for each in rows if place(each) != place(row)] + [row]
                 write(out, {"settings": settings, "rows": rows})
     show(Console(), rows)

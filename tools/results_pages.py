@@ -56,10 +56,6 @@ comes nearest to, exact → compressed, on another model and other text: no figu
 comparable with it. P: read in the paper or its repository; N: from third-party notes; A: from an
 abstract. [`published.yaml`](../benchmarks/published.yaml) has them all, with sources.
 
-The fast schemes have changed since some of this was measured: rows of both on source code, and
-those of `fast-2bit` in longer windows and with another seed, are of the presets as they were at
-commit `be30789`.
-
 ![KL against bits per value](../benchmarks/results/compare.png)
 
 """

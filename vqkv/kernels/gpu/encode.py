@@ -106,7 +106,7 @@ def _encode(subvector, run, x, books, codes, vectors, subvectors, S: tl.constexp
             residual = residual.to(tl.float32)
             for stage in tl.static_range(S):
                 book = books + stage * (K * DIM)
-                code = _nearest(residual, book, K, DIM, HALF)
+                code = _nearest(residual, book, K, DIM, SIZE)
                 tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
                 if stage + 1 < S:
                     found = tl.load(book + code[:, None] * DIM + channel)
@@ -139,7 +139,7 @@ def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.conste
         found = ordered(operand, words, first, K, SIZE)
         top = ((found >> 8) & 0x7FFFFF | COMMON).to(tl.float32, bitcast=True) - MIDDLE
         top = top / shrunk * unit * unit
-        code = tl.where(top > best, first - first % 256 + named(found), code)
+        code = tl.where(top > best, first + named(found), code)
         best = tl.maximum(best, top)
     return code
 
