@@ -355,17 +355,8 @@ class KVCompressor:
         Raises:
             StateError: another shape, NaN or infinity, or other sources than the predictor's.
         """
-        return self.encode_tokens(layer, stream, _tokens(x), [_tokens(each) for each in sources])
-
-    def encode_tokens(
-        self, layer: int, stream: Stream, x: torch.Tensor, sources: Sequence[torch.Tensor] = ()
-    ) -> Encoded:
-        """Code tokens `[N, H, D]`, as `encode` does.
-
-        Raises:
-            StateError: as `encode`.
-        """
-        return self.codec(layer, stream, x.device).encode(x, sources)
+        codec = self.codec(layer, stream, x.device)
+        return codec.encode(_tokens(x), [_tokens(source) for source in sources])
 
     def decode(
         self,

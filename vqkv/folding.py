@@ -128,7 +128,7 @@ def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
     stuck = [t.config.type for t in codec.transforms if not t.folds or t.token_group != 1]
     if stuck or codec.layout.side_count:
         raise NotFoldable(f"transforms do not fold: {', '.join(stuck) or 'side scalars'}")
-    codewords = codewords_of(codec)
+    codewords = _codewords(codec)
     heads, groups, *_, dim = codewords.shape
     order = codec.order_.to(codewords.device) % codec.head_dim
     matrix, mean = _affine(codec)
@@ -167,7 +167,7 @@ def _places(matrix: torch.Tensor, dim: int, units: torch.Tensor | None) -> torch
     return torch.cat([channels[row] for row in reached])
 
 
-def codewords_of(codec: Codec) -> torch.Tensor:
+def _codewords(codec: Codec) -> torch.Tensor:
     """`[H, M, S, K, d]` in fp32, a copy for every subvector that shares a codebook.
 
     Raises:

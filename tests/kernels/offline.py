@@ -117,7 +117,8 @@ def build_helpers(capability: int) -> None:
 
 def report(config: Config, capability: int) -> dict[str, Any]:
     """What a kernel holds and issues. Instructions are of a warp, for one token of one head (or one
-    vector in one subspace, encoding)."""
+    vector in one subspace, encoding; of heads coded together one vector in one head, loops over
+    groups and other heads counted once)."""
     binary = compiled(config, capability)
     sass, registers = disassembled(binary.asm["cubin"])
     tokens = _vectors(config) if isinstance(config, Encoders) else PAGE_TOKENS

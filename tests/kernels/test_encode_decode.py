@@ -60,6 +60,23 @@ def test_codes_name_the_nearest_codeword_of_each_stage(
         residual = residual - found
 
 
+@pytest.mark.parametrize("dim", [2, 4, 8])
+def test_a_stage_of_far_shorter_codewords(dim: int) -> None:
+    """Nothing of the first stage's reaches what the second one is compared by."""
+    if "triton" not in able("encode"):
+        pytest.skip("Triton's interpreter is not asked for")
+    x, books = make((50, 2, 2, 256, dim))
+    books[:, 1] *= 1e-6
+    with using(encode="triton"):
+        codes = encode(x, books).long()
+    left = x.double() - books[:, 0].double()[torch.arange(2), codes[..., 0]]
+    words = books[:, 1].double()
+    scores = torch.einsum("nmd,mkd->nmk", left, words) - words.square().sum(-1) / 2
+    chosen = scores.gather(2, codes[..., 1:])[..., 0]
+    lengths = left.norm(dim=-1) * words.norm(dim=-1).amax(-1)
+    assert (chosen >= scores.amax(-1) - 1e-4 * lengths).all()
+
+
 @pytest.mark.parametrize("kernel", able("encode"))
 def test_the_lowest_code_wins_among_equals(kernel: str) -> None:
     books = torch.zeros(2, 1, 40, 3)

@@ -73,6 +73,19 @@ def test_codes_are_the_naive_kernel_s_but_for_near_ties(
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=2e-3)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+@pytest.mark.parametrize("size, dim", [(192, 8), (48, 24), (40, 10)])
+def test_padding_is_no_codeword(size: int, dim: int) -> None:
+    """Though it is nearest to short vectors."""
+    x, words, coupling = case(40, 1, 2, 2, size, dim)
+    given = (0.1 * x, words, coupling)
+    with using(encode_heads="naive", encode="naive"):
+        expected = encode_heads(*given, sweeps=2)
+    with using(encode_heads="triton"):
+        found = encode_heads(*given, sweeps=2)
+    assert (expected != found).sum() <= 1 + 0.02 * found.numel()
+
+
 def test_another_sweep_costs_no_more() -> None:
     given = case(200, 2, 4, 2, 16, 2)
     costs = [cost(*given, encode_heads(*given, sweeps=sweeps)) for sweeps in (1, 2, 4)]

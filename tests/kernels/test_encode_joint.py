@@ -83,6 +83,18 @@ def test_kernels_agree_but_for_near_ties(kernel: str, shape: tuple[int, ...], sc
     assert_as_good(given, expected, found)
 
 
+@pytest.mark.parametrize("size, dim", [(192, 8), (48, 24), (40, 10)])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "naive"])
+def test_padding_is_no_codeword(kernel: str, size: int, dim: int) -> None:
+    """Though it is nearest to short vectors."""
+    x, words, coupled = case(40, 2, 3, size, dim)
+    given = (0.1 * x, words, coupled)
+    with using(encode_joint="naive", encode="naive"):
+        expected = encode_joint(*given, sweeps=2)
+    with using(encode_joint=kernel):
+        assert_as_good(given, expected, encode_joint(*given, sweeps=2))
+
+
 @pytest.mark.skipif("cpu" not in KERNELS, reason="no C compiler")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("level")

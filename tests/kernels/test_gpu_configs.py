@@ -18,6 +18,7 @@ def test_every_split_has_pages(programs: int, pages: int, multiprocessors: int, 
 def test_one_sequence_fills_the_gpu_and_many_are_not_split() -> None:
     assert 8 * split_count(8, 2048, 132, 4) >= 0.9 * 132 * 4
     assert split_count(528, 2048, 132, 4) == 1
+    assert split_count(8, 32, 132, 1) == 16  # of two pages each; fifteen would have up to three
 
 
 def test_words_divide_what_they_are_read_from() -> None:

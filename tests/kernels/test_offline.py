@@ -29,7 +29,7 @@ SPILL = (
     "attend/256/d4/rope/key-sums",
     "encode-joint/128/d8",  # on sm_80
     "encode-heads/128",  # on sm_80
-    "encode/d8/two-stages",  # two registers; half of the codewords at a time takes a third longer
+    "encode/d8/two-stages",  # two registers
 )
 
 

@@ -474,7 +474,7 @@ class VQLayer(CacheLayerMixin):
         stop = start + states.shape[2]
         sources = self._sources(stream, rows, start, stop)
         tokens = rearrange(states, "b h t d -> (b t) h d")
-        encoded = self._compressor.encode_tokens(self.index, stream, tokens, sources)
+        encoded = self._codec(stream).encode(tokens, sources)
         self._store(stream).write(rows, start, encoded)
         if self._compressor.last_use(self.index, stream) is not None:
             self._share(stream, rows, start, stop)

@@ -50,7 +50,9 @@ def encode_heads(
     return codes
 
 
-def head_by_head(coupling: torch.Tensor, subspaces: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def head_by_head(
+    coupling: torch.Tensor, subspaces: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of the first head of every set, the second and so on: subvectors, `[B · M / H]`, and what
     heads of the set push them by, `[B, h n, n]`."""
     sets, heads = coupling.shape[:2]

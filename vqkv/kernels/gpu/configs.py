@@ -141,7 +141,7 @@ class SearchConfig:
         return max(16, 1 << (3 * self.dim + 2).bit_length())
 
     def constants(self) -> dict[str, int]:
-        """Compile-time arguments of `encode_jointly`."""
+        """Compile-time arguments of `encode_jointly` and, of each head, `encode_heads`."""
         return {
             "GROUPS": self.groups,
             "K": self.codewords,

@@ -21,7 +21,8 @@ import triton.language as tl
 #: By what scores in (-2, 2) are raised, and the bits that all of them then have in common.
 MIDDLE, COMMON = tl.constexpr(6.0), tl.constexpr(0x40800000)
 LEAST = tl.constexpr(-(2**31))
-#: Lengths of a head's longest codeword: beyond, fp16 has no numbers, and all codes are as wrong.
+#: Lengths of the longest codeword that a program searches: beyond, fp16 has no numbers, and all
+#: codes are as wrong.
 FARTHEST = tl.constexpr(6e4)
 
 
@@ -76,7 +77,8 @@ def _encode(subvector, run, x, books, codes, vectors, subvectors, S: tl.constexp
     # Scores of half of them leave registers for other programs.
     HALF: tl.constexpr = max(16, SIZE // 2)
     books += subvector * (S * K * DIM)
-    channel = tl.arange(0, DEPTH)[None, :] % DIM
+    lane = tl.arange(0, DEPTH)[None, :]
+    channel, copied = lane % DIM, lane < 3 * DIM
     first = run.to(tl.int64) * BLOCKS * VECTORS
     if S == 1 and K <= SIZE:  # all codewords stay for all blocks
         word = tl.arange(0, HALF)
@@ -93,9 +95,9 @@ def _encode(subvector, run, x, books, codes, vectors, subvectors, S: tl.constexp
                 x, ahead, vectors, subvector, subvectors, DIM, VECTORS, DEPTH
             )
             operand, _ = raised(residual.to(tl.float32), unit, DIM)
-            best = ordered(operand, words, 0, K, HALF)
+            best = ordered(operand, words, 0, K, HALF, K % HALF != 0)
             if HALF < K:
-                best = tl.maximum(best, ordered(operand, others, HALF, K, HALF))
+                best = tl.maximum(best, ordered(operand, others, HALF, K, HALF, K % HALF != 0))
             tl.store(codes + row, named(best).to(codes.dtype.element_ty), mask=there)
             residual, there, row = coming, next_there, next_row
     else:
@@ -109,7 +111,7 @@ def _encode(subvector, run, x, books, codes, vectors, subvectors, S: tl.constexp
                 code = _nearest(residual, book, K, DIM, SIZE)
                 tl.store(codes + row * S + stage, code.to(codes.dtype.element_ty), mask=there)
                 if stage + 1 < S:
-                    found = tl.load(book + code[:, None] * DIM + channel)
+                    found = tl.load(book + code[:, None] * DIM + channel, mask=copied, other=0.0)
                     residual -= found.to(tl.float32)
 
 
@@ -136,7 +138,7 @@ def _nearest(residual, book, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.conste
         unit = longest(book, word, K, DIM)
         words = prepared(book, word, unit, K, DIM, residual.shape[1])
         operand, shrunk = raised(residual, unit, DIM)
-        found = ordered(operand, words, first, K, SIZE)
+        found = ordered(operand, words, first, K, SIZE, K % SIZE != 0)
         top = ((found >> 8) & 0x7FFFFF | COMMON).to(tl.float32, bitcast=True) - MIDDLE
         top = top / shrunk * unit * unit
         code = tl.where(top > best, first + named(found), code)
@@ -187,16 +189,16 @@ def raised(residual, unit, DIM: tl.constexpr):
 
 
 @triton.jit
-def ordered(operand, words, first, K: tl.constexpr, SIZE: tl.constexpr):
+def ordered(operand, words, first, K: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr):
     """The largest score of each vector over `SIZE` codewords from `first` on, behind it the code.
 
-    Of equal scores the lowest code's is the largest number.
+    Of equal scores the lowest code's is the largest number. `MASKED` where some are but padding.
     """
     scores = tl.dot(operand, tl.trans(words))
     place = tl.arange(0, SIZE)[None, :]
     # The code is that within a byte's worth of codewords.
     numbers = scores.to(tl.int32, bitcast=True) * 256 + (255 - (first + place) % 256)
-    if K % SIZE:
+    if MASKED:
         numbers = tl.where(first + place < K, numbers, LEAST)
     return tl.max(numbers, 1)
 
@@ -221,7 +223,7 @@ def highest(residual, words, unit, K: tl.constexpr, DIM: tl.constexpr, SIZE: tl.
     for part in tl.static_range(SIZE // PART):
         word = part * PART + tl.arange(0, PART)[:, None]
         some = tl.load(words + word * DEPTH + tl.arange(0, DEPTH)[None, :])
-        best = tl.maximum(best, ordered(operand, some, part * PART, K, PART))
+        best = tl.maximum(best, ordered(operand, some, part * PART, K, PART, K != SIZE))
     return named(best)
 
 

@@ -4,7 +4,7 @@ A program takes its vectors through all heads of a set and all sweeps. Their err
 multiples of the set's longest codeword, lie in global memory, where only this program reads them:
 how far they push a head is a product for each other head with the coupling of both. The head's
 codes are then nearest codewords, group by group: a product with ones and zeros puts the channels of
-a group where the search wants them, and changes no bit of them.
+a group where the search wants them, and changes no bit of their fp16 halves.
 """
 
 from __future__ import annotations
