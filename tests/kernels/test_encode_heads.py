@@ -9,6 +9,7 @@ import torch
 
 from vqkv.errors import StateError
 from vqkv.kernels.decode import decode
+from vqkv.kernels.encode import heads_triton
 from vqkv.kernels.encode.heads import encode_heads
 from vqkv.kernels.select import KERNELS, recording, using
 from vqkv.layouts import Layout
@@ -84,6 +85,17 @@ def test_padding_is_no_codeword(size: int, dim: int) -> None:
     with using(encode_heads="triton"):
         found = encode_heads(*given, sweeps=2)
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+def test_long_prompts_are_left_to_torch_s_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(70, 1, 2, 2, 16, 2)
+    with using(encode_heads="naive", encode="triton"):
+        expected = encode_heads(*given, sweeps=2)
+    monkeypatch.setattr(heads_triton, "MANY", 70)
+    with using(encode_heads="triton", encode="triton"), recording() as ran:
+        found = encode_heads(*given, sweeps=2)
+    assert torch.equal(found, expected) and ran.count("encode.triton") == 4
 
 
 def test_another_sweep_costs_no_more() -> None:

@@ -58,7 +58,7 @@ class AttendVariant:
         """Of a block, which has a multiprocessor for itself.
 
         As measured on an H200: more of them are slower to begin and to add up, and hardly faster
-        between, but for d = 8 after RoPE.
+        between. For d = 8 after RoPE 8 have not been measured with the loop as it is.
         """
         few = self.padded_rows > 8 or self.key_sums or self.rope or self.dim == 4
         return 8 if few else 12
