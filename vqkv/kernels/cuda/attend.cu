@@ -52,7 +52,6 @@ static_assert(4 * (1 + KEY_SUMS) * WARPS * ROWS * HEAD_DIM <= KEY_BYTES + VALUE_
 #if ROPE
 #define CHUNK (64 / ROWS / BATCH * BATCH)    // pages whose turned queries are made between two barriers
 #define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
-#define OWN_ITEMS ((BATCH * ITEMS + THREADS - 1) / THREADS)
 static_assert(CHUNK > 0, "too many pages at a time");
 #endif
 
@@ -94,21 +93,25 @@ struct Columns {
     u32 of[STEPS][2][2];
 };
 
+// Which of `COUNT` items are a thread's: threads take turns, and some may have one less.
+template <int COUNT> struct Share {
+    static constexpr int OWN = (COUNT + THREADS - 1) / THREADS;
+    DEVICE static int item(int own) { return thread_index() + own * THREADS; }
+    DEVICE static bool has(int own) { return COUNT % THREADS == 0 || item(own) < COUNT; }
+};
+
 // A thread's share of a table, all of it on its way at once.
 
 // [QUARTER, 256, 4, d] of fp8, each code's 4 d bytes copied.
-struct KeyTable {
-    static constexpr int ENTRIES = QUARTER * 256, OWN = (ENTRIES + THREADS - 1) / THREADS;
+struct KeyTable : Share<QUARTER * 256> {
     uint4 words[OWN][WORDS];
 
-    DEVICE static int entry(int own) { return thread_index() + own * THREADS; }
-    DEVICE static bool has(int own) { return ENTRIES % THREADS == 0 || entry(own) < ENTRIES; }
     DEVICE explicit KeyTable(const u8 *from) {
 #pragma unroll
         for (int own = 0; own < OWN; own++)
 #pragma unroll
             for (int i = 0; i < WORDS; i++)
-                if (has(own)) words[own][i] = ((const uint4 *)from)[entry(own) * WORDS + i];
+                if (has(own)) words[own][i] = ((const uint4 *)from)[item(own) * WORDS + i];
     }
     DEVICE void write(u8 *table) const {
         constexpr int PARTS = KEY_COPIES * WORDS;  // of 16 bytes
@@ -116,28 +119,25 @@ struct KeyTable {
         for (int own = 0; own < OWN; own++)
 #pragma unroll
             for (int i = 0; i < PARTS; i++) {
-                const int place = (i + entry(own) * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
+                const int place = (i + item(own) * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
                 const uint4 part = WORDS == 2 && place % 2 ? words[own][WORDS - 1] : words[own][0];
-                if (has(own)) ((uint4 *)table)[entry(own) * PARTS + place] = part;
+                if (has(own)) ((uint4 *)table)[item(own) * PARTS + place] = part;
             }
     }
 };
 
 // [EIGHTH, 256, 8, d] of fp8, four copies of every entry.
-struct ValueTable {
-    static constexpr int ENTRIES = EIGHTH * 256 * 8, OWN = (ENTRIES + THREADS - 1) / THREADS;
+struct ValueTable : Share<EIGHTH * 256 * 8> {
     u32 words[OWN][WORDS];
 
-    DEVICE static int entry(int own) { return thread_index() + own * THREADS; }
-    DEVICE static bool has(int own) { return ENTRIES % THREADS == 0 || entry(own) < ENTRIES; }
     DEVICE explicit ValueTable(const u8 *from) {
 #pragma unroll
         for (int own = 0; own < OWN; own++)
             if (has(own)) {
 #if DIM == 4
-                words[own][0] = ((const u32 *)from)[entry(own)];
+                words[own][0] = ((const u32 *)from)[item(own)];
 #else
-                const uint2 both = ((const uint2 *)from)[entry(own)];
+                const uint2 both = ((const uint2 *)from)[item(own)];
                 words[own][0] = both.x, words[own][1] = both.y;
 #endif
             }
@@ -149,9 +149,9 @@ struct ValueTable {
             const uint4 copies = make_uint4(first, second, first, second);
             if (!has(own)) continue;
 #if DIM == 4
-            ((uint4 *)table)[entry(own)] = copies;
+            ((uint4 *)table)[item(own)] = copies;
 #else
-            const int g = entry(own) & 7, code = entry(own) >> 3 & 255, u = entry(own) >> 11;
+            const int g = item(own) & 7, code = item(own) >> 3 & 255, u = item(own) >> 11;
             uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * VALUE_ROW + g % 4 * 32);
             to[g / 4] = to[1 - g / 4] = copies;  // lanes of either half of g write to other banks
 #endif
@@ -276,28 +276,25 @@ DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
 }
 
 // What a thread turns of queries [ROWS, D], once for BATCH pages: fragments [BATCH, STEPS, ROWS, 4].
-struct Turning {
+struct Turning : Share<BATCH * ITEMS> {
     // By which it turns them.
     struct Turns {
-        float2 of[OWN_ITEMS][2];
+        float2 of[OWN][2];
     };
     const float2 *page_turns;
-    float4 query[OWN_ITEMS];
-    int first[OWN_ITEMS], second[OWN_ITEMS];  // pairs in the tables
+    float4 query[OWN];
+    int first[OWN], second[OWN];  // pairs in the tables
 
-    DEVICE static int item(int own) { return thread_index() + own * THREADS; }
-    // Threads are as many as items, or some have nothing to do.
-    DEVICE static bool has(int own) { return BATCH * ITEMS % THREADS == 0 || item(own) < BATCH * ITEMS; }
     DEVICE Turning(const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
 #pragma unroll
-        for (int own = 0; own < OWN_ITEMS; own++) {
+        for (int own = 0; own < OWN; own++) {
             const int c = item(own) & 3, step = item(own) / (4 * ROWS) % STEPS;
             first[own] = pairs[pair_of(step, c)], second[own] = pairs[pair_of(step, c) + 1];
         }
     }
     DEVICE void take(const float *queries) {
 #pragma unroll
-        for (int own = 0; own < OWN_ITEMS; own++) {
+        for (int own = 0; own < OWN; own++) {
             const int c = item(own) & 3, row = item(own) / 4 % ROWS, step = item(own) / (4 * ROWS) % STEPS;
             query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair_of(step, c));
         }
@@ -306,7 +303,7 @@ struct Turning {
     DEVICE Turns read(int page, int end) const {
         Turns turns = {};
 #pragma unroll
-        for (int own = 0; own < OWN_ITEMS; own++)
+        for (int own = 0; own < OWN; own++)
             if (has(own)) {
                 const int at = page + item(own) / ITEMS;
                 const float2 *const from = page_turns + (i64)(at < end ? at : end - 1) * HALF;
@@ -316,7 +313,7 @@ struct Turning {
     }
     DEVICE void write(uint2 *fragments, const Turns &turns) const {
 #pragma unroll
-        for (int own = 0; own < OWN_ITEMS; own++)
+        for (int own = 0; own < OWN; own++)
             if (has(own)) fragments[item(own)] = fragment(turned_back(query[own], turns.of[own][0], turns.of[own][1]));
     }
 };
