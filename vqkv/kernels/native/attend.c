@@ -14,6 +14,8 @@
 static const struct kernel *kernel_of(int level, const struct attention *a)
 {
 #ifdef HAVE_X86
+    if (level >= AVX512_VBMI && attend_tables_takes(a))
+        return &attend_tables;
     if (level >= AVX512_BF16 && attend_bf16_takes(a))
         return &attend_bf16;
     if (level >= AVX512)
@@ -39,9 +41,9 @@ static size_t lay_out(struct work *w, char *memory)
     const struct attention *a = w->a;
     const size_t rows = a->rows, dim = a->head_dim, real = sizeof(float);
     size_t used = 0;
-    /* Vectors of 16 codes are read, so the last may reach 15 bytes too far. */
+    /* Vectors of 16 codes are read, of keys and of values, so the last may reach 15 bytes too far. */
     w->keys = take(&memory, &used, TILE * a->keys.groups * a->keys.stages + 15);
-    w->values = take(&memory, &used, TILE * a->values.groups * a->values.stages);
+    w->values = take(&memory, &used, TILE * a->values.groups * a->values.stages + 15);
     w->scores = take(&memory, &used, rows * TILE * real);
     w->best = take(&memory, &used, rows * real);
     w->total = take(&memory, &used, rows * real);
@@ -142,6 +144,7 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     const int64_t tiles = stop > start ? (stop + TILE - 1) / TILE - first_tile : 0;
     const int64_t from = first_tile + tiles * part / a->parts;
     const int64_t to = first_tile + tiles * (part + 1) / a->parts;
+    w->tiles = to - from;
     for (int64_t r = 0; r < a->rows; r++) {
         w->best[r] = -INFINITY;
         w->total[r] = 0.0f;

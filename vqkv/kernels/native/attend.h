@@ -55,6 +55,7 @@ struct run {
 struct work {
     const struct attention *a;
     int64_t row, head;
+    int64_t tiles;                    /* of the part */
     int64_t begin, end;               /* tokens of the tile that count */
     struct run ahead[RUNS];           /* what will be read next, not fetched yet */
     int next;                         /* of `ahead` */
@@ -78,7 +79,7 @@ struct kernel {
     void (*sums)(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
 };
 
-extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16;
+extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16, attend_tables;
 
 /* What levels have in common: one for each, of which attend_bf16 borrows these. */
 void queries_scalar(struct work *w, int64_t page, const float *turns);
@@ -94,7 +95,7 @@ INLINE void fetch_ahead(struct work *w, int64_t lines)
     while (lines > 0 && w->next < RUNS) {
         struct run *run = &w->ahead[w->next];
         if (run->at < run->end) {
-            __builtin_prefetch(run->at);
+            __builtin_prefetch(run->at, 0, 2); /* to L2: L1 holds what this tile looks up */
             run->at += run->step;
             lines--;
         } else {
@@ -103,8 +104,10 @@ INLINE void fetch_ahead(struct work *w, int64_t lines)
     }
 }
 
-/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes. */
+/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables,
+ * which takes no others, does. */
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
+int attend_tables_takes(const struct attention *a);
 
 #endif

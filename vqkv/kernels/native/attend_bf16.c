@@ -14,28 +14,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "attend.h"
+#include "attend_bf16.h"
 
 #ifdef HAVE_X86
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define QUAD 4
 #define CHUNK 8 /* quads */
-#define MAX_QUADS 64
 #define ROWS 8 /* rows of queries at a time, at most */
-
-/* A codeword's four channels as bfloat16. */
-typedef uint64_t word;
-
-/* Pieces of `rounded`. Quads beyond the last, up to whole chunks, have words of zeros. */
-struct pieces {
-    word *keys, *values;      /* [quads, S, 256] */
-    uint8_t *codes;           /* [M S up to a multiple of 16, TILE] of keys */
-    uint32_t *turns;          /* [quads, 8, 2, 8, 2]: of 8 offsets and a quad's two pairs first
-                                 (c, -s), then (s, c) */
-    uint32_t *first, *second; /* [TILE_PAGES, R, MAX_QUADS] pairs of queries */
-    uint32_t *weights;        /* [R, TILE / 2] pairs of tokens' weights */
-};
 
 static int64_t chunked(int64_t quads)
 {
@@ -51,6 +36,7 @@ static size_t lay_out(const struct attention *a, char *memory, struct pieces *p)
     const size_t codes = columns * TILE;
     const size_t turns = a->page_turns == NULL ? 0 : quads * PAGE * 4 * sizeof(uint32_t);
     const size_t queries = TILE_PAGES * a->rows * MAX_QUADS * sizeof(uint32_t);
+    const size_t weights = a->rows * TILE / 2 * sizeof(uint32_t);
     if (memory != NULL) {
         p->keys = (word *)memory;
         p->values = (word *)(memory += keys);
@@ -59,8 +45,9 @@ static size_t lay_out(const struct attention *a, char *memory, struct pieces *p)
         p->first = (uint32_t *)(memory += turns);
         p->second = (uint32_t *)(memory += queries);
         p->weights = (uint32_t *)(memory += queries);
+        p->tables = memory + weights;
     }
-    return keys + values + codes + turns + 2 * queries + a->rows * TILE / 2 * sizeof(uint32_t);
+    return keys + values + codes + turns + 2 * queries + weights + attend_tables_scratch(a);
 }
 
 int64_t attend_bf16_scratch(const struct attention *a)
@@ -74,7 +61,7 @@ int attend_bf16_takes(const struct attention *a)
            a->head_dim <= MAX_QUADS * QUAD;
 }
 
-static struct pieces pieces_of(const struct work *w)
+struct pieces pieces_of(const struct work *w)
 {
     struct pieces pieces;
     lay_out(w->a, (char *)w->rounded, &pieces);
@@ -91,25 +78,28 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
                                word *rounded)
 {
     const int64_t stages = plane->stages, size = plane->size, dim = plane->dim;
-    const int64_t real = plane->groups * dim / QUAD;
+    const int64_t real = plane->groups * dim / QUAD, width = width_of(plane);
     const float *words = plane->words + head * plane->groups * stages * size * dim;
-    for (int64_t quad = 0; quad < real; quad++)
-        for (int64_t s = 0; s < stages; s++) {
+    for (int64_t quad = 0; quad < real; quad += width)
+        for (int64_t s = 0; s < stages; s++, rounded += 256 * width) {
             const int64_t column = quad * QUAD / dim * stages + s;
             const float *from = words + column * size * dim + quad * QUAD % dim;
-            word *to = rounded + (quad * stages + s) * 256;
             int64_t k = 0;
             for (; dim == QUAD && k + 4 <= size; k += 4) /* four whole codewords at once */
-                _mm256_storeu_si256((__m256i *)(to + k),
+                _mm256_storeu_si256((__m256i *)(rounded + k),
                                     (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k * QUAD)));
-            for (; k < size; k++)
-                _mm_storel_epi64((__m128i *)(to + k),
+            for (; width == 1 && k < size; k++)
+                _mm_storel_epi64((__m128i *)(rounded + k),
                                  (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(from + k * dim)));
+            for (; k < size; k++)
+                _mm_storeu_si128((__m128i *)(rounded + 2 * k),
+                                 (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(from + k * dim)));
+            memset(rounded + width * k, 0, width * (256 - k) * sizeof(word));
         }
-    memset(rounded + real * stages * 256, 0, (quads - real) * stages * 256 * sizeof(word));
+    memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
 
-static TARGET void prepare(struct work *w)
+TARGET void prepare_bf16(struct work *w)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
@@ -135,7 +125,7 @@ static TARGET void prepare(struct work *w)
 
 /* Pairs of queries as a quad's two vectors of keys need them: those of x and of y where keys are
  * turned, else (x, y) of the quad's two pairs. */
-static TARGET void queries(struct work *w, int64_t page, const float *turns)
+TARGET void queries_bf16(struct work *w, int64_t page, const float *turns)
 {
     queries_avx512(w, page, turns);
     const struct attention *a = w->a;
@@ -171,14 +161,33 @@ INLINE TARGET __m512i eight(__m128d a, __m128d b, __m128d c, __m128d d)
     return _mm512_castpd_si512(_mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1));
 }
 
-/* Words of tokens 0, 1, step, step + 1, 2 step, ... */
-INLINE TARGET __m512i eight_tokens(const word *book, const uint8_t *codes, int step)
+/* Eight codes are loaded at once: taking them apart leaves the loads to codewords. */
+INLINE uint64_t eight_codes(const uint8_t *codes)
 {
-    const __m128d a = two(book + codes[0], book + codes[1]);
-    const __m128d b = two(book + codes[step], book + codes[step + 1]);
-    const __m128d c = two(book + codes[2 * step], book + codes[2 * step + 1]);
-    const __m128d d = two(book + codes[3 * step], book + codes[3 * step + 1]);
-    return eight(a, b, c, d);
+    uint64_t eight;
+    memcpy(&eight, codes, sizeof eight);
+    return eight;
+}
+
+INLINE int64_t code_of(uint64_t eight, int i)
+{
+    return eight >> 8 * i & 255;
+}
+
+/* Words, `width` apart, of two tokens from token i of 16. */
+INLINE TARGET __m128d two_tokens(const word *book, int64_t width, const uint64_t codes[2], int i)
+{
+    const uint64_t eight = codes[i / 8];
+    return two(book + code_of(eight, i % 8) * width, book + code_of(eight, i % 8 + 1) * width);
+}
+
+/* Of 8 tokens from token i, every two of them `step` further. */
+INLINE TARGET __m512i eight_tokens(const word *book, int64_t width, const uint64_t codes[2], int i,
+                                   int step)
+{
+    return eight(two_tokens(book, width, codes, i), two_tokens(book, width, codes, i + step),
+                 two_tokens(book, width, codes, i + 2 * step),
+                 two_tokens(book, width, codes, i + 3 * step));
 }
 
 INLINE TARGET __m512 dot(__m512 sum, __m512i a, __m512i b)
@@ -188,16 +197,17 @@ INLINE TARGET __m512 dot(__m512 sum, __m512i a, __m512i b)
 
 /* Two pairs of each of 16 tokens: the two x and the two y of turned keys. `turns` of their
  * offsets. */
-INLINE TARGET void turned_keys(const word *book, const uint8_t *codes, int64_t stages,
-                               const uint32_t *turns, __m512i *x, __m512i *y)
+INLINE TARGET void turned_keys(const word *book, int64_t width, const uint8_t *codes,
+                               int64_t stages, const uint32_t *turns, __m512i *x, __m512i *y)
 {
     const __m512 zero = _mm512_setzero_ps();
     __m512 x0 = zero, x1 = zero, y0 = zero, y1 = zero;
-    for (int64_t s = 0; s < stages; s++, book += 256, codes += TILE) {
-        const __m512i low = eight_tokens(book, codes, 2);
+    for (int64_t s = 0; s < stages; s++, book += 256 * width, codes += TILE) {
+        const uint64_t both[2] = {eight_codes(codes), eight_codes(codes + 8)};
+        const __m512i low = eight_tokens(book, width, both, 0, 2);
         x0 = dot(x0, low, _mm512_loadu_si512(turns));
         y0 = dot(y0, low, _mm512_loadu_si512(turns + 16));
-        const __m512i high = eight_tokens(book, codes + 8, 2);
+        const __m512i high = eight_tokens(book, width, both, 8, 2);
         x1 = dot(x1, high, _mm512_loadu_si512(turns + 32));
         y1 = dot(y1, high, _mm512_loadu_si512(turns + 48));
     }
@@ -206,17 +216,20 @@ INLINE TARGET void turned_keys(const word *book, const uint8_t *codes, int64_t s
 }
 
 /* Adds a chunk of quads to the scores of a tile under `rows` rows from `row`. Constant where this
- * is inlined: `rows`, whether keys are `turned`, and `stages` where it is 1. */
+ * is inlined: `rows`, whether keys are `turned`, and `stages` and `width` where there is one stage. */
 INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t row, int rows,
-                               int64_t chunk, int64_t tokens, int turned, int64_t stages)
+                               int64_t chunk, int64_t tokens, int turned, int64_t stages,
+                               int64_t width)
 {
     const int64_t real = w->a->head_dim / QUAD;
     const int64_t count = real - chunk < CHUNK ? real - chunk : CHUNK;
-    const word *books = p->keys + chunk * stages * 256;
     const uint32_t *turns = p->turns + chunk * PAGE * 4;
     const uint8_t *columns[CHUNK];
-    for (int64_t i = 0; i < count; i++)
+    const word *books[CHUNK];
+    for (int64_t i = 0; i < count; i++) {
         columns[i] = p->codes + (chunk + i) * QUAD / w->a->keys.dim * stages * TILE;
+        books[i] = words_of(p->keys, &w->a->keys, chunk + i, 0);
+    }
     const struct plane *other = &w->a->values;
     const int64_t bytes = TILE * (w->a->keys.groups * stages + other->groups * other->stages);
     const int64_t calls = chunked(real) / CHUNK * (TILE / 16), lines = bytes / 64 / calls + 1;
@@ -232,17 +245,19 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
         }
         for (int64_t i = 0; i < count; i++) {
             const uint32_t *first = p->first + query + i, *second = p->second + query + i;
-            const word *book = books + i * stages * 256;
+            const word *book = books[i];
             const uint8_t *codes = columns[i] + token;
             __m512i x, y;
-            for (int64_t s = 0; s < (turned ? 1 : stages); s++, book += 256, codes += TILE) {
+            for (int64_t s = 0; s < (turned ? 1 : stages); s++, codes += TILE) {
                 if (turned) {
-                    turned_keys(book, codes, stages, turns + i * PAGE * 4 + token % PAGE * 4,
-                                &x, &y);
+                    turned_keys(book, width, codes, stages,
+                                turns + i * PAGE * 4 + token % PAGE * 4, &x, &y);
                 } else {
                     /* In this order of tokens the shuffles leave them in theirs. */
-                    const __m512 even = (__m512)eight_tokens(book, codes, 4);
-                    const __m512 odd = (__m512)eight_tokens(book, codes + 2, 4);
+                    const uint64_t both[2] = {eight_codes(codes), eight_codes(codes + 8)};
+                    const __m512 even = (__m512)eight_tokens(book, width, both, 0, 4);
+                    const __m512 odd = (__m512)eight_tokens(book, width, both, 2, 4);
+                    book += 256 * width;
                     x = (__m512i)_mm512_shuffle_ps(even, odd, 0x88);
                     y = (__m512i)_mm512_shuffle_ps(even, odd, 0xdd);
                 }
@@ -257,42 +272,57 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
     }
 }
 
+/* Words of a chunk for one token: lane i has quads i and i + 4, or, of words that lie in twos, 2i and
+ * 2i + 1. `at` are their columns; where a chunk is `whole`, its codes follow the first. */
+INLINE TARGET __m512i chunk_of(const word *book, int64_t step, const uint8_t *codes,
+                               const int64_t at[CHUNK], int whole, int64_t stages, int64_t width)
+{
+    const uint64_t next = whole ? eight_codes(codes + at[0]) : 0;
+#define CODE(i) (whole ? code_of(next, (int)((i) / width * stages)) : codes[at[i]])
+    if (width == 2) {
+#define PAIR(i) _mm_loadu_pd((const double *)(book + (i) * step + 2 * CODE(2 * i)))
+        return eight(PAIR(0), PAIR(1), PAIR(2), PAIR(3));
+#undef PAIR
+    }
+#define PAIR(i) two(book + (i) * step + CODE(i), book + (i + 4) * step + CODE(i + 4))
+    return eight(PAIR(0), PAIR(1), PAIR(2), PAIR(3));
+#undef PAIR
+#undef CODE
+}
+
 /* Adds the tokens of a tile to a chunk of the sums of `rows` rows. Constant where this is inlined:
- * `rows`, and `shared`, the number of quads of a code, if there is one stage, or else 0. */
+ * `rows` and `width`; where a chunk is whole and its codes lie together, `whole` and `stages`. */
 INLINE TARGET void sum_chunk(const struct work *w, const uint32_t *weights,
                              const struct plane *plane, const word *books, const uint8_t *codes,
-                             int64_t row, int rows, int64_t chunk, int shared, float *sums)
+                             int64_t row, int rows, int64_t chunk, int whole, int64_t stages,
+                             int64_t width, float *sums)
 {
-    const int64_t stages = shared ? 1 : plane->stages, pitch = plane->groups * stages;
+    const int64_t pitch = plane->groups * stages;
     const int64_t head_dim = w->a->head_dim, channel = chunk * QUAD, left = head_dim - channel;
     const __mmask16 lows = left >= 16 ? 0xffff : (1u << left) - 1;
     const __mmask16 highs = left >= 32 ? 0xffff : left <= 16 ? 0 : (1u << (left - 16)) - 1;
     int64_t column[CHUNK];
     for (int i = 0; i < CHUNK; i++)
         column[i] = (chunk + i) * QUAD < head_dim ? (chunk + i) * QUAD / plane->dim * stages : 0;
-    if (shared)
-        for (int i = 1; i < CHUNK; i++)
-            column[i] = column[0] + i / shared;
     __m512 low[ROWS], high[ROWS];
     for (int r = 0; r < rows; r++) {
         const float *sum = sums + (row + r) * head_dim + channel;
         const __m512 shrink = _mm512_set1_ps(w->shrink[row + r]);
-        low[r] = _mm512_mul_ps(_mm512_maskz_loadu_ps(lows, sum), shrink);
-        high[r] = _mm512_mul_ps(_mm512_maskz_loadu_ps(highs, sum + 16), shrink);
+        const __m512 first = _mm512_mul_ps(_mm512_maskz_loadu_ps(lows, sum), shrink);
+        const __m512 second = _mm512_mul_ps(_mm512_maskz_loadu_ps(highs, sum + 16), shrink);
+        /* Words in twos give sums of every other quad. */
+        low[r] = width == 1 ? first : _mm512_shuffle_f32x4(first, second, 0x88);
+        high[r] = width == 1 ? second : _mm512_shuffle_f32x4(first, second, 0xdd);
     }
-    const int64_t step = stages * 256;
+    const int64_t step = stages * 256 * width;
     for (int64_t t = w->begin / 2 * 2; t < w->end; t += 2) {
         const uint32_t *weight = weights + row * (TILE / 2) + t / 2;
         for (int64_t s = 0; s < stages; s++) {
-            const word *book = books + chunk * step + s * 256;
-            const uint8_t *own = codes + t * pitch + s, *next = own + pitch;
-#define QUADS(c, i, j) \
-    two(book + (i) * step + c[column[i]], book + (j) * step + c[column[j]])
-#define TOKEN(c) eight(QUADS(c, 0, 4), QUADS(c, 1, 5), QUADS(c, 2, 6), QUADS(c, 3, 7))
-            const __m512i x = TOKEN(own), y = TOKEN(next);
+            const word *book = books + chunk / width * step + s * 256 * width;
+            const uint8_t *own = codes + t * pitch + s;
+            const __m512i x = chunk_of(book, step, own, column, whole, stages, width);
+            const __m512i y = chunk_of(book, step, own + pitch, column, whole, stages, width);
             const __m512i lower = _mm512_unpacklo_epi16(x, y), upper = _mm512_unpackhi_epi16(x, y);
-#undef QUADS
-#undef TOKEN
             for (int r = 0; r < rows; r++) {
                 const __m512i both =
                     _mm512_set1_epi32((int)weight[r * (TILE / 2)]);
@@ -303,15 +333,20 @@ INLINE TARGET void sum_chunk(const struct work *w, const uint32_t *weights,
     }
     for (int r = 0; r < rows; r++) {
         float *sum = sums + (row + r) * head_dim + channel;
-        _mm512_mask_storeu_ps(sum, lows, low[r]);
-        _mm512_mask_storeu_ps(sum + 16, highs, high[r]);
+        __m512 first = low[r], second = high[r];
+        if (width == 2) {
+            const __m512 lower = _mm512_shuffle_f32x4(first, second, 0x44);
+            const __m512 upper = _mm512_shuffle_f32x4(first, second, 0xee);
+            first = _mm512_shuffle_f32x4(lower, lower, 0xd8);
+            second = _mm512_shuffle_f32x4(upper, upper, 0xd8);
+        }
+        _mm512_mask_storeu_ps(sum, lows, first);
+        _mm512_mask_storeu_ps(sum + 16, highs, second);
     }
 }
 
-/* Codes [columns, TILE] of [TILE, columns], as far as there are tokens, in blocks of 16 by 16:
- * interleaving the halves of a block four times transposes it. */
-static TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t tokens,
-                             uint8_t *transposed)
+/* In blocks of 16 by 16: interleaving the halves of a block four times transposes it. */
+TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed)
 {
     for (int64_t c = 0; c < columns; c += 16)
         for (int64_t t = 0; t < tokens; t += 16) {
@@ -341,39 +376,44 @@ static TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t toke
     default: call(8); row += 8; \
     }
 
-static TARGET void scores(struct work *w, int64_t tokens)
+TARGET void scores_bf16(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
-    const int64_t stages = a->keys.stages;
+    const int64_t stages = a->keys.stages, width = width_of(&a->keys);
     const int turned = a->page_turns != NULL;
     transpose(w->keys, a->keys.groups * stages, tokens, p.codes);
     for (int64_t chunk = 0; chunk < a->head_dim / QUAD; chunk += CHUNK)
         for (int64_t row = 0; row < a->rows;) {
-#define SCORE(rows, turned, stages) score_chunk(w, &p, row, rows, chunk, tokens, turned, stages)
-#define TURNED_SINGLE(rows) SCORE(rows, 1, 1)
-#define TURNED(rows) SCORE(rows, 1, stages)
-#define SINGLE(rows) SCORE(rows, 0, 1)
-#define ANY(rows) SCORE(rows, 0, stages)
-            if (turned && stages == 1)
+#define SCORE(rows, turned, stages, width) \
+    score_chunk(w, &p, row, rows, chunk, tokens, turned, stages, width)
+#define TURNED_SINGLE(rows) SCORE(rows, 1, 1, 1)
+#define TURNED_WIDE(rows) SCORE(rows, 1, 1, 2)
+#define TURNED(rows) SCORE(rows, 1, stages, width)
+#define SINGLE(rows) SCORE(rows, 0, 1, 1)
+#define ANY(rows) SCORE(rows, 0, stages, width)
+            if (turned && stages == 1 && width == 1)
                 FOR_ROWS(a->rows - row, TURNED_SINGLE)
+            else if (turned && stages == 1)
+                FOR_ROWS(a->rows - row, TURNED_WIDE)
             else if (turned)
                 FOR_ROWS(a->rows - row, TURNED)
-            else if (stages == 1)
+            else if (stages == 1 && width == 1)
                 FOR_ROWS(a->rows - row, SINGLE)
             else
                 FOR_ROWS(a->rows - row, ANY)
 #undef ANY
+#undef SINGLE
         }
 }
 
-static TARGET void sums(struct work *w, const struct plane *plane, const uint8_t *codes,
-                        float *sums)
+TARGET void sums_bf16(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
     const word *books = plane == &a->keys ? p.keys : p.values;
-    const int shared = plane->stages == 1 ? plane->dim / QUAD : 0;
+    const int64_t stages = plane->stages, width = width_of(plane);
+    const int together = plane->dim == QUAD * width; /* no code but that of a word or two */
     for (int64_t i = 0; i < a->rows * TILE; i += 32) {
         const __m512 low = _mm512_loadu_ps(w->scores + i);
         const __m512 high = _mm512_loadu_ps(w->scores + i + 16);
@@ -381,22 +421,28 @@ static TARGET void sums(struct work *w, const struct plane *plane, const uint8_t
     }
     for (int64_t chunk = 0; chunk < a->head_dim / QUAD; chunk += CHUNK)
         for (int64_t row = 0; row < a->rows;) {
-#define SUM(rows, shared) \
-    sum_chunk(w, p.weights, plane, books, codes, row, rows, chunk, shared, sums)
-#define OWN(rows) SUM(rows, 1)
-#define HALVES(rows) SUM(rows, 2)
-#define ANY(rows) SUM(rows, 0)
-            /* Constant columns only where a chunk is whole. */
-            const int whole = a->head_dim / QUAD - chunk >= CHUNK;
-            if (shared == 1 && whole)
-                FOR_ROWS(a->rows - row, OWN)
-            else if (shared == 2 && whole)
-                FOR_ROWS(a->rows - row, HALVES)
+#define SUM(rows, whole, stages, width) \
+    sum_chunk(w, p.weights, plane, books, codes, row, rows, chunk, whole, stages, width, sums)
+#define SINGLE(rows) SUM(rows, 1, 1, 1)
+#define WIDE(rows) SUM(rows, 1, 1, 2)
+#define WIDE_TWICE(rows) SUM(rows, 1, 2, 2)
+#define ANY_WIDE(rows) SUM(rows, 0, stages, 2)
+#define ANY(rows) SUM(rows, 0, stages, 1)
+            const int whole = together && a->head_dim / QUAD - chunk >= CHUNK;
+            if (whole && stages == 1 && width == 1)
+                FOR_ROWS(a->rows - row, SINGLE)
+            else if (whole && stages == 1)
+                FOR_ROWS(a->rows - row, WIDE)
+            else if (whole && stages == 2 && width == 2)
+                FOR_ROWS(a->rows - row, WIDE_TWICE)
+            else if (width == 2)
+                FOR_ROWS(a->rows - row, ANY_WIDE)
             else
                 FOR_ROWS(a->rows - row, ANY)
         }
 }
 
-const struct kernel attend_bf16 = {prepare, queries, scores, softmax_avx512, sums};
+const struct kernel attend_bf16 = {prepare_bf16, queries_bf16, scores_bf16, softmax_avx512,
+                                   sums_bf16};
 
 #endif

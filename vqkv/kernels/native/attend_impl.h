@@ -78,14 +78,16 @@ TARGET void NAME(queries)(struct work *w, int64_t page, const float *turns)
         return;
     }
     const int32_t *pairs = a->pairs + w->head * half;
-    float *restrict turn = w->decoded;
-    for (int64_t j = 0; j < half; j++)
-        memcpy(turn + 2 * j, turns + 2 * pairs[j], 2 * sizeof(float));
+    float *restrict cosine = w->decoded, *restrict sine = cosine + half;
+    for (int64_t j = 0; j < half; j++) {
+        cosine[j] = turns[2 * pairs[j]];
+        sine[j] = turns[2 * pairs[j] + 1];
+    }
     for (int64_t r = 0; r < a->rows; r++, given += 2 * half) {
         float *restrict x = query + r * 2 * half, *restrict y = x + half;
         for (int64_t j = 0; j < half; j++) {
-            x[j] = given[j] * turn[2 * j] + given[half + j] * turn[2 * j + 1];
-            y[j] = given[half + j] * turn[2 * j] - given[j] * turn[2 * j + 1];
+            x[j] = given[j] * cosine[j] + given[half + j] * sine[j];
+            y[j] = given[half + j] * cosine[j] - given[j] * sine[j];
         }
     }
 }

@@ -10,7 +10,9 @@ int vqkv_best_level(void)
     if (__builtin_cpu_supports("avx512f")) {
         const int bf16 = __builtin_cpu_supports("avx512bf16") &&
                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-        return bf16 ? AVX512_BF16 : AVX512;
+        if (!bf16)
+            return AVX512;
+        return __builtin_cpu_supports("avx512vbmi") ? AVX512_VBMI : AVX512_BF16;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;

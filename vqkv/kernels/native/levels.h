@@ -8,8 +8,9 @@
 #include <immintrin.h>
 #endif
 
-/* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16). */
-enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+/* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes
+ * in registers. */
+enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AVX512_VBMI = 4 };
 
 /* Of a function that each_level.h made, the one for a level. */
 #ifdef HAVE_X86

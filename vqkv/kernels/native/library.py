@@ -16,9 +16,10 @@ import torch
 
 from vqkv.errors import KernelError
 
-#: `avx512_bf16` is AVX-512 with products of bfloat16 pairs.
-Level = Literal["scalar", "avx2", "avx512", "avx512_bf16"]
-LEVELS: tuple[Level, ...] = ("scalar", "avx2", "avx512", "avx512_bf16")
+#: `avx512_bf16` is AVX-512 with products of bfloat16 pairs, `avx512_vbmi` that and look-ups of
+#: bytes in registers.
+Level = Literal["scalar", "avx2", "avx512", "avx512_bf16", "avx512_vbmi"]
+LEVELS: tuple[Level, ...] = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vbmi")
 
 #: Floats of the longest vectors.
 MOST_LANES = 16
