@@ -1,10 +1,18 @@
 """Adds the C kernels to what pyproject.toml says. Without a compiler they are left out."""
 
+import hashlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 NATIVE = Path("vqkv/kernels/native")
+
+
+def sources_hash() -> str:
+    """Of all C sources, as `vqkv.kernels.native.library` takes it to know a stale build."""
+    sources = sorted([*NATIVE.glob("*.c"), *NATIVE.glob("*.h")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
 
 setup(
     ext_modules=[
@@ -13,7 +21,10 @@ setup(
             sources=sorted(map(str, NATIVE.glob("*.c"))),
             depends=sorted(map(str, NATIVE.glob("*.h"))),
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=fast"],
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            define_macros=[
+                ("Py_LIMITED_API", "0x030B0000"),
+                ("VQKV_SOURCES", f'"{sources_hash()}"'),
+            ],
             py_limited_api=True,
             optional=True,
         )

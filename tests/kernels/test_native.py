@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from vqkv.errors import StateError
+from vqkv.errors import KernelError, StateError
 from vqkv.kernels import native
+from vqkv.kernels.native.library import check_sources, library
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
@@ -139,3 +141,10 @@ def test_statistics(level: native.Level, weighting: str, vectors: int) -> None:
 def test_wrong_input(x: torch.Tensor, codewords: torch.Tensor, message: str) -> None:
     with pytest.raises(StateError, match=message):
         native.nearest(x, codewords)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    check_sources(library(), tmp_path)  # as in a wheel, which has none
+    (tmp_path / "levels.c").write_text("/* newer */\n")
+    with pytest.raises(KernelError, match="make env"):
+        check_sources(library(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -112,10 +114,16 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The shared library. Raises ImportError where it was not built."""
+    """The shared library.
+
+    Raises:
+        ImportError: it was not built.
+        KernelError: it was built from other sources than lie beside it.
+    """
     module = importlib.import_module("vqkv.kernels.native._native")
     assert module.__file__ is not None
     loaded = ctypes.CDLL(module.__file__)
+    check_sources(loaded, Path(module.__file__).parent)
     number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     loaded.vqkv_best_level.argtypes = []
     loaded.vqkv_best_level.restype = number
@@ -147,3 +155,23 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_attend.argtypes = [number, pointer, size, size]
     loaded.vqkv_attend.restype = number
     return loaded
+
+
+def check_sources(loaded: ctypes.CDLL, folder: Path) -> None:
+    """That a library was built from a folder's C sources; a wheel has none.
+
+    Raises:
+        KernelError: it was built from others, and would be called with what it does not know.
+    """
+    sources = sorted([*folder.glob("*.c"), *folder.glob("*.h")])
+    if not sources:
+        return
+    built = ""  # by a version that did not say
+    if hasattr(loaded, "vqkv_sources"):
+        loaded.vqkv_sources.restype = ctypes.c_char_p
+        built = loaded.vqkv_sources().decode()
+    if built != hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest():
+        raise KernelError(
+            f"{folder}: the C sources have changed since {Path(loaded._name).name} was built; "
+            "build it anew by `make env` or `pip install -e .`"
+        )

@@ -9,6 +9,12 @@ static struct PyModuleDef module = {
     NULL, NULL, NULL, NULL,
 };
 
+/* The hash of the sources that this was built from. */
+const char *vqkv_sources(void)
+{
+    return VQKV_SOURCES;
+}
+
 PyMODINIT_FUNC PyInit__native(void)
 {
     return PyModule_Create(&module);
