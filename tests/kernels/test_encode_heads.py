@@ -88,6 +88,23 @@ def test_padding_is_no_codeword(size: int, dim: int) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+def test_heads_of_unlike_sizes_and_vectors_far_off() -> None:
+    """One head's codewords are a thousand times as long, and vectors lie beyond all of them."""
+    x, words, coupling = case(33, 1, 3, 2, 40, 4)
+    sizes = torch.tensor([1.0, 1e3, 1e-2]).repeat_interleave(2).view(1, -1, 1)
+    x, words = 1e2 * sizes * x, sizes.view(-1, 1, 1, 1) * words
+    # A coupling in the metric of such sizes, as errors of a long head would push all others away.
+    weight = 1 / sizes.view(1, 3, 2).expand(4, -1, -1).permute(1, 2, 0).reshape(3, 8)
+    coupling = coupling * weight[None, :, :, None, None] * weight
+    given = (x, words, coupling.half())
+    with using(encode_heads="naive", encode="naive"):
+        expected = encode_heads(*given, sweeps=2)
+    with using(encode_heads="triton"):
+        found = encode_heads(*given, sweeps=2)
+    assert (expected != found).sum() <= 1 + 0.02 * found.numel()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
 def test_long_prompts_are_left_to_torch_s_products(monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(70, 1, 2, 2, 16, 2)
     with using(encode_heads="naive", encode="triton"):

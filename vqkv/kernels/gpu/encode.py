@@ -91,8 +91,9 @@ def _encode(subvector, run, x, books, codes, vectors, subvectors, S: tl.constexp
         )
         for block in range(BLOCKS):
             ahead = first + (block + 1) * VECTORS  # is on its way during the search
+            more = tl.where(block + 1 < BLOCKS, vectors, 0)
             coming, next_there, next_row = _vectors(
-                x, ahead, vectors, subvector, subvectors, DIM, VECTORS, DEPTH
+                x, ahead, more, subvector, subvectors, DIM, VECTORS, DEPTH
             )
             operand, _ = raised(residual.to(tl.float32), unit, DIM)
             best = ordered(operand, words, 0, K, HALF, K % HALF != 0)
