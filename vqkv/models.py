@@ -108,9 +108,11 @@ def load_model(
     float32, which holds its values exactly.
 
     Raises:
-        ModelError: The model cannot be found, converted or loaded; the message says what was
-            given, and for an unusable conversion, which folder to delete.
+        ModelError: The model cannot be found, converted or loaded, or there is no such device; the
+            message says what was given, and for an unusable conversion, which folder to delete.
     """
+    if device is not None:
+        _check_device(device)
     source = resolve_model(spec)
     location = _loadable_folder(source) if source.is_gguf else source.location
     with _loading(source, location):
@@ -119,6 +121,30 @@ def load_model(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     return model.eval(), tokenizer
+
+
+def _check_device(device: torch.device | str) -> None:
+    """That tensors with values can be put there."""
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+    else:
+        if chosen.type != "meta":
+            return
+        reason = "it holds no values"
+    raise ModelError(
+        f"device {str(device)!r} cannot be used: {reason}; this machine has {_devices()}"
+    )
+
+
+def _devices() -> str:
+    """Those that torch can use here, for people."""
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return ", ".join(found)
 
 
 def load_config(spec: str) -> PreTrainedConfig:

@@ -152,6 +152,23 @@ def test_the_type_that_a_model_runs_in(place: Path, tmp_path: Path) -> None:
     assert "--dtype" in refused.stderr
 
 
+@pytest.mark.parametrize("device", ["cuda:97", "meta", "gpu"])
+def test_a_device_that_is_not_there(place: Path, tmp_path: Path, device: str) -> None:
+    scheme, text = ("--scheme", "scalar-4bit"), ("--text", place / "b.txt", "--context", 64)
+    for arguments in (
+        ("generate", place / "model", *scheme, "--prompt", "x"),
+        ("evaluate", place / "model", *scheme, *text, "--tokens", 32),
+        ("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x"),
+        ("compare", place / "model", *scheme, *text),
+        ("tune", place / "model", "--bits", 2, *text, "--out", tmp_path / "y"),
+    ):
+        result = run(*arguments, "--device", device)
+        assert result.exit_code == 2
+        assert f"device '{device}' cannot be used" in result.stderr
+        assert "this machine has cpu" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_seed_beyond_what_generators_take(place: Path, tmp_path: Path) -> None:
     result = run(
         *("calibrate", place / "model", *calibration(place), "--out", tmp_path / "x"),

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cache.test_fused import PREDICTED, byte_compressor, logits
+from tests.cli.test_devices import calibrated_and_evaluated
 from tests.kernels import test_attend_cuda, test_triton_attend
 from tests.kernels.coded_cases import Case, askew, problem, with_codes
 from tests.kernels.test_attend_cuda import rounded
@@ -236,3 +238,9 @@ def test_a_model_reads_codes(rope: str, head_dim: int, kernel: str) -> None:
     # Codebooks of `cuda` are rounded to fp8, by a sixteenth at most.
     bound = 5e-2 if kernel == "cuda" else 2e-3
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
+def test_commands_run_a_model_there(tmp_path: Path) -> None:
+    """Calibration with gradients and distillation, its evaluation, and what the CPU makes of it."""
+    kl = calibrated_and_evaluated(tmp_path, GPU)
+    assert kl == pytest.approx(calibrated_and_evaluated(tmp_path, "cpu"), rel=0.2)

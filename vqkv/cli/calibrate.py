@@ -9,6 +9,7 @@ import typer
 
 from vqkv.cli.choice import (
     ContextOption,
+    DeviceOption,
     DType,
     DTypeOption,
     Model,
@@ -29,6 +30,7 @@ def calibrate(
     context: ContextOption = 2048,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artefact.")] = False,
     dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
     """Learn codebooks and write an artefact. Resumes from OUT.partial where it was interrupted."""
@@ -44,7 +46,7 @@ def calibrate(
     loaded = load_scheme(scheme)
     texts = [read_text(path) for path in text]
     check_context(load_config(model), context)
-    network, tokenizer = open_model(model, dtype)
+    network, tokenizer = open_model(model, dtype, device)
     with progress_bars() as report:
         result = run(
             network,

@@ -32,6 +32,9 @@ Model = Annotated[
 DTypeOption = Annotated[
     DType, typer.Option("--dtype", help="Type to run the model in; auto: as it is stored.")
 ]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to run the model, as torch names it: cpu, cuda:0.")
+]
 CompressorOption = Annotated[
     Path | None, typer.Option("--compressor", help="Artefact that `vqkv calibrate` wrote.")
 ]
@@ -53,14 +56,18 @@ SeedOption = Annotated[
 ContextOption = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
-def open_model(name: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(
+    name: str, dtype: DType, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model asked for, and its tokenizer. Raises ModelError."""
     import torch
 
     from vqkv.models import load_model
 
     with spinner(f"loading {name}"):
-        return load_model(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+        return load_model(
+            name, dtype="auto" if dtype == "auto" else getattr(torch, dtype), device=device
+        )
 
 
 def choose_compressor(

@@ -12,13 +12,17 @@ from vqkv.cli.choice import (
     CalibrateOnOption,
     CalibrationTokensOption,
     ContextOption,
+    DeviceOption,
+    DType,
+    DTypeOption,
     Model,
     ScoredTokensOption,
     SeedOption,
     SkipOption,
+    open_model,
 )
 from vqkv.cli.output import JsonFlag, bytes_for_people, fail, print_json, print_table
-from vqkv.cli.progress import progress_bars, spinner
+from vqkv.cli.progress import progress_bars
 
 COLUMNS = (
     *("scheme", "text", "bits", "KL", "ratio", "95 %", "top-1", "repeated", "side"),
@@ -42,6 +46,8 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results: JSON, a table, a plot.")
     ] = None,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
     """Calibrate and score schemes side by side. Goes on where it was interrupted.
@@ -51,7 +57,6 @@ def compare(
     from vqkv.evaluation.compare import Settings
     from vqkv.evaluation.compare import compare as run
     from vqkv.evaluation.comparison import check_out, write_comparison
-    from vqkv.models import load_model
     from vqkv.provenance import provenance
     from vqkv.scheme_files import load_scheme
     from vqkv.texts import CALIBRATION_MIX, bundled_text
@@ -59,8 +64,7 @@ def compare(
     schemes = [load_scheme(name) for name in scheme]
     if out is not None:
         check_out(out)
-    with spinner(f"loading {model}"):
-        network, tokenizer = load_model(model)
+    network, tokenizer = open_model(model, dtype, device)
     settings = Settings(
         calibration_texts=tuple(calibrate_on or map(bundled_text, CALIBRATION_MIX)),
         calibration_tokens=calibration_tokens,

@@ -11,6 +11,7 @@ import typer
 
 from vqkv.cli.choice import (
     CompressorOption,
+    DeviceOption,
     DType,
     DTypeOption,
     Model,
@@ -48,6 +49,7 @@ def evaluate(
         int, typer.Option(min=0, help="Repeated passages per length; 0 for none.")
     ] = 8,
     dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
     """Compare a compressed cache with the exact one on a text. Exit code 3: the canary failed."""
@@ -60,7 +62,7 @@ def evaluate(
     chosen = choose_compressor(compressor, scheme, config, sinks, window)
     check_context(config, context)
     content = read_text(text)
-    network, tokenizer = open_model(model, dtype)
+    network, tokenizer = open_model(model, dtype, device)
     with progress_bars() as report:
         result = run(
             network,

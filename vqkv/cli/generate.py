@@ -10,6 +10,7 @@ import typer
 
 from vqkv.cli.choice import (
     CompressorOption,
+    DeviceOption,
     DType,
     DTypeOption,
     Model,
@@ -43,6 +44,7 @@ def generate(
         ),
     ] = Read.auto,
     dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
     """Continue a prompt greedily and say how many bytes the cache took."""
@@ -50,7 +52,7 @@ def generate(
     from vqkv.models import load_config
 
     chosen = choose_compressor(compressor, scheme, load_config(model))
-    network, tokenizer = open_model(model, dtype)
+    network, tokenizer = open_model(model, dtype, device)
     with spinner("generating"):
         result = continue_prompt(
             network, tokenizer, prompt, max_new_tokens, compressor=chosen, read=read.value

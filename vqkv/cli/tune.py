@@ -12,13 +12,17 @@ from vqkv.cli.choice import (
     CalibrateOnOption,
     CalibrationTokensOption,
     ContextOption,
+    DeviceOption,
+    DType,
+    DTypeOption,
     Model,
     ScoredTokensOption,
     SeedOption,
     SkipOption,
+    open_model,
 )
 from vqkv.cli.output import JsonFlag, fail, print_json, print_table
-from vqkv.cli.progress import progress_bars, spinner
+from vqkv.cli.progress import progress_bars
 from vqkv.errors import SchemeError
 
 
@@ -58,6 +62,8 @@ def tune(
     context: ContextOption = 2048,
     seed: SeedOption = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
     """Spend bits where a model needs them. Goes on where it was interrupted.
@@ -68,7 +74,7 @@ def tune(
     from vqkv.calibration import check_context, read_text
     from vqkv.evaluation.compare import Settings
     from vqkv.folders import write_whole
-    from vqkv.models import load_config, load_model
+    from vqkv.models import load_config
     from vqkv.provenance import provenance
     from vqkv.texts import CALIBRATION_MIX, bundled_text
     from vqkv.tuning import TEMPLATES, best, scheme_file
@@ -79,8 +85,7 @@ def tune(
     for path in text:
         read_text(path)
     check_context(load_config(model), context)
-    with spinner(f"loading {model}"):
-        network, tokenizer = load_model(model)
+    network, tokenizer = open_model(model, dtype, device)
     settings = Settings(
         calibration_texts=tuple(calibrate_on or map(bundled_text, CALIBRATION_MIX)),
         calibration_tokens=calibration_tokens,

@@ -160,6 +160,7 @@ class Bench:
         self._common = {
             "code": _code_hash(),
             "model": model_sample(model),
+            "device": model.device.type,
             "calibration_tokens": settings.calibration_tokens,
             "calibration_texts": [read_text(t).sha256 for t in settings.calibration_texts],
             "context": settings.context,
