@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -87,10 +88,17 @@ class Provenance:
     base_model: str | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
-    def saw(self, sha256: str) -> bool:
-        """Whether a text with this SHA-256 is one of those calibrated on."""
-        hashes = self.calibration.get("text_sha256")
-        return isinstance(hashes, list | tuple) and sha256 in hashes
+    def tokens_of(self, sha256: str) -> float:
+        """How many tokens at the start of a text with this SHA-256 were calibrated on.
+
+        Infinity where an artefact names the text, but not how many.
+        """
+        hashes, tokens = (self.calibration.get(key) for key in ("text_sha256", "tokens"))
+        if not isinstance(hashes, list | tuple) or sha256 not in hashes:
+            return 0
+        if not isinstance(tokens, int):
+            return math.inf
+        return math.ceil(tokens / len(hashes))
 
 
 @dataclass(frozen=True)

@@ -200,10 +200,14 @@ class TestNotes:
         seen.provenance = Provenance(None, {"text_sha256": ["another", digest]})
         (note,) = run(model, seen, tmp_path / "text").notes
         assert "was calibrated on this very text, text" in note
+        # 17 tokens of it, of 33 in two texts.
+        seen.provenance = Provenance(None, {"text_sha256": [digest, "another"], "tokens": 33})
+        assert len(run(model, seen, tmp_path / "text", skip=16).notes) == 1
+        assert run(model, seen, tmp_path / "text", skip=17).notes == ()
 
     @pytest.mark.parametrize("odd", [None, 7, {}])
     def test_hashes_that_are_none(self, odd: Any) -> None:
-        assert not Provenance(None, {"text_sha256": odd}).saw("digest")
+        assert Provenance(None, {"text_sha256": odd}).tokens_of("digest") == 0
 
 
 class TestBytes:

@@ -98,7 +98,8 @@ def evaluate(
         model: the exact arm runs it with an ordinary cache.
         tokenizer: the model's.
         compressor: fitted, or data-free; its residency holds (before-use ignores the window).
-        text: one that no calibration saw; a note says so where the compressor's own did.
+        text: one that no calibration saw; a note says so where the compressor's own saw what
+            is scored.
         tokens: in all, `skip` tokens of the text left out at its start.
         mode: see `docs/measuring.md`.
         context: tokens of a window.
@@ -122,7 +123,7 @@ def evaluate(
     check_context(model.config, context)
     text = text if isinstance(text, Text) else read_text(text)
     notes = []
-    if compressor.provenance.saw(text.sha256):
+    if skip < compressor.provenance.tokens_of(text.sha256):
         notes.append(
             f"{compressor.scheme.name} was calibrated on this very text, {text.name}: the figures "
             "flatter it; evaluate on another text"
