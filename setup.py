@@ -10,8 +10,9 @@ NATIVE = Path("vqkv/kernels/native")
 
 def sources_hash() -> str:
     """Of all C sources, as `vqkv.kernels.native.library` takes it to know a stale build."""
-    sources = sorted([*NATIVE.glob("*.c"), *NATIVE.glob("*.h")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    sources = sorted([*NATIVE.glob("[!.]*.c"), *NATIVE.glob("[!.]*.h")])
+    content = b"".join(path.read_bytes() for path in sources)
+    return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
 
 
 setup(

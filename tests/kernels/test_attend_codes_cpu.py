@@ -11,7 +11,7 @@ import torch
 from tests.kernels.coded_cases import Case, problem
 from vqkv.errors import KernelError
 from vqkv.kernels import native, recording, select, using
-from vqkv.kernels.attend.codes import Coded, Partial, attend_codes
+from vqkv.kernels.attend.codes import Coded, Partial, Plane, attend_codes
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
@@ -42,9 +42,9 @@ CASES = [
     Case(group=1, rows=16, lengths=(65,)),
     Case(head_dim=4, rope=False, lengths=(600,)),
     # Long enough for tables of scores.
-    Case(rope=False, group=4, lengths=(1100, 1024, 7), sinks=4, paged=True, key_sums=True),
-    Case(head_dim=128, dim=8, stages=2, rope=False, group=4, heads=1, lengths=(1500,)),
-    Case(head_dim=80, dim=16, rope=False, group=2, rows=8, lengths=(1030,), size=200),
+    Case(rope=False, lengths=(1300, 1284, 7), sinks=4, paged=True, key_sums=True),
+    Case(head_dim=128, dim=8, stages=2, rope=False, group=4, heads=1, lengths=(1600,)),
+    Case(head_dim=80, dim=16, rope=False, group=2, rows=8, heads=1, lengths=(4700,), size=200),
     Case(head_dim=12, stages=3, rope=False, group=1, lengths=(1025,)),
 ]
 
@@ -148,6 +148,36 @@ def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level) -> No
     assert found.output.isfinite().all()
     expected = run("naive", case, query, coded).lse
     torch.testing.assert_close(found.lse, expected, rtol=1e-2, atol=0)
+
+
+def has_tables() -> bool:
+    return native.available() and native.simd_level() == "avx512_vbmi"
+
+
+@pytest.mark.skipif(not has_tables(), reason="this CPU looks up no bytes in registers")
+def test_scores_from_tables_stay_within_their_bits() -> None:
+    """All columns round up: 64 halves of a step more than the score has."""
+    case = Case(heads=1, group=1, head_dim=256, rope=False, lengths=(1024,))
+    query, coded = problem(case)
+    word, part = coded.keys.codewords[0, 0, 0].bfloat16().float(), query[0, 0, 0, :4].bfloat16()
+    query = part.float().repeat(64).view(1, 1, 1, 256)
+    products = word @ part.float()
+    codes = torch.full_like(coded.keys.codes, int(products.argmin()))
+    codes[0, 0, 777] = products.argmax()
+    coded = coded._replace(keys=Plane(codes, word.expand(1, 64, 1, 256, 4)))
+    expected = run("naive", case, query, coded).lse
+    torch.testing.assert_close(run("cpu", case, query, coded).lse, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.skipif(not has_tables(), reason="this CPU looks up no bytes in registers")
+@pytest.mark.parametrize("tokens, tables", [(1535, False), (1536, True)])
+def test_tables_are_used_where_they_pay(tokens: int, tables: bool) -> None:
+    case = Case(group=4, rope=False, lengths=(tokens,))
+    query, coded = problem(case)
+    found = run("cpu", case, query, coded)
+    with native.forced_level("avx512_bf16"):
+        decoded = run("cpu", case, query, coded)
+    assert torch.equal(found.lse, decoded.lse) is not tables
 
 
 @pytest.mark.parametrize("stream", ["keys", "values"])

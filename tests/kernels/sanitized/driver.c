@@ -280,7 +280,7 @@ int main(void)
                     attend(level, 65, rows, s[0], s[1], s[2], (uint32_t)s[3], turns, turned, 0);
                 attend(level, 1, 3, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
                 attend(level, TILE + 63, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
-                attend(level, 6 * TILE + 63, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
+                attend(level, 6 * TILE + 63, 1 + i, s[0], s[1], s[2], (uint32_t)s[3], turns, 0, 0);
                 attend(level, 130, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 1, 2);
             }
         attend(level, 70, 4, 64, 4, 1, 100, 1, 0, 1);

@@ -41,7 +41,7 @@ static size_t lay_out(struct work *w, char *memory)
     const struct attention *a = w->a;
     const size_t rows = a->rows, dim = a->head_dim, real = sizeof(float);
     size_t used = 0;
-    /* Vectors of 16 codes are read, of keys and of values, so the last may reach 15 bytes too far. */
+    /* Vectors of 16 codes are read, so the last may reach 15 bytes too far. */
     w->keys = take(&memory, &used, TILE * a->keys.groups * a->keys.stages + 15);
     w->values = take(&memory, &used, TILE * a->values.groups * a->values.stages + 15);
     w->scores = take(&memory, &used, rows * TILE * real);
@@ -144,7 +144,8 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     const int64_t tiles = stop > start ? (stop + TILE - 1) / TILE - first_tile : 0;
     const int64_t from = first_tile + tiles * part / a->parts;
     const int64_t to = first_tile + tiles * (part + 1) / a->parts;
-    w->tiles = to - from;
+    const int64_t last = to * TILE < stop ? to * TILE : stop;
+    w->tokens = last - (from * TILE > start ? from * TILE : start);
     for (int64_t r = 0; r < a->rows; r++) {
         w->best[r] = -INFINITY;
         w->total[r] = 0.0f;

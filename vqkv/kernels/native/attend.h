@@ -7,6 +7,9 @@
 
 #include "levels.h"
 
+/* Between files, but not for other libraries. */
+#pragma GCC visibility push(hidden)
+
 #define PAGE 64
 /* Tokens between two steps of the online softmax: few enough that scores and codes stay in the L1
  * cache, many enough that each slice of a codebook is used often while it lies there. */
@@ -55,10 +58,10 @@ struct run {
 struct work {
     const struct attention *a;
     int64_t row, head;
-    int64_t tiles;                    /* of the part */
-    int64_t begin, end;               /* tokens of the tile that count */
-    struct run ahead[RUNS];           /* what will be read next, not fetched yet */
-    int next;                         /* of `ahead` */
+    int64_t tokens;               /* of the part that count */
+    int64_t begin, end;           /* tokens of the tile that count */
+    struct run ahead[RUNS];       /* what will be read next, not fetched yet */
+    int next;                     /* of `ahead` */
     uint8_t *keys, *values;       /* [TILE, M S]: codes of the tile, zeros where no token counts */
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
@@ -104,10 +107,12 @@ INLINE void fetch_ahead(struct work *w, int64_t lines)
     }
 }
 
-/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables,
- * which takes no others, does. */
+/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables
+ * does, which takes no others. */
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
 int attend_tables_takes(const struct attention *a);
+
+#pragma GCC visibility pop
 
 #endif

@@ -94,7 +94,9 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
             for (; k < size; k++)
                 _mm_storeu_si128((__m128i *)(rounded + 2 * k),
                                  (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(from + k * dim)));
-            memset(rounded + width * k, 0, width * (256 - k) * sizeof(word));
+            /* Codes that name no codeword are refused; in tables of scores they are like code 0. */
+            for (; k < 256; k++)
+                memcpy(rounded + width * k, rounded, width * sizeof(word));
         }
     memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
@@ -216,7 +218,8 @@ INLINE TARGET void turned_keys(const word *book, int64_t width, const uint8_t *c
 }
 
 /* Adds a chunk of quads to the scores of a tile under `rows` rows from `row`. Constant where this
- * is inlined: `rows`, whether keys are `turned`, and `stages` and `width` where there is one stage. */
+ * is inlined: `rows`, whether keys are `turned`, and, in the cases that matter most, `stages` and
+ * `width`. */
 INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t row, int rows,
                                int64_t chunk, int64_t tokens, int turned, int64_t stages,
                                int64_t width)
@@ -279,14 +282,12 @@ INLINE TARGET __m512i chunk_of(const word *book, int64_t step, const uint8_t *co
 {
     const uint64_t next = whole ? eight_codes(codes + at[0]) : 0;
 #define CODE(i) (whole ? code_of(next, (int)((i) / width * stages)) : codes[at[i]])
-    if (width == 2) {
-#define PAIR(i) _mm_loadu_pd((const double *)(book + (i) * step + 2 * CODE(2 * i)))
-        return eight(PAIR(0), PAIR(1), PAIR(2), PAIR(3));
-#undef PAIR
-    }
-#define PAIR(i) two(book + (i) * step + CODE(i), book + (i + 4) * step + CODE(i + 4))
-    return eight(PAIR(0), PAIR(1), PAIR(2), PAIR(3));
-#undef PAIR
+#define TWO(i) _mm_loadu_pd((const double *)(book + (i) * step + 2 * CODE(2 * (i))))
+#define APART(i) two(book + (i) * step + CODE(i), book + ((i) + 4) * step + CODE((i) + 4))
+    return width == 2 ? eight(TWO(0), TWO(1), TWO(2), TWO(3))
+                      : eight(APART(0), APART(1), APART(2), APART(3));
+#undef APART
+#undef TWO
 #undef CODE
 }
 

@@ -7,6 +7,8 @@
 
 #ifdef HAVE_X86
 
+#pragma GCC visibility push(hidden)
+
 #define QUAD 4
 #define MAX_QUADS 64
 
@@ -50,6 +52,8 @@ void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *t
 
 /* Bytes that attend_tables.c keeps for itself. */
 size_t attend_tables_scratch(const struct attention *a);
+
+#pragma GCC visibility pop
 
 #endif
 

@@ -1,10 +1,10 @@
 /* Attention on codes of keys after RoPE: their scores by look-ups of bytes in registers (VBMI); all
  * else as attend_bf16.c has it.
  *
- * A query's products with a column's codewords are 256 numbers, and a score is the sum of one of each
- * column. They are kept in steps so small that no score exceeds 15 bits, in bytes of 7 low bits and of
- * 8 high ones: then low bytes of two columns add up in a byte, and high bytes of all do. A byte of 64
- * tokens is two look-ups in 128 bytes and a choice by the codes' highest bit.
+ * A query's products with a column's codewords are 256 numbers, and a score is the sum of one of
+ * each column. They are kept in steps so small that no score exceeds 15 bits, in bytes of 7 low bits
+ * and of 8 high ones: then low bytes of two columns add up in a byte, and high bytes of all do. A byte
+ * of 64 tokens is two look-ups in 128 bytes and a choice by the codes' highest bit.
  */
 
 #include <math.h>
@@ -15,8 +15,8 @@
 #ifdef HAVE_X86
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi")))
-#define MOST_ROWS 16 /* of queries, for which tables are not too large */
-#define LEAST_TILES 2 /* of a part, for which tables pay */
+#define MOST_ROWS 16 /* of queries */
+#define MOST_COLUMNS 64 /* of codes: each rounds scores once more, to steps that are larger */
 #define LOW_BITS 7
 #define MOST 32767
 
@@ -54,7 +54,14 @@ static size_t lay_out(const struct attention *a, char *memory, struct score_piec
 
 int attend_tables_takes(const struct attention *a)
 {
-    return attend_bf16_takes(a) && a->page_turns == NULL && a->rows <= MOST_ROWS;
+    return attend_bf16_takes(a) && a->page_turns == NULL && a->rows <= MOST_ROWS &&
+           a->keys.groups * a->keys.stages <= MOST_COLUMNS;
+}
+
+/* Of a part: fewer do not pay for the tables, which take as long for each row. */
+INLINE int64_t least_tokens(const struct attention *a)
+{
+    return 256 * (2 + a->rows);
 }
 
 size_t attend_tables_scratch(const struct attention *a)
@@ -133,7 +140,7 @@ static TARGET void tabulate(const float *products, float least, float steps, str
 static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     queries_bf16(w, page, turns);
-    if (w->tiles < LEAST_TILES)
+    if (w->tokens < least_tokens(w->a))
         return;
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
@@ -156,8 +163,8 @@ static TARGET void queries(struct work *w, int64_t page, const float *turns)
     }
 }
 
-/* Sums of 64 tokens: of high bytes; of low bytes as 16-bit numbers, of an even token and 256 times the
- * odd one after it, and of the odd ones alone. */
+/* Sums of 64 tokens: of high bytes; of low bytes as 16-bit numbers, of an even token and 256 times
+ * the odd one after it, and of the odd ones alone. */
 struct sums {
     __m512i high, low, odd;
 };
@@ -217,7 +224,7 @@ INLINE TARGET void store_scores(const struct sums *sums, struct scale scale, flo
 
 static TARGET void scores(struct work *w, int64_t tokens)
 {
-    if (w->tiles < LEAST_TILES) {
+    if (w->tokens < least_tokens(w->a)) {
         scores_bf16(w, tokens);
         return;
     }

@@ -32,13 +32,13 @@ _forced: list[Level] = []
 
 
 def available() -> bool:
-    """Whether the compiled kernels are there."""
+    """Whether the compiled kernels are there. Raises KernelError where they are stale."""
     return unavailable_reason() is None
 
 
 @cache
 def unavailable_reason() -> str | None:
-    """Why the compiled kernels are not there, or None."""
+    """Why the compiled kernels are not there, or None. Raises KernelError where they are stale."""
     try:
         library()
     except (ImportError, OSError) as error:
@@ -47,7 +47,11 @@ def unavailable_reason() -> str | None:
 
 
 def refusal(device: torch.device) -> str | None:
-    """Why the compiled kernels do not run on a device, or None."""
+    """Why the compiled kernels do not run on a device, or None.
+
+    Raises:
+        KernelError: they were built from other sources than lie beside them.
+    """
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     return unavailable_reason()
@@ -163,15 +167,17 @@ def check_sources(loaded: ctypes.CDLL, folder: Path) -> None:
     Raises:
         KernelError: it was built from others, and would be called with what it does not know.
     """
-    sources = sorted([*folder.glob("*.c"), *folder.glob("*.h")])
+    # Hidden files are editors'.
+    sources = sorted([*folder.glob("[!.]*.c"), *folder.glob("[!.]*.h")])
     if not sources:
         return
+    content = b"".join(path.read_bytes() for path in sources).replace(b"\r\n", b"\n")
     built = ""  # by a version that did not say
     if hasattr(loaded, "vqkv_sources"):
         loaded.vqkv_sources.restype = ctypes.c_char_p
         built = loaded.vqkv_sources().decode()
-    if built != hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest():
+    if built != hashlib.sha256(content).hexdigest():
         raise KernelError(
             f"{folder}: the C sources have changed since {Path(loaded._name).name} was built; "
-            "build it anew by `make env` or `pip install -e .`"
+            "build it anew by `pip install -e .`, or delete it to run without"
         )
