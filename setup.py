@@ -6,12 +6,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 NATIVE = Path("vqkv/kernels/native")
+SOURCES, HEADERS = (sorted(NATIVE.glob(f"[!.]*.{suffix}")) for suffix in "ch")
 
 
 def sources_hash() -> str:
     """Of all C sources, as `vqkv.kernels.native.library` takes it to know a stale build."""
-    sources = sorted([*NATIVE.glob("[!.]*.c"), *NATIVE.glob("[!.]*.h")])
-    content = b"".join(path.read_bytes() for path in sources)
+    content = b"".join(path.read_bytes() for path in sorted([*SOURCES, *HEADERS]))
     return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
 
 
@@ -19,8 +19,8 @@ setup(
     ext_modules=[
         Extension(
             "vqkv.kernels.native._native",
-            sources=sorted(map(str, NATIVE.glob("*.c"))),
-            depends=sorted(map(str, NATIVE.glob("*.h"))),
+            sources=list(map(str, SOURCES)),
+            depends=list(map(str, HEADERS)),
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=fast"],
             define_macros=[
                 ("Py_LIMITED_API", "0x030B0000"),

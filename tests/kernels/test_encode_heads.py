@@ -55,6 +55,18 @@ def cost(
     return float(coupled + error.square().sum())
 
 
+def by_both(
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sweeps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes by Triton's kernel, and by the naive one."""
+    with using(encode_heads="naive", encode="naive"):
+        expected = encode_heads(*given, sweeps=sweeps)
+    with using(encode_heads="triton"), recording() as ran:
+        found = encode_heads(*given, sweeps=sweeps)
+    assert ran == ["encode_heads.triton"]
+    return found, expected
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,11 +75,7 @@ def test_codes_are_the_naive_kernel_s_but_for_near_ties(
 ) -> None:
     x, words, coupling = case(*shape)
     given = (scale * x, scale * words, coupling)
-    with using(encode_heads="naive", encode="naive"):
-        expected = encode_heads(*given, sweeps=3)
-    with using(encode_heads="triton"), recording() as ran:
-        found = encode_heads(*given, sweeps=3)
-    assert ran == ["encode_heads.triton"]
+    found, expected = by_both(given, sweeps=3)
     assert found.shape == expected.shape and found.dtype == torch.int32
     # Later codes follow from those of near ties.
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
@@ -80,10 +88,7 @@ def test_padding_is_no_codeword(size: int, dim: int) -> None:
     """Though it is nearest to short vectors."""
     x, words, coupling = case(40, 1, 2, 2, size, dim)
     given = (0.1 * x, words, coupling)
-    with using(encode_heads="naive", encode="naive"):
-        expected = encode_heads(*given, sweeps=2)
-    with using(encode_heads="triton"):
-        found = encode_heads(*given, sweeps=2)
+    found, expected = by_both(given, sweeps=2)
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
 
 
@@ -97,10 +102,7 @@ def test_heads_of_unlike_sizes_and_vectors_far_off() -> None:
     weight = 1 / sizes.view(1, 3, 2).expand(4, -1, -1).permute(1, 2, 0).reshape(3, 8)
     coupling = coupling * weight[None, :, :, None, None] * weight
     given = (x, words, coupling.half())
-    with using(encode_heads="naive", encode="naive"):
-        expected = encode_heads(*given, sweeps=2)
-    with using(encode_heads="triton"):
-        found = encode_heads(*given, sweeps=2)
+    found, expected = by_both(given, sweeps=2)
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
 
 

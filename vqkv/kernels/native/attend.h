@@ -107,6 +107,14 @@ INLINE void fetch_ahead(struct work *w, int64_t lines)
     }
 }
 
+/* Lines to fetch ahead in each of `calls` calls a tile, so that all codes of the next one are. */
+INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
+{
+    const struct plane *keys = &a->keys, *values = &a->values;
+    const int64_t bytes = TILE * (keys->groups * keys->stages + values->groups * values->stages);
+    return bytes / 64 / calls + 1;
+}
+
 /* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables
  * does, which takes no others. */
 int64_t attend_bf16_scratch(const struct attention *a);

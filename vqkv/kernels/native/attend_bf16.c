@@ -233,9 +233,7 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
         columns[i] = p->codes + (chunk + i) * QUAD / w->a->keys.dim * stages * TILE;
         books[i] = words_of(p->keys, &w->a->keys, chunk + i, 0);
     }
-    const struct plane *other = &w->a->values;
-    const int64_t bytes = TILE * (w->a->keys.groups * stages + other->groups * other->stages);
-    const int64_t calls = chunked(real) / CHUNK * (TILE / 16), lines = bytes / 64 / calls + 1;
+    const int64_t lines = lines_ahead(w->a, chunked(real) / CHUNK * (TILE / 16));
     for (int64_t token = 0; token < tokens; token += 16) {
         fetch_ahead(w, lines);
         const int64_t page = turned ? token / PAGE : 0;

@@ -52,6 +52,13 @@ static size_t lay_out(const struct attention *a, char *memory, struct score_piec
     return tables + products + least + a->rows * sizeof(struct scale);
 }
 
+static struct score_pieces score_pieces_of(const struct attention *a, const struct pieces *p)
+{
+    struct score_pieces own = {0};
+    lay_out(a, p->tables, &own);
+    return own;
+}
+
 int attend_tables_takes(const struct attention *a)
 {
     return attend_bf16_takes(a) && a->page_turns == NULL && a->rows <= MOST_ROWS &&
@@ -144,8 +151,7 @@ static TARGET void queries(struct work *w, int64_t page, const float *turns)
         return;
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
-    struct score_pieces own = {0};
-    lay_out(a, p.tables, &own);
+    const struct score_pieces own = score_pieces_of(a, &p);
     const int64_t columns = a->keys.groups * a->keys.stages;
     for (int64_t r = 0; r < a->rows; r++) {
         struct scale *scale = own.scales + r;
@@ -230,12 +236,10 @@ static TARGET void scores(struct work *w, int64_t tokens)
     }
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
-    struct score_pieces own = {0};
-    lay_out(a, p.tables, &own);
+    const struct score_pieces own = score_pieces_of(a, &p);
     const int64_t columns = a->keys.groups * a->keys.stages;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
-    const int64_t bytes = TILE * (columns + a->values.groups * a->values.stages);
-    const int64_t lines = bytes / 64 / (a->rows * (columns / 2 + 1)) + 1;
+    const int64_t lines = lines_ahead(a, a->rows * (columns / 2 + 1));
     transpose(w->keys, columns, pages * PAGE, p.codes);
     for (int64_t r = 0; r < a->rows; r++) {
         const struct table *tables = own.tables + r * columns;
