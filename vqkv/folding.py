@@ -68,7 +68,11 @@ class FoldedLayer:
 
     def query(self, query: torch.Tensor) -> torch.Tensor:
         """Queries `[B, Q, t, D]` in the keys' coded channels."""
-        return _grouped(query, self.keys.matrix.mT)
+        order = self.keys.order
+        if order is None:
+            return _grouped(query, self.keys.matrix.mT)
+        rows = _by_head(query, len(order))
+        return rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
 
     def output(self, partial: Partial, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention output `[B, Q, t, D]` and log-sum-exp `[B, Q, t]` over the coded tokens."""
@@ -78,19 +82,22 @@ class FoldedLayer:
         if self.predicts:
             assert partial.key_mean is not None
             means = torch.cat([means, partial.key_mean], 3)
-        output = _grouped(means, self.output_map)
-        if self.output_bias is not None:
-            by_head = output.unflatten(1, (len(self.output_bias), -1))
-            output = (by_head + self.output_bias[None, :, None, None]).flatten(1, 2)
-        return output, lse
+        return _grouped(means, self.output_map, self.output_bias), lse
 
 
-def _grouped(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """`[B, Q, t, n]` through the map `[H, n, m]` of each query head's KV head."""
-    # By views, since einops takes longer than the product does in a decoding step.
+def _grouped(x: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`[B, Q, t, n]` through the map `[H, n, m]` of each query head's KV head, plus `[H, m]`."""
+    mapped = _by_head(x, len(maps)) @ maps
+    if bias is not None:
+        mapped += bias[:, None]
+    return mapped.view(*x.shape[:3], maps.shape[2])
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[B, Q, t, n]` as `[B, H, Q / H · t, n]`."""
+    # Not by einops, which takes longer than the products of a decoding step do.
     batch, queries, length, channels = x.shape
-    rows = x.reshape(batch, len(maps), queries // len(maps) * length, channels)
-    return (rows @ maps).view(batch, queries, length, maps.shape[2])
+    return x.reshape(batch, heads, queries // heads * length, channels)
 
 
 def fold(keys: Codec, values: Codec) -> FoldedLayer:

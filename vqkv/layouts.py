@@ -99,6 +99,10 @@ class Layout:
     token_group: int = 1
     commuting: bool = False
 
+    def __hash__(self) -> int:
+        """By what tells most layouts apart: kernels are looked up by layout in every layer."""
+        return hash((self.heads, self.head_dim, self.segments[:1]))
+
     @classmethod
     def of_codebook(
         cls, books: int, stages: int, codewords: int, dim: int, units: int = 1

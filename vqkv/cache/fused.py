@@ -11,7 +11,6 @@ from vqkv.cache.layer import VQLayer
 from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
-from vqkv.folding import FoldedLayer
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import PAGE_TOKENS
@@ -48,8 +47,9 @@ def fused_attention(
     None where codes have to be decoded first: no kernel but the naive one takes them, a mask hides
     coded tokens, or positions are not consecutive.
     """
-    folded = _folded(layer, query.device)
-    if folded is None or not any(layer.coded):
+    layout = AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
+    folded = layer.folded() if _unread(layout, query.device) is None else ""
+    if isinstance(folded, str) or not any(layer.coded):
         return None
     view = _view(layer, query.shape[2], mask)
     tables = None if folded.pairs is None else _tables(layer)
@@ -67,7 +67,7 @@ def fused_attention(
             turns=None if tables is None or folded.pairs is None else Turns(*tables, folded.pairs),
             key_sums=folded.predicts,
         ),
-        _layout(layer),
+        layout,
     )
     output, lse = folded.output(part, scaled)
     return _with_exact(output, lse, scaled, layer, view.hidden).to(query.dtype)
@@ -86,22 +86,25 @@ def _with_exact(
     value is their output `[B, Q, t, D]`.
     """
     # Scores are put side by side, as they are small; states stay where they are.
-    exact = [(keys.float(), values.float()) for keys, values in layer.exact_states()]
-    batch, heads, _, head_dim = exact[0][0].shape
-    rows = query.reshape(batch, heads, -1, head_dim)
-    parts = [lse.reshape(batch, heads, -1, 1), *(rows @ keys.mT for keys, _ in exact)]
-    counts = [part.shape[3] for part in parts]
-    scores = torch.cat(parts, 3)
+    exact = [
+        (keys.float().flatten(0, 1), values.float().flatten(0, 1))
+        for keys, values in layer.exact_states()
+    ]
+    heads, _, head_dim = exact[0][0].shape  # KV heads of all rows of the batch
+    rows = query.reshape(heads, -1, head_dim)
+    scores = torch.cat([lse.reshape(heads, -1, 1), *(rows @ keys.mT for keys, _ in exact)], 2)
     if hidden is not None:
         by_query = scores.view(*query.shape[:3], -1)
         by_query[..., 1:].masked_fill_(hidden, -torch.inf)
-    weights = scores.softmax(3)
+    weights = scores.softmax(2)
     if hidden is not None:
         weights = weights.nan_to_num(0.0)  # rows that see no token
-    of_coded, *of_exact = weights.split(counts, 3)
-    output: torch.Tensor = of_coded * coded.reshape(batch, heads, -1, head_dim)
-    for weight, (_, values) in zip(of_exact, exact, strict=True):
-        output = output + weight @ values
+    output = weights[..., :1] * coded.reshape(rows.shape)
+    first = 1
+    for _, values in exact:
+        after = first + values.shape[1]
+        output.baddbmm_(weights[..., first:after], values)
+        first = after
     return output.view(query.shape)
 
 
@@ -158,16 +161,6 @@ def _unread(layout: AttendLayout, device: torch.device) -> str | None:
     if kernel.speed == 0 and asked_for("attend_codes") is None:
         return "only the naive kernel takes these codes"
     return None
-
-
-def _layout(layer: VQLayer) -> AttendLayout:
-    return AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
-
-
-def _folded(layer: VQLayer, device: torch.device) -> FoldedLayer | None:
-    reason = _unread(_layout(layer), device)
-    folded = layer.folded() if reason is None else ""
-    return None if isinstance(folded, str) else folded
 
 
 def _alike(layer: VQLayer) -> bool:

@@ -70,7 +70,7 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     rows = query.shape[1] // heads * length
     q = query.float().reshape(batch, heads, rows, head_dim)
     if coded.turns is not None:  # x of all pairs, then y
-        q = q.unflatten(3, (-1, 2)).mT
+        q = q.view(batch, heads, rows, head_dim // 2, 2).mT
     q = q.contiguous()
     output = query.new_empty(parts, batch, heads, rows, head_dim, dtype=torch.float32)
     key_sums = torch.empty_like(output) if coded.key_sums else None
