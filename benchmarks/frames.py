@@ -1,0 +1,181 @@
+"""What it costs to turn keys within frames of tokens before they are coded.
+
+    python benchmarks/frames.py --out benchmarks/results/frames.json
+
+Keys that are turned by their offset in a frame need no turn of their own when they are read: all
+of a frame are turned alike, which queries can be instead. For every few layers of the demo model,
+the cost of errors of keys in groups of whole pairs (`pair_metric`, 2 bits a value), in the loss's
+Fisher information, as a multiple of that of keys before RoPE; on text that was not fitted on.
+Frames are of all RoPE pairs, of all but the fastest, or of all with means taken off before they are
+turned, whose scores would then depend on positions alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vqkv import load_model
+from vqkv.cache.rope import RotaryAdapter
+from vqkv.calibration import read_text, text_windows
+from vqkv.calibration.capture import Kind, StateCapture
+from vqkv.codebooks.kmeans import KMeans
+from vqkv.kernels.encode import encode
+from vqkv.provenance import write
+from vqkv.rotation import Pairs
+from vqkv.states import States
+from vqkv.texts import bundled_text
+from vqkv.transforms.pair_metric import PairMetric, PairMetricConfig
+
+TEXT, TOKENS, CONTEXT, SINKS = "emma", 10240, 2048, 4
+#: Windows that are fitted on; the others are what is measured.
+FITTED = 4
+LAYERS = range(1, 30, 4)
+DIM, CODEWORDS, ITERATIONS = 4, 256, 10
+
+
+class Frames(NamedTuple):
+    """A way to turn keys before they are coded.
+
+    Attributes:
+        tokens: of a frame; of one token, nothing is turned.
+        fastest: of P pairs so many are left as they are.
+        centred: means are taken off first.
+    """
+
+    tokens: int
+    fastest: int = 0
+    centred: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        parts = [f"{self.tokens} tokens"]
+        parts += [f"all but {self.fastest} pairs"] if self.fastest else []
+        parts += ["means apart"] if self.centred else []
+        return ", ".join(parts)
+
+
+BEFORE_ROPE = Frames(1)
+WAYS = (
+    Frames(4),
+    Frames(16),
+    Frames(64),
+    Frames(16, centred=True),
+    Frames(16, fastest=8),
+    Frames(16, fastest=10),
+    Frames(16, fastest=16),
+    Frames(64, fastest=16),
+)
+
+
+class Captured(NamedTuple):
+    """Of one layer, by window, without the sinks: keys before RoPE, and the loss's gradients."""
+
+    keys: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+
+
+def captured() -> tuple[dict[int, Captured], dict[int, tuple[Pairs, torch.Tensor]]]:
+    """States `[T, H, D]` by layer; pairs, and turns `[T, P, 2]` of the positions that they have."""
+    model, tokenizer = load_model("demo")
+    found = {layer: Captured([], []) for layer in LAYERS}
+
+    def take(layer: int, kind: Kind, states: torch.Tensor) -> None:
+        tokens = states[0, :, SINKS:].transpose(0, 1).float()
+        (found[layer].keys if kind == "pre_keys" else found[layer].gradients).append(tokens)
+
+    windows = text_windows(tokenizer, read_text(bundled_text(TEXT)), TOKENS, CONTEXT)
+    wants: Mapping[int, list[Kind]] = {layer: ["pre_keys", "grad_pre_keys"] for layer in LAYERS}
+    with StateCapture(model, wants, take) as running:
+        for window in track(windows, "capture", transient=True):
+            running.run(window)
+    adapter = RotaryAdapter(model, LAYERS)
+    positions = torch.arange(CONTEXT)[None]
+    head_dim = found[LAYERS[0]].keys[0].shape[2]
+    with torch.no_grad():
+        turns = {
+            layer: (adapter.pairs(layer), adapter.turns(layer, positions, head_dim)[0])
+            for layer in LAYERS
+        }
+    return found, turns
+
+
+def turned(x: torch.Tensor, way: Frames, pairs: Pairs, turns: torch.Tensor) -> torch.Tensor:
+    """Of tokens `[T, H, D]` from position `SINKS` on, each by its offset in its frame."""
+    offsets = torch.arange(SINKS, SINKS + len(x)) % way.tokens
+    turn = torch.view_as_complex(turns)[offsets]  # [T, P]
+    turn[:, : way.fastest] = 1
+    channels = torch.tensor(pairs)
+    both = torch.view_as_complex(x[..., channels].contiguous()) * turn[:, None]
+    result = x.clone()
+    result[..., channels] = torch.view_as_real(both)
+    return result
+
+
+def cost(layer: Captured, way: Frames, pairs: Pairs, turns: torch.Tensor) -> float:
+    """Mean of `eᵀ M e` over tokens and heads that were not fitted on, M of all gradients."""
+    mean = torch.cat(layer.keys[:FITTED]).mean(0) if way.centred else 0
+    keys = [turned(x - mean, way, pairs, turns) for x in layer.keys]
+    gradients = torch.cat([turned(g, way, pairs, turns) for g in layer.gradients]).double()
+    metric = torch.einsum("nhd,nhe->hde", gradients, gradients) / len(gradients)
+    transform = PairMetric(PairMetricConfig(metric="fisher", dim=DIM))
+    fitted, others = torch.cat(keys[:FITTED]), torch.cat(keys[FITTED:])
+    transform.fit(States.of(fitted), metric, pairs)
+
+    def subvectors(x: torch.Tensor) -> torch.Tensor:
+        return transform.forward(x)[0].flatten(1).unflatten(1, (-1, DIM))
+
+    learner = KMeans(iterations=ITERATIONS)
+    learner.fit(subvectors(fitted), CODEWORDS)
+    words = learner.codewords_.float()
+    codes = encode(subvectors(others), words)
+    index = torch.arange(len(words))
+    decoded = words[index, 0, codes[:, :, 0].long()].flatten(1).view(others.shape)
+    error = (transform.inverse(decoded, None) - others).double()
+    return float(torch.einsum("nhd,hde,nhe->nh", error, metric, error).mean())
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    layers, turns = captured()
+    ratios: dict[str, dict[int, float]] = {way.name: {} for way in WAYS}
+    for layer in track(LAYERS, "layers", transient=True):
+        base = cost(layers[layer], BEFORE_ROPE, *turns[layer])
+        for way in WAYS:
+            ratios[way.name][layer] = cost(layers[layer], way, *turns[layer]) / base
+    rows = [
+        {"frames": name, "mean": statistics.mean(found.values()), "layers": found}
+        for name, found in ratios.items()
+    ]
+    settings = {
+        **{"text": TEXT, "tokens": TOKENS, "fitted_windows": FITTED, "context": CONTEXT},
+        **{"dim": DIM, "codewords": CODEWORDS, "iterations": ITERATIONS},
+    }
+    write(arguments.out, {"settings": settings, "rows": rows})
+    table = Table("frames", "mean", *map(str, LAYERS))
+    for way in WAYS:
+        found = ratios[way.name]
+        table.add_row(
+            way.name,
+            f"{statistics.mean(found.values()):.3f}",
+            *(f"{x:.2f}" for x in found.values()),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
