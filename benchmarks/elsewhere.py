@@ -50,13 +50,13 @@ def source_code() -> Text:
     return Text(f"standard library of Python {platform.python_version()}", content, digest)
 
 
-def conditions(what: str) -> Iterator[tuple[Text, int]]:
+def conditions(what: str, texts: list[str]) -> Iterator[tuple[Text, int]]:
     """Texts, and tokens of a window."""
     if what == "code":
         yield source_code(), CONTEXT
         return
     for context in (CONTEXT, LONG_CONTEXT):
-        for name in EVALUATION_TEXTS:
+        for name in texts:
             yield read_text(bundled_text(name)), context
 
 
@@ -83,6 +83,13 @@ def main() -> None:
     parser.add_argument("what", choices=["contexts", "code"])
     parser.add_argument("artefacts", type=Path, nargs="+", help="what `vqkv calibrate` wrote")
     parser.add_argument("--tokens", type=int, default=16384, help="to score, per text")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        choices=EVALUATION_TEXTS,
+        default=EVALUATION_TEXTS,
+        help="for contexts",
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/WHAT.json")
     arguments = parser.parse_args()
     out = arguments.out or Path(f"benchmarks/results/{arguments.what}.json")
@@ -99,7 +106,7 @@ def main() -> None:
         exact = ExactLogits(model, Path(scratch))
         for folder in arguments.artefacts:
             compressor = KVCompressor.from_pretrained(folder, model.config)
-            for text, context in conditions(arguments.what):
+            for text, context in conditions(arguments.what, arguments.texts):
                 case = {"artefact": compressor.identity(), "text": text.name, "context": context}
                 if any(case.items() <= row.items() for row in rows):
                     continue
