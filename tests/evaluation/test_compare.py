@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_text, tiny_tokenizer
@@ -14,6 +15,7 @@ from tests.tiny_models import tiny_model
 from vqkv.calibration import calibrate
 from vqkv.cli import app
 from vqkv.compressor import KVCompressor
+from vqkv.errors import StateError
 from vqkv.evaluation import compare as module
 from vqkv.evaluation import evaluate
 from vqkv.evaluation.compare import Settings, coding_times, compare
@@ -95,6 +97,29 @@ def test_what_is_done_is_not_done_again(
     assert (calibrations, evaluations[1:]) == ([], ["learned", "scalar-4bit"])
     list(compare(*arguments, [texts["b"]], settings(texts, calibration_tokens=200)))
     assert calibrations == ["learned"]
+
+
+def test_a_refused_scheme_leaves_nothing(texts: dict[str, Path], cache: Path) -> None:
+    many = {**STREAM, "quantizer": {**STREAM["quantizer"], "code_bits": 10}}
+    refused = scheme_from_dict({**LEARNED, "keys": {"rope": "pre", **many}})
+    with pytest.raises(StateError, match="1024"):
+        list(
+            compare(tiny_model("llama"), tiny_tokenizer(), [refused], [texts["b"]], settings(texts))
+        )
+    assert [path.name for path in (cache / "compare").iterdir()] == ["lock"]
+
+
+def test_logits_that_a_killed_process_left_go(texts: dict[str, Path], cache: Path) -> None:
+    left, held = (cache / "compare" / f"exact-{name}" for name in ("left", "held"))
+    for folder in (left, held):
+        folder.mkdir(parents=True)
+        (folder / "logits.npy").write_bytes(b"large")
+    with FileLock(held / "lock"):
+        run = compare(
+            tiny_model("llama"), tiny_tokenizer(), schemes()[1:], [texts["b"]], settings(texts)
+        )
+        list(run)
+    assert held.exists() and not left.exists()
 
 
 def test_times_grow_with_the_work() -> None:

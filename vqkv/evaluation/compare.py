@@ -12,13 +12,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.calibration import (
@@ -32,6 +33,7 @@ from vqkv.calibration import (
 )
 from vqkv.calibration.run import model_sample
 from vqkv.compressor import KVCompressor, StreamKey
+from vqkv.errors import ModelError, SchemeError, StateError
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.run import evaluate
 from vqkv.folders import write_whole
@@ -45,6 +47,11 @@ Progress = Callable[[str, int, int], None]
 
 #: Tokens that coding is timed on.
 TIMED_TOKENS = 512
+
+_EXACT = "exact-"
+
+#: What the same schemes on the same model would end in again.
+_REFUSALS = (ModelError, SchemeError, StateError)
 
 
 @dataclass(frozen=True)
@@ -116,21 +123,41 @@ def open_bench(
 ) -> Iterator[Bench]:
     """A bench for schemes that learn from what some of `schemes` learn from.
 
-    Captured states go when the block ends; where it ends by an exception they stay, so that the
-    next bench for the same schemes goes on with them.
+    Captured states go when the block ends. Where it is interrupted they stay, so that the next
+    bench for the same schemes goes on with them; what is refused would be refused again.
     """
     folder = cache_root() / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, as files are named by tokens alone: another model must not find them.
-    logits = Path(tempfile.mkdtemp(prefix="exact-", dir=folder))
     tell = progress or (lambda phase, done, total: None)
-    exact = ExactLogits(model, logits)
-    try:
-        bench = Bench(model, tokenizer, schemes, settings, exact, folder, tell)
-        yield bench
+    # In a folder of its own, as files are named by tokens alone: another model must not find them.
+    with _scratch(folder) as logits:
+        bench = Bench(model, tokenizer, schemes, settings, ExactLogits(model, logits), folder, tell)
+        try:
+            yield bench
+        except _REFUSALS:
+            shutil.rmtree(bench.states, ignore_errors=True)
+            raise
         shutil.rmtree(bench.states, ignore_errors=True)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A new folder for exact logits, gone when the block ends.
+
+    Those that killed processes have left go first: they take gigabytes.
+    """
+    with FileLock(folder / "lock"):  # nobody takes a folder for left before it is locked
+        for left in folder.glob(f"{_EXACT}*"):
+            with suppress(Timeout), FileLock(left / "lock", timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(prefix=_EXACT, dir=folder))
+        mine = FileLock(new / "lock")
+        mine.acquire()
+    try:
+        yield new
     finally:
-        shutil.rmtree(logits, ignore_errors=True)
+        mine.release()
+        shutil.rmtree(new, ignore_errors=True)
 
 
 class Bench:
@@ -225,19 +252,24 @@ class Bench:
         if artefact.exists() and took.exists():
             return KVCompressor.from_pretrained(artefact, self.model.config)
         home.mkdir(parents=True, exist_ok=True)
-        report = calibrate(
-            self.model,
-            self.tokenizer,
-            scheme,
-            self.settings.calibration_texts,
-            tokens=self.settings.calibration_tokens,
-            out=artefact,
-            seed=self.settings.seed,
-            context=self.settings.context,
-            overwrite=True,
-            captured=self.captured(scheme.residency.sinks),
-            progress=_named(self.tell, scheme.name),
-        )
+        try:
+            report = calibrate(
+                self.model,
+                self.tokenizer,
+                scheme,
+                self.settings.calibration_texts,
+                tokens=self.settings.calibration_tokens,
+                out=artefact,
+                seed=self.settings.seed,
+                context=self.settings.context,
+                overwrite=True,
+                captured=self.captured(scheme.residency.sinks),
+                progress=_named(self.tell, scheme.name),
+            )
+        except _REFUSALS:
+            with suppress(OSError):  # not empty
+                home.rmdir()
+            raise
         keep(took, {"seconds": report.seconds_learn})
         return report.compressor
 
