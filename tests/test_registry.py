@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from vqkv import registry as registry_module
 from vqkv.codebooks import LEARNERS
@@ -230,3 +230,21 @@ def test_a_broken_plugin_leaves_the_schema_working(install: Install) -> None:
     with pytest.warns(UserWarning, match="'broken' from bad"):
         assert "KMeansConfig" in scheme_schema()["$defs"]
     assert LEARNERS.get("kmeans").Config is KMeansConfig
+
+
+class Several(Config):
+    numbers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=2)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "file: numbers: give at least 1 (given [])"),
+        ([1, 2, 3], "file: numbers: give at most 2 (given [1, 2, 3])"),
+        ([-1], "file: numbers.0: Input should be greater than or equal to 0 (given -1)"),
+    ],
+)
+def test_lists_of_a_wrong_length(given: list[int], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Several.model_validate({"numbers": given})
+    assert explain(error.value, "file") == message

@@ -103,6 +103,12 @@ def explain(error: ValidationError, where: str) -> str:
             continue
         place = ": ".join([where, ".".join(map(str, problem["loc"]))]).removesuffix(": ")
         said = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "too_short":
+            if len(problem["input"]) >= problem["ctx"]["min_length"]:
+                continue  # pydantic counts those that are right, and has told of the others
+            said = f"give at least {problem['ctx']['min_length']}"
+        elif problem["type"] == "too_long":
+            said = f"give at most {problem['ctx']['max_length']}"
         given = "" if problem["type"] in _SAYS_GIVEN else f" (given {short(problem['input'])})"
         lines.append(f"{place}: {said}{given}")
     return "\n".join(lines)
