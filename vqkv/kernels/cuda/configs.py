@@ -67,9 +67,9 @@ class AttendVariant:
     def tiles(self) -> int:
         """That a warp reads at a time: one's instructions fill waits of the other's.
 
-        Two, where there are registers for both.
+        Two, where there are registers for both. At D = 64 that has not been measured.
         """
-        full = self.padded_rows > 8 or (self.key_sums and self.dim == 4)
+        full = self.padded_rows > 8 or (self.key_sums and self.dim == 4 and self.head_dim > 64)
         return 1 if full else 2
 
     @property
