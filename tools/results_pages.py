@@ -73,9 +73,9 @@ The same for some presets, scored on {tokens:,} tokens of each text
 LONGER = """
 ## In longer windows
 
-The same {tokens:,} tokens of each text in windows of 2,048, as calibration had, and of 8,192
+The same tokens of each text in windows of 2,048, as calibration had, and of 8,192
 (`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 it is
-mostly noise, and what it grows by is left out.
+mostly noise, and what it grows by is left out. Brackets hold 95 % of a ratio.
 
 """
 
@@ -286,31 +286,37 @@ def table(rows: list[dict[str, Any]], entries: Sequence[dict[str, Any]] | None =
 
 
 def longer_windows() -> str:
-    """What `benchmarks/elsewhere.py contexts` measured, a line for each scheme and text."""
-    file = RESULTS / "contexts.json"
-    if not file.exists():
-        return ""
-    data = json.loads(file.read_text(encoding="utf-8"))
-    of = {(r["scheme"], r["text"], r["context"]): (r["kl"], r["ratio"]) for r in data["rows"]}
-    head = ("preset", "text", "KL at 2,048", "at 8,192", "ratio at 2,048", "at 8,192")
-    lines = [(*head, "excess grows by"), ("---",) * 7]
-    for scheme, text in dict.fromkeys((scheme, text) for scheme, text, _ in of):
-        windows = [of.get((scheme, text, context)) for context in (2048, 8192)]
-        if None in windows:
+    """What `benchmarks/elsewhere.py contexts` measured, a line for each scheme, text and number of
+    tokens."""
+    of: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    for name in ("contexts", "contexts-long"):
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
             continue
-        kl, (short, long) = zip(*filter(None, windows), strict=True)
+        data = json.loads(file.read_text(encoding="utf-8"))
+        for row in data["rows"]:
+            line = (row["scheme"], row["text"], data["settings"]["tokens"])
+            of.setdefault(line, {})[row["context"]] = row
+    head = ("preset", "text", "tokens", "KL at 2,048", "at 8,192", "ratio at 2,048", "at 8,192")
+    lines = [(*head, "excess grows by"), ("---",) * 8]
+    for (scheme, text, tokens), windows in of.items():
+        if windows.keys() != {2048, 8192}:
+            continue
+        short, long = windows[2048], windows[8192]
         # Of an excess that is mostly noise no share means anything.
-        growth = f"{100 * (long - short) / (short - 1):+.0f} %" if short > 1.002 else ""
+        growth = (long["ratio"] - short["ratio"]) / (short["ratio"] - 1)
         lines.append(
             (
-                f"`{scheme}`",
-                text.removesuffix(".txt"),
-                *(f"{figure:.4f}" for figure in (*kl, short, long)),
-                growth,
+                *(f"`{scheme}`", text.removesuffix(".txt"), f"{tokens:,}"),
+                *(f"{row['kl']:.4f}" for row in (short, long)),
+                *(_ratio(row) for row in (short, long)),
+                f"{100 * growth:+.0f} %" if short["ratio"] > 1.002 else "",
             )
         )
+    if len(lines) == 2:
+        return ""
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return LONGER.format(tokens=data["settings"]["tokens"]) + rows + "\n"
+    return LONGER + rows + "\n"
 
 
 def source_code(prose: list[dict[str, Any]]) -> str:
@@ -333,13 +339,12 @@ def source_code(prose: list[dict[str, Any]]) -> str:
     head = ("preset", "bits", "KL", "perplexity ratio", "place", *(f"on {t}" for t in titles))
     lines = [head, ("---",) * len(head)]
     for place, row in enumerate(code, 1):
-        low, high = map(math.exp, row["interval"])
         lines.append(
             (
                 f"`{row['scheme']}`",
                 f"{row['bits_per_value']:.4g}",
                 f"{row['kl']:.4f}",
-                f"{row['ratio']:.4f} [{low:.4f} … {high:.4f}]",
+                _ratio(row),
                 str(place),
                 *(str(places[text].index(row["scheme"]) + 1) for text in texts),
             )
@@ -406,15 +411,20 @@ def as_published(entries: Sequence[dict[str, Any]], preset: str) -> str:
     return f"{what} {exact} → {e['value']:g}, {e['model']} ({e['tag']})"
 
 
+def _ratio(evaluation: dict[str, Any]) -> str:
+    """Of perplexities, with its interval."""
+    low, high = map(math.exp, evaluation["interval"])
+    return f"{evaluation['ratio']:.4f} [{low:.4f} … {high:.4f}]"
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     e = row["evaluation"]
-    low, high = map(math.exp, e["interval"])
     return (
         f"`{e['scheme']}`" + (f" (peer: {row['peer']})" if row.get("peer") else ""),
         e["text"].removesuffix(".txt"),
         f"{e['bits_per_value']:.4g}",
         f"{e['kl']:.4f}",
-        f"{e['ratio']:.4f} [{low:.4f} … {high:.4f}]",
+        _ratio(e),
         f"{100 * e['top1_agreement']:.1f} %",
         " / ".join(f"{loss:.2f}" for loss in e["repeated_passage"].values()),
     )
