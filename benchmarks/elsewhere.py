@@ -92,6 +92,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/WHAT.json")
     arguments = parser.parse_args()
+    if arguments.what == "code" and arguments.texts != EVALUATION_TEXTS:
+        parser.error("--texts are for contexts: code is scored on the standard library")
     out = arguments.out or Path(f"benchmarks/results/{arguments.what}.json")
 
     model, tokenizer = load_model("demo")

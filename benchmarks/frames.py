@@ -4,10 +4,11 @@
 
 Keys that are turned by their offset in a frame need no turn of their own when they are read: all
 of a frame are turned alike, which queries can be instead. For every few layers of the demo model,
-the cost of errors of keys in groups of whole pairs (`pair_metric`, 2 bits a value), in the loss's
-Fisher information, as a multiple of that of keys before RoPE; on text that was not fitted on.
-Frames are of all RoPE pairs, of all but the fastest, or of all with means taken off before they are
-turned, whose scores would then depend on positions alone.
+the cost of errors of keys in groups of whole pairs (`pair_metric`, 2 bits a value), turned back to
+where they were, in the loss's Fisher information by keys before RoPE, as a multiple of what those
+cost; on windows that were not fitted on. Frames are of all RoPE pairs, of all but the fastest, or
+of all with means taken off before they are turned, whose scores would then depend on positions
+alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from vqkv.states import States
 from vqkv.texts import bundled_text
 from vqkv.transforms.pair_metric import PairMetric, PairMetricConfig
 
-TEXT, TOKENS, CONTEXT, SINKS = "emma", 10240, 2048, 4
+TEXT, TOKENS, CONTEXT, SINKS = "emma", 16384, 2048, 4
 #: Windows that are fitted on; the others are what is measured.
 FITTED = 4
 LAYERS = range(1, 30, 4)
@@ -47,7 +48,7 @@ class Frames(NamedTuple):
 
     Attributes:
         tokens: of a frame; of one token, nothing is turned.
-        fastest: of P pairs so many are left as they are.
+        fastest: of P pairs so many, the first ones, are left as they are.
         centred: means are taken off first.
     """
 
@@ -109,11 +110,14 @@ def captured() -> tuple[dict[int, Captured], dict[int, tuple[Pairs, torch.Tensor
     return found, turns
 
 
-def turned(x: torch.Tensor, way: Frames, pairs: Pairs, turns: torch.Tensor) -> torch.Tensor:
-    """Of tokens `[T, H, D]` from position `SINKS` on, each by its offset in its frame."""
+def turned(
+    x: torch.Tensor, way: Frames, pairs: Pairs, turns: torch.Tensor, *, back: bool = False
+) -> torch.Tensor:
+    """Of tokens `[T, H, D]` from position `SINKS` on, each by its offset in its frame, or back."""
     offsets = torch.arange(SINKS, SINKS + len(x)) % way.tokens
     turn = torch.view_as_complex(turns)[offsets]  # [T, P]
     turn[:, : way.fastest] = 1
+    turn = turn.conj() if back else turn
     channels = torch.tensor(pairs)
     both = torch.view_as_complex(x[..., channels].contiguous()) * turn[:, None]
     result = x.clone()
@@ -122,14 +126,13 @@ def turned(x: torch.Tensor, way: Frames, pairs: Pairs, turns: torch.Tensor) -> t
 
 
 def cost(layer: Captured, way: Frames, pairs: Pairs, turns: torch.Tensor) -> float:
-    """Mean of `eᵀ M e` over tokens and heads that were not fitted on, M of all gradients."""
+    """Mean of `eᵀ M e` over tokens and heads that were not fitted on, M of their gradients."""
     mean = torch.cat(layer.keys[:FITTED]).mean(0) if way.centred else 0
     keys = [turned(x - mean, way, pairs, turns) for x in layer.keys]
-    gradients = torch.cat([turned(g, way, pairs, turns) for g in layer.gradients]).double()
-    metric = torch.einsum("nhd,nhe->hde", gradients, gradients) / len(gradients)
+    fitted = torch.cat(keys[:FITTED])
     transform = PairMetric(PairMetricConfig(metric="fisher", dim=DIM))
-    fitted, others = torch.cat(keys[:FITTED]), torch.cat(keys[FITTED:])
-    transform.fit(States.of(fitted), metric, pairs)
+    of_fitted = [turned(g, way, pairs, turns) for g in layer.gradients[:FITTED]]
+    transform.fit(States.of(fitted), fisher(of_fitted), pairs)
 
     def subvectors(x: torch.Tensor) -> torch.Tensor:
         return transform.forward(x)[0].flatten(1).unflatten(1, (-1, DIM))
@@ -137,11 +140,21 @@ def cost(layer: Captured, way: Frames, pairs: Pairs, turns: torch.Tensor) -> flo
     learner = KMeans(iterations=ITERATIONS)
     learner.fit(subvectors(fitted), CODEWORDS)
     words = learner.codewords_.float()
-    codes = encode(subvectors(others), words)
-    index = torch.arange(len(words))
-    decoded = words[index, 0, codes[:, :, 0].long()].flatten(1).view(others.shape)
-    error = (transform.inverse(decoded, None) - others).double()
+    errors = []
+    for window in keys[FITTED:]:
+        codes = encode(subvectors(window), words)[:, :, 0].long()
+        decoded = words[torch.arange(len(words)), 0, codes].flatten(1).view(window.shape)
+        error = transform.inverse(decoded, None) - window
+        errors.append(turned(error, way, pairs, turns, back=True))
+    error = torch.cat(errors).double()
+    metric = fisher(layer.gradients[FITTED:])
     return float(torch.einsum("nhd,hde,nhe->nh", error, metric, error).mean())
+
+
+def fisher(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of `g gᵀ` of each head, `[H, D, D]` in fp64."""
+    g = torch.cat(gradients).double()
+    return torch.einsum("nhd,nhe->hde", g, g) / len(g)
 
 
 def main() -> None:
@@ -163,6 +176,7 @@ def main() -> None:
     ]
     settings = {
         **{"text": TEXT, "tokens": TOKENS, "fitted_windows": FITTED, "context": CONTEXT},
+        **{"sinks": SINKS},
         **{"dim": DIM, "codewords": CODEWORDS, "iterations": ITERATIONS},
     }
     write(arguments.out, {"settings": settings, "rows": rows})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any, Literal
 
@@ -241,10 +241,17 @@ class Several(Config):
     [
         ([], "file: numbers: give at least 1 (given [])"),
         ([1, 2, 3], "file: numbers: give at most 2 (given [1, 2, 3])"),
+        ((), "file: numbers: give at least 1 (given ())"),
         ([-1], "file: numbers.0: Input should be greater than or equal to 0 (given -1)"),
     ],
 )
-def test_lists_of_a_wrong_length(given: list[int], message: str) -> None:
+def test_lists_of_a_wrong_length(given: Sequence[int], message: str) -> None:
     with pytest.raises(ValidationError) as error:
         Several.model_validate({"numbers": given})
     assert explain(error.value, "file") == message
+
+
+def test_what_has_no_length_is_explained_too() -> None:
+    with pytest.raises(ValidationError) as error:
+        Several.model_validate({"numbers": iter(())})
+    assert explain(error.value, "file").startswith("file: numbers: give at least 1 (given <")

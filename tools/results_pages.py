@@ -74,8 +74,9 @@ LONGER = """
 ## In longer windows
 
 The same tokens of each text in windows of 2,048, as calibration had, and of 8,192
-(`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 it is
-mostly noise, and what it grows by is left out. Brackets hold 95 % of a ratio.
+(`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 what it
+grows by is left out, and it tells little where either ratio lies in the other's bracket, which
+holds 95 % of it.
 
 """
 
@@ -303,7 +304,7 @@ def longer_windows() -> str:
         if windows.keys() != {2048, 8192}:
             continue
         short, long = windows[2048], windows[8192]
-        # Of an excess that is mostly noise no share means anything.
+        # Of so small an excess no share means anything.
         growth = (long["ratio"] - short["ratio"]) / (short["ratio"] - 1)
         lines.append(
             (

@@ -104,7 +104,7 @@ def explain(error: ValidationError, where: str) -> str:
         place = ": ".join([where, ".".join(map(str, problem["loc"]))]).removesuffix(": ")
         said = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "too_short":
-            if len(problem["input"]) >= problem["ctx"]["min_length"]:
+            if any(_inside(other, problem["loc"]) for other, _ in own):
                 continue  # pydantic counts those that are right, and has told of the others
             said = f"give at least {problem['ctx']['min_length']}"
         elif problem["type"] == "too_long":
@@ -112,6 +112,10 @@ def explain(error: ValidationError, where: str) -> str:
         given = "" if problem["type"] in _SAYS_GIVEN else f" (given {short(problem['input'])})"
         lines.append(f"{place}: {said}{given}")
     return "\n".join(lines)
+
+
+def _inside(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return place[: len(other)] == other and place != other
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,9 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.calibration import (
@@ -47,8 +47,6 @@ Progress = Callable[[str, int, int], None]
 
 #: Tokens that coding is timed on.
 TIMED_TOKENS = 512
-
-_EXACT = "exact-"
 
 #: What the same schemes on the same model would end in again.
 _REFUSALS = (ModelError, SchemeError, StateError)
@@ -123,20 +121,17 @@ def open_bench(
 ) -> Iterator[Bench]:
     """A bench for schemes that learn from what some of `schemes` learn from.
 
-    Captured states go when the block ends. Where it is interrupted they stay, so that the next
-    bench for the same schemes goes on with them; what is refused would be refused again.
+    Captured states go when the block ends; where it ends by an exception they stay, so that the
+    next bench for the same schemes goes on with them.
     """
     folder = cache_root() / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda phase, done, total: None)
     # In a folder of its own, as files are named by tokens alone: another model must not find them.
     with _scratch(folder) as logits:
-        bench = Bench(model, tokenizer, schemes, settings, ExactLogits(model, logits), folder, tell)
-        try:
-            yield bench
-        except _REFUSALS:
-            shutil.rmtree(bench.states, ignore_errors=True)
-            raise
+        exact = ExactLogits(model, logits)
+        bench = Bench(model, tokenizer, schemes, settings, exact, folder, tell)
+        yield bench
         shutil.rmtree(bench.states, ignore_errors=True)
 
 
@@ -146,18 +141,27 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
     Those that killed processes have left go first: they take gigabytes.
     """
-    with FileLock(folder / "lock"):  # nobody takes a folder for left before it is locked
-        for left in folder.glob(f"{_EXACT}*"):
-            with suppress(Timeout), FileLock(left / "lock", timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
-        new = Path(tempfile.mkdtemp(prefix=_EXACT, dir=folder))
-        mine = FileLock(new / "lock")
-        mine.acquire()
-    try:
-        yield new
-    finally:
-        mine.release()
-        shutil.rmtree(new, ignore_errors=True)
+    for left in folder.glob("exact-*/"):
+        with suppress(OSError), _alone(left):  # that of others, or in use
+            shutil.rmtree(left)
+    new = folder / f"exact-{uuid4().hex}"
+    with _alone(new):  # locked before it is there, so never taken for left
+        new.mkdir()
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder that nobody else is at work in. Raises OSError where somebody is."""
+    lock = folder.with_suffix(".lock")
+    with FileLock(lock, timeout=0):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class Bench:
@@ -285,7 +289,12 @@ class Bench:
             for scheme in self._learned
             if scheme.residency.sinks == sinks
         )
-        capture(self.model, wants, windows, spool, _named(self.tell, "all schemes"))
+        try:
+            capture(self.model, wants, windows, spool, _named(self.tell, "all schemes"))
+        except _REFUSALS:
+            if not spool.windows:
+                shutil.rmtree(self.states)
+            raise
         return spool
 
 

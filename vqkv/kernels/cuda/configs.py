@@ -67,7 +67,7 @@ class AttendVariant:
     def tiles(self) -> int:
         """That a warp reads at a time: one's instructions fill waits of the other's.
 
-        Two, where there are registers for both. At D = 64 that has not been measured.
+        Two, where there are registers for both; at D = 64 by their number alone, not by times.
         """
         full = self.padded_rows > 8 or (self.key_sums and self.dim == 4 and self.head_dim > 64)
         return 1 if full else 2
