@@ -1,7 +1,9 @@
-"""Fitted schemes where calibration did not look: in longer windows, and on source code.
+r"""Fitted schemes where calibration did not look: in longer windows, and on source code.
 
     python benchmarks/elsewhere.py contexts ARTEFACT ...
     python benchmarks/elsewhere.py code ARTEFACT ...
+    python benchmarks/elsewhere.py contexts ARTEFACT --tokens 65536 --texts persuasion \
+        --out benchmarks/results/contexts-long.json
 
 The demo model, before use, with the artefacts' own sinks. `contexts` scores the same tokens of the
 two evaluation texts, from token 4,096 on, in windows of 2,048 and of 8,192; artefacts were

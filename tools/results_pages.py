@@ -76,7 +76,8 @@ LONGER = """
 The same tokens of each text in windows of 2,048, as calibration had, and of 8,192
 (`benchmarks/elsewhere.py contexts`). What a ratio is above 1 is its excess; below 0.002 what it
 grows by is left out, and it tells little where either ratio lies in the other's bracket, which
-holds 95 % of it.
+holds 95 % of it. A ratio is of one continuation, the text's, and KL of all, so one may grow without
+the other.
 
 """
 
