@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_model
 from vqkv.calibration import calibrate
 from vqkv.cli import app
 from vqkv.compressor import KVCompressor
-from vqkv.errors import StateError
+from vqkv.errors import StateError, TextError
 from vqkv.evaluation import compare as module
 from vqkv.evaluation import evaluate
 from vqkv.evaluation.compare import Settings, coding_times, compare
@@ -97,6 +97,14 @@ def test_what_is_done_is_not_done_again(
     assert (calibrations, evaluations[1:]) == ([], ["learned", "scalar-4bit"])
     list(compare(*arguments, [texts["b"]], settings(texts, calibration_tokens=200)))
     assert calibrations == ["learned"]
+
+
+def test_texts_are_checked_before_anything_is_learned(texts: dict[str, Path], cache: Path) -> None:
+    texts["c"].write_text(tiny_text(40))
+    scored = [texts["b"], texts["c"]]
+    with pytest.raises(TextError, match=r"c\.txt"):
+        list(compare(tiny_model("llama"), tiny_tokenizer(), schemes(), scored, settings(texts)))
+    assert not cache.exists()
 
 
 def test_a_model_that_is_refused_leaves_nothing(texts: dict[str, Path], cache: Path) -> None:

@@ -29,6 +29,7 @@ from vqkv.calibration import (
     calibration_windows,
     capture,
     read_text,
+    text_windows,
     wanted_by_all,
 )
 from vqkv.calibration.run import model_sample
@@ -106,6 +107,8 @@ def compare(
         SchemeError, StateError: a scheme does not fit the model or its states.
     """
     read = [read_text(text) for text in texts]
+    for text in read:  # before anything is calibrated, which may take hours
+        text_windows(tokenizer, text, settings.tokens, settings.context, settings.skip)
     with open_bench(model, tokenizer, schemes, settings, progress) as bench:
         for scheme in schemes:
             yield from bench.rows(scheme, read)
