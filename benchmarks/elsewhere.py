@@ -20,7 +20,7 @@ import json
 import platform
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def source_code() -> Text:
     return Text(f"standard library of Python {platform.python_version()}", content, digest)
 
 
-def conditions(what: str, texts: list[str]) -> Iterator[tuple[Text, int]]:
+def conditions(what: str, texts: Sequence[str]) -> Iterator[tuple[Text, int]]:
     """Texts, and tokens of a window."""
     if what == "code":
         yield source_code(), CONTEXT

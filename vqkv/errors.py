@@ -33,6 +33,10 @@ class ModelError(VQKVError, RuntimeError):
     """A model that cannot be found, or that vqkv cannot host."""
 
 
+#: What the same scheme on the same model and states would end in again.
+REFUSALS = (ModelError, SchemeError, StateError)
+
+
 class CacheError(VQKVError, RuntimeError):
     """A cache used in a way that would give wrong results."""
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from vqkv.calibration.spool import Spool
 from vqkv.codebooks.base import Health
 from vqkv.compressor import FittedStream
-from vqkv.errors import ArtefactError, ModelError, SchemeError, StateError
+from vqkv.errors import REFUSALS, ArtefactError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def working(partial: Path) -> Iterator[None]:
         with FileLock(partial / _LOCK, timeout=0):
             try:
                 yield
-            except (StateError, SchemeError, ModelError):
+            except REFUSALS:
                 shutil.rmtree(partial)
                 raise
     except Timeout as error:

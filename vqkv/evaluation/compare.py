@@ -34,7 +34,7 @@ from vqkv.calibration import (
 )
 from vqkv.calibration.run import model_sample
 from vqkv.compressor import KVCompressor, StreamKey
-from vqkv.errors import ModelError, SchemeError, StateError
+from vqkv.errors import REFUSALS
 from vqkv.evaluation.exact import ExactLogits
 from vqkv.evaluation.run import evaluate
 from vqkv.folders import write_whole
@@ -48,9 +48,6 @@ Progress = Callable[[str, int, int], None]
 
 #: Tokens that coding is timed on.
 TIMED_TOKENS = 512
-
-#: What the same schemes on the same model would end in again.
-_REFUSALS = (ModelError, SchemeError, StateError)
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,24 @@ def compare(
         TextError: a text cannot be read or is too short.
         SchemeError, StateError: a scheme does not fit the model or its states.
     """
-    read = [read_text(text) for text in texts]
-    for text in read:  # before anything is calibrated, which may take hours
-        text_windows(tokenizer, text, settings.tokens, settings.context, settings.skip)
+    read = texts_to_score(tokenizer, texts, settings)
     with open_bench(model, tokenizer, schemes, settings, progress) as bench:
         for scheme in schemes:
             yield from bench.rows(scheme, read)
+
+
+def texts_to_score(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Path], settings: Settings
+) -> list[Text]:
+    """Texts, all long enough, which is better known now than after the first fit.
+
+    Raises:
+        TextError: one is too short or cannot be read.
+    """
+    read = [read_text(text) for text in texts]
+    for text in read:
+        text_windows(tokenizer, text, settings.tokens, settings.context, settings.skip)
+    return read
 
 
 @contextmanager
@@ -273,7 +282,7 @@ class Bench:
                 captured=self.captured(scheme.residency.sinks),
                 progress=_named(self.tell, scheme.name),
             )
-        except _REFUSALS:
+        except REFUSALS:
             with suppress(OSError):  # not empty
                 home.rmdir()
             raise
@@ -294,7 +303,7 @@ class Bench:
         )
         try:
             capture(self.model, wants, windows, spool, _named(self.tell, "all schemes"))
-        except _REFUSALS:
+        except REFUSALS:
             if not spool.windows:
                 shutil.rmtree(self.states)
             raise

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqkv.calibration.source import CapturedStates
-from vqkv.calibration.windows import Text, read_text, text_windows
+from vqkv.calibration.windows import Text
 from vqkv.compressor import StreamKey
 from vqkv.errors import SchemeError
-from vqkv.evaluation.compare import Bench, Progress, Settings, keep, open_bench
+from vqkv.evaluation.compare import Bench, Progress, Settings, keep, open_bench, texts_to_score
 from vqkv.geometry import Geometry
 from vqkv.scheme import STREAMS, DistillationConfig, Scheme
 from vqkv.scheme_files import load_scheme
@@ -114,7 +114,6 @@ def tune(
     """
     template = TEMPLATES[family]
     base = load_scheme(template.preset)
-    read = [read_text(text) for text in texts]
     geometry = Geometry.from_model(model)
     available = whole_bytes(template.steps, geometry.head_dim)
     if not available:
@@ -125,8 +124,7 @@ def tune(
         raise SchemeError(
             f"{bits:g} bits: the lowest rate of family {family!r} is {available[0].rate:g}"
         )
-    for text in read:  # too short is better known now than after the first fit
-        text_windows(tokenizer, text, settings.tokens, settings.context, settings.skip)
+    read = texts_to_score(tokenizer, texts, settings)
     # The preset as this model can have it.
     base = with_steps(base, base.name, dict.fromkeys(streams_of(geometry), available[0]), geometry)
     with open_bench(model, tokenizer, [base], settings, progress) as bench:
