@@ -74,23 +74,17 @@ class FoldedLayer:
         rows = _by_head(query, len(order))
         return rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
 
-    def output(self, partial: Partial, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention output `[B, Q, t, D]` and log-sum-exp `[B, Q, t]` over the coded tokens."""
-        means, lse = partial.output, partial.lse
-        if self.keys.mean is not None:
-            lse = lse + _grouped(query, self.keys.mean.unsqueeze(2)).squeeze(3)
-        if self.predicts:
-            assert partial.key_mean is not None
-            means = torch.cat([means, partial.key_mean], 3)
-        return _grouped(means, self.output_map, self.output_bias), lse
+    def shifted(self, partial: Partial, query: torch.Tensor) -> Partial:
+        """With log-sum-exps of whole scores: what keys have in common is counted in."""
+        if self.keys.mean is None:
+            return partial
+        shift = _grouped(query, self.keys.mean.unsqueeze(2)).squeeze(3)
+        return partial._replace(lse=partial.lse + shift)
 
 
-def _grouped(x: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`[B, Q, t, n]` through the map `[H, n, m]` of each query head's KV head, plus `[H, m]`."""
-    mapped = _by_head(x, len(maps)) @ maps
-    if bias is not None:
-        mapped += bias[:, None]
-    return mapped.view(*x.shape[:3], maps.shape[2])
+def _grouped(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """`[B, Q, t, n]` through the map `[H, n, m]` of each query head's KV head."""
+    return (_by_head(x, len(maps)) @ maps).view(*x.shape[:3], maps.shape[2])
 
 
 def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:

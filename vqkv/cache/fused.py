@@ -12,6 +12,7 @@ from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
+from vqkv.kernels.attend.rest import Rest, attend_rest
 from vqkv.kernels.select import asked_for
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.rotation import channel_units
@@ -69,43 +70,8 @@ def fused_attention(
         ),
         layout,
     )
-    output, lse = folded.output(part, scaled)
-    return _with_exact(output, lse, scaled, layer, view.hidden).to(query.dtype)
-
-
-def _with_exact(
-    coded: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    layer: VQLayer,
-    hidden: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention `[B, Q, t, D]` over the coded tokens and the exact ones, `hidden` or not.
-
-    One softmax in which all coded tokens are one entry, whose score is their log-sum-exp and whose
-    value is their output `[B, Q, t, D]`.
-    """
-    # Scores are put side by side, as they are small; states stay where they are.
-    exact = [
-        (keys.float().flatten(0, 1), values.float().flatten(0, 1))
-        for keys, values in layer.exact_states()
-    ]
-    heads, _, head_dim = exact[0][0].shape  # KV heads of all rows of the batch
-    rows = query.reshape(heads, -1, head_dim)
-    scores = torch.cat([lse.reshape(heads, -1, 1), *(rows @ keys.mT for keys, _ in exact)], 2)
-    if hidden is not None:
-        by_query = scores.view(*query.shape[:3], -1)
-        by_query[..., 1:].masked_fill_(hidden, -torch.inf)
-    weights = scores.softmax(2)
-    if hidden is not None:
-        weights = weights.nan_to_num(0.0)  # rows that see no token
-    output = weights[..., :1] * coded.reshape(rows.shape)
-    first = 1
-    for _, values in exact:
-        after = first + values.shape[1]
-        output.baddbmm_(weights[..., first:after], values)
-        first = after
-    return output.view(query.shape)
+    rest = Rest(folded.output_map, folded.output_bias, layer.exact_states(), view.hidden)
+    return attend_rest(scaled, folded.shifted(part, scaled), rest).to(query.dtype)
 
 
 def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:

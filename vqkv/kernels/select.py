@@ -32,6 +32,7 @@ Op = Literal[
     "decode_trellis",
     "attend",
     "attend_codes",
+    "attend_rest",
     "pack",
     "unpack",
 ]
@@ -104,6 +105,8 @@ KERNELS: Registry[Kernel] = Registry(
         "attend_codes.cuda": "vqkv.kernels.attend.codes_cuda:KERNEL",
         "attend_codes.cpu": "vqkv.kernels.attend.codes_cpu:KERNEL",
         "attend_codes.triton": "vqkv.kernels.attend.codes_triton:KERNEL",
+        "attend_rest.naive": "vqkv.kernels.attend.rest_naive:KERNEL",
+        "attend_rest.cpu": "vqkv.kernels.attend.rest_cpu:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "pack.cpu": "vqkv.kernels.pack.cpu:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",
@@ -116,7 +119,8 @@ def select(op: Op, layout: Hashable, device: torch.device | str) -> Selection:
     """The fastest kernel for `op` that takes this layout on this device.
 
     The layout is one stream's, but for `attend`, where a `Reading` says how many query heads read
-    it too, and `attend_codes`, which reads two: an `AttendLayout`.
+    it too, `attend_codes`, which reads two, an `AttendLayout`, and `attend_rest`: the type of exact
+    states.
 
     Raises:
         KernelError: none takes it, or the one asked for by `using` refuses; lists the reasons.

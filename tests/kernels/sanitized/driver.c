@@ -10,9 +10,11 @@
 #include <string.h>
 
 #include "attend.h"
+#include "rest.h"
 
 int vqkv_best_level(void);
 int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end);
+int vqkv_rest(int level, const struct rest *a, int64_t begin, int64_t end);
 int vqkv_decode(const int32_t *codes, const float *words, int64_t books, int64_t stages,
                 int64_t size, int64_t dim, int64_t begin, int64_t end, float *vectors);
 int vqkv_nearest(int level, const float *x, const float *words, int64_t subspaces, int64_t size,
@@ -245,6 +247,41 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     free(a.lse);
 }
 
+/* Two runs of states, of 2 rows of the batch on 2 heads, tokens side by side. */
+static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int type, int masked)
+{
+    const int64_t batch = 2, heads = 2, counts[2] = {tokens, 3}, items = batch * heads;
+    struct exact runs[2];
+    void *states[2];
+    for (int i = 0; i < 2; i++) {
+        const int64_t count = items * counts[i] * head_dim;
+        states[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
+        runs[i] = (struct exact){.keys = states[i], .values = states[i], .tokens = counts[i]};
+        const int64_t strides[3] = {heads * counts[i] * head_dim, counts[i] * head_dim, head_dim};
+        memcpy(runs[i].key_strides, strides, sizeof strides);
+        memcpy(runs[i].value_strides, strides, sizeof strides);
+    }
+    struct rest a = {.runs = runs, .run_count = 2, .type = type, .batch = batch, .heads = heads};
+    a.rows = rows;
+    a.head_dim = head_dim;
+    a.query = floats(items * rows * head_dim);
+    a.means = a.key_means = a.query;
+    a.lse = floats(items * rows);
+    a.map = floats(heads * 2 * head_dim * head_dim);
+    a.bias = masked ? NULL : floats(heads * head_dim);
+    a.hidden = masked ? bytes(items * rows * (tokens + 3), 2) : NULL;
+    a.output = floats(items * rows * head_dim);
+    expect(vqkv_rest(level, &a, 0, items) == 0, "the return value of what follows attention");
+    free(states[0]);
+    free(states[1]);
+    free((void *)a.query);
+    free((void *)a.lse);
+    free((void *)a.map);
+    free((void *)a.bias);
+    free((void *)a.hidden);
+    free(a.output);
+}
+
 int main(void)
 {
     for (int64_t bits = 1; bits <= 16; bits++)
@@ -284,6 +321,9 @@ int main(void)
                 attend(level, 130, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 1, 2);
             }
         attend(level, 70, 4, 64, 4, 1, 100, 1, 0, 1);
+        for (int64_t tokens = 0; tokens < 9; tokens++)
+            for (int type = FLOAT32; type <= BFLOAT16; type++)
+                rest(level, tokens, 1 + 4 * tokens, 7 + 11 * tokens, type, tokens % 2);
     }
     return 0;
 }

@@ -8,7 +8,7 @@ import torch
 
 from vqkv.errors import KernelError
 from vqkv.kernels.attend.codes import Coded, Partial
-from vqkv.kernels.native.library import in_ranges, level_number, library
+from vqkv.kernels.native.library import address, in_ranges, level_number, library
 from vqkv.layouts import PAGE_TOKENS
 
 BAD_PAIR = 4
@@ -87,13 +87,13 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         _Plane.of(coded.keys.codes, keys),
         _Plane.of(coded.values.codes, values),
         *(batch, heads, rows, head_dim, parts),
-        *(q.data_ptr(), start.data_ptr(), stop.data_ptr(), _address(pages)),
+        *(q.data_ptr(), start.data_ptr(), stop.data_ptr(), address(pages)),
         0 if pages is None else pages.shape[1],
         min(len(coded.keys.codes), len(coded.values.codes)),
         None if turns is None else turns[0].data_ptr(),
         0 if turns is None or len(turns[0]) == 1 else turns[0].stride(0),
         *((None, None) if turns is None else (turns[1].data_ptr(), turns[2].data_ptr())),
-        *(output.data_ptr(), lse.data_ptr(), _address(key_sums)),
+        *(output.data_ptr(), lse.data_ptr(), address(key_sums)),
     )
 
     def run(begin: int, end: int) -> int:
@@ -120,10 +120,6 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         total.reshape(rows_of),
         None if sums is None else sums.reshape(*rows_of, head_dim),
     )
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _check_bounds(coded: Coded) -> None:

@@ -90,6 +90,11 @@ def padded(x: torch.Tensor, value: float) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing), value=value).contiguous()
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; None, which is NULL, where there is none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def in_ranges(count: int, least: int, work: Callable[[int, int], R]) -> list[R]:
     """`work(begin, end)` over ranges of `count` things, one per thread of torch's.
 
@@ -158,6 +163,8 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_unpack.restype = None
     loaded.vqkv_attend.argtypes = [number, pointer, size, size]
     loaded.vqkv_attend.restype = number
+    loaded.vqkv_rest.argtypes = [number, pointer, size, size]
+    loaded.vqkv_rest.restype = number
     return loaded
 
 

@@ -1,0 +1,155 @@
+"""What follows attention on codes: exact attention over both, and the compiled kernel's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from vqkv.errors import KernelError
+from vqkv.kernels import native, recording, using
+from vqkv.kernels.attend.codes import Partial
+from vqkv.kernels.attend.rest import Rest, attend_rest
+from vqkv.kernels.native.library import LEVELS
+
+
+class Case(NamedTuple):
+    batch: int = 1
+    heads: int = 2
+    group: int = 3
+    length: int = 1
+    head_dim: int = 64
+    tokens: tuple[int, ...] = (4, 130)
+    predicts: bool = False
+    bias: bool = True
+    masked: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case(),
+    Case(predicts=True),
+    Case(predicts=True, dtype=torch.bfloat16, head_dim=128, group=4),
+    Case(batch=3, masked=True, predicts=True, tokens=(2, 1)),
+    Case(batch=2, length=5, group=4, masked=True, bias=False),  # more rows than a vector has lanes
+    Case(length=16, group=2, heads=1, tokens=(3, 0, 65), dtype=torch.bfloat16, masked=True),
+    Case(head_dim=20, group=1, tokens=(1,), bias=False),
+    Case(tokens=(0, 0)),
+    Case(head_dim=33, tokens=(5, 7), predicts=True),
+]
+
+
+def problem(case: Case) -> tuple[torch.Tensor, Partial, Rest]:
+    """States are slices of more tokens, heads and tokens the other way round in memory."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch, heads, _, length, head_dim, tokens, *_ = case
+    queries = heads * case.group
+
+    def states(count: int) -> torch.Tensor:
+        kept: torch.Tensor = random(batch, count + 3, heads, head_dim).to(case.dtype)
+        return kept.transpose(1, 2)[:, :, 2 : 2 + count]
+
+    rows = (batch, queries, length)
+    partial = Partial(
+        random(*rows, head_dim),
+        random(*rows) + 3,
+        random(*rows, head_dim) if case.predicts else None,
+    )
+    hidden = None
+    if case.masked:
+        hidden = random(batch, 1, length, sum(tokens)) > 0.5
+        # A row without coded tokens sees some exact ones in the first query only.
+        partial.lse[0], partial.output[0] = -torch.inf, 0.0
+        hidden[0, :, 1:] = True
+    rest = Rest(
+        random(heads, (1 + case.predicts) * head_dim, head_dim) / head_dim**0.5,
+        random(heads, head_dim) if case.bias else None,
+        [(states(count), states(count)) for count in tokens],
+        hidden,
+    )
+    return random(*rows, head_dim) * head_dim**-0.5, partial, rest
+
+
+def truth(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
+    """By parts in fp64: each of coded and exact tokens has an output and a log-sum-exp."""
+    group = query.shape[1] // len(rest.output_map)
+
+    def by_query(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        return x.double().repeat_interleave(group, dim)
+
+    means = partial.output
+    if partial.key_mean is not None:
+        means = torch.cat([means, partial.key_mean], 3)
+    coded = means.double() @ by_query(rest.output_map, 0)
+    if rest.output_bias is not None:
+        coded += by_query(rest.output_bias, 0)[:, None]
+    keys, values = (by_query(torch.cat(each, 2)) for each in zip(*rest.states, strict=True))
+    scores = query.double() @ keys.mT
+    if rest.hidden is not None:
+        scores = scores.masked_fill(rest.hidden, -torch.inf)
+    share = torch.exp(partial.lse.double().unsqueeze(3))
+    exact = torch.exp(scores)
+    total = share + exact.sum(3, keepdim=True)
+    return ((share * coded + exact @ values) / total).nan_to_num(0.0)  # nothing seen: 0 / 0
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    if not native.available():
+        pytest.skip("the package was built without a C compiler")
+    try:
+        with native.forced_level(request.param):
+            yield request.param
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_softmax_over_coded_and_exact_tokens(case: Case) -> None:
+    query, partial, rest = problem(case)
+    with using(attend_rest="naive"):
+        found = attend_rest(query, partial, rest)
+    torch.testing.assert_close(found.double(), truth(query, partial, rest), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("level")
+def test_the_compiled_kernel_does_the_same(case: Case) -> None:
+    query, partial, rest = problem(case)
+    with recording() as ran:
+        found = attend_rest(query, partial, rest)
+    assert ran == ["attend_rest.cpu"]
+    assert found.dtype == torch.float32 and found.shape == query.shape
+    torch.testing.assert_close(found.double(), truth(query, partial, rest), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("level")
+def test_threads_share_rows_and_heads() -> None:
+    query, partial, rest = problem(Case(batch=3, heads=3))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = attend_rest(query, partial, rest)
+        torch.set_num_threads(4)
+        shared = attend_rest(query, partial, rest)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, shared)
+
+
+def test_states_of_other_types_are_read_by_torch() -> None:
+    case = Case(dtype=torch.float16)
+    query, partial, rest = problem(case)
+    with recording() as ran:
+        found = attend_rest(query, partial, rest)
+    assert ran == ["attend_rest.naive"]
+    torch.testing.assert_close(found.double(), truth(query, partial, rest), atol=2e-6, rtol=2e-5)
+    if native.available():
+        with using(attend_rest="cpu"), pytest.raises(KernelError, match="float16, it reads"):
+            attend_rest(query, partial, rest)

@@ -1,0 +1,89 @@
+"""What follows attention on codes, by the compiled kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from vqkv.errors import KernelError
+from vqkv.kernels.attend.codes import Partial
+from vqkv.kernels.attend.rest import Rest
+from vqkv.kernels.native.library import address, in_ranges, level_number, library
+
+#: Of exact states, and `enum type` of rest.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_Strides = ctypes.c_int64 * 3
+
+
+class _Run(ctypes.Structure):
+    """`struct exact` of rest.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, _Strides) for name in ("key_strides", "value_strides")),
+        ("tokens", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> _Run:
+        """Of tensors that outlive it."""
+        return cls(
+            *(keys.data_ptr(), values.data_ptr()),
+            *(_Strides(*each.stride()[:3]) for each in (keys, values)),
+            keys.shape[2],
+        )
+
+
+class _Rest(ctypes.Structure):
+    """`struct rest` of rest.h."""
+
+    _fields_ = (
+        ("runs", ctypes.POINTER(_Run)),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("run_count", "type", "batch", "heads", "rows", "head_dim")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "means", "lse", "key_means", "map", "bias", "hidden", "output")
+        ),
+    )
+
+
+def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
+    """Attention `[B, Q, t, D]` over a layer's coded and exact tokens, all on the CPU.
+
+    Raises:
+        KernelError: there is no memory for its scores.
+    """
+    batch, queries, length, head_dim = query.shape
+    heads = len(rest.output_map)
+    given = [query, *partial, rest.output_map, rest.output_bias]
+    given = [None if each is None else each.contiguous() for each in given]
+    states = [(_side_by_side(keys), _side_by_side(values)) for keys, values in rest.states]
+    runs = (_Run * len(states))(*(_Run.of(*pair) for pair in states))
+    hidden = rest.hidden
+    if hidden is not None:
+        hidden = hidden.expand(batch, queries, length, -1).contiguous()
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    q, means, lse, key_means, output_map, bias = given
+    task = _Rest(
+        runs,
+        *(len(states), TYPES[states[0][0].dtype]),
+        *(batch, heads, queries // heads * length, head_dim),
+        *map(address, (q, means, lse, key_means, output_map, bias, hidden, output)),
+    )
+
+    def run(begin: int, end: int) -> int:
+        failure: int = library().vqkv_rest(level_number(), ctypes.byref(task), begin, end)
+        return failure
+
+    if any(in_ranges(batch * heads, 1, run)):
+        raise KernelError("no memory for scores of exact tokens")
+    return output
+
+
+def _side_by_side(states: torch.Tensor) -> torch.Tensor:
+    return states if states.stride(3) == 1 else states.contiguous()
