@@ -125,27 +125,63 @@ TARGET void prepare_bf16(struct work *w)
         }
 }
 
+/* Cosines and sines of pairs, in their order. Without a target, so that compilers do not make gathers
+ * of it, which take longer. */
+static __attribute__((noinline)) void copy_pairs(const float *turns, const int32_t *pairs,
+                                                 int64_t count, float *copied)
+{
+    for (int64_t j = 0; j < count; j++)
+        memcpy(copied + 2 * j, turns + 2 * pairs[j], 2 * sizeof(float));
+}
+
+/* x of all quads to `first` and y to `second`, turned back by a page's first position. */
+static TARGET void turned_queries(struct work *w, int64_t page, const float *turns)
+{
+    const struct attention *a = w->a;
+    const struct pieces p = pieces_of(w);
+    const int64_t half = a->head_dim / 2, real = a->head_dim / QUAD;
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const float *query = a->query + (w->row * a->heads + w->head) * a->rows * a->head_dim;
+    copy_pairs(turns, a->pairs + w->head * half, half, w->decoded);
+    for (int64_t quad = 0; quad < real; quad += 8) {
+        const int64_t left = half - 2 * quad;
+        const __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;
+        /* `decoded` has room for whole vectors. */
+        const __m512 low = _mm512_loadu_ps(w->decoded + 4 * quad);
+        const __m512 high = _mm512_loadu_ps(w->decoded + 4 * quad + 16);
+        const __m512 cosine = _mm512_permutex2var_ps(low, even, high);
+        const __m512 sine = _mm512_permutex2var_ps(low, odd, high);
+        for (int64_t r = 0; r < a->rows; r++) {
+            const float *given = query + r * a->head_dim + 2 * quad;
+            const __m512 x = _mm512_maskz_loadu_ps(some, given);
+            const __m512 y = _mm512_maskz_loadu_ps(some, given + half);
+            const __m512 back_x = _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine));
+            const __m512 back_y = _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine));
+            const int64_t to = (page * a->rows + r) * MAX_QUADS + quad;
+            _mm256_storeu_si256((__m256i *)(p.first + to), (__m256i)_mm512_cvtneps_pbh(back_x));
+            _mm256_storeu_si256((__m256i *)(p.second + to), (__m256i)_mm512_cvtneps_pbh(back_y));
+        }
+    }
+}
+
 /* Pairs of queries as a quad's two vectors of keys need them: those of x and of y where keys are
  * turned, else (x, y) of the quad's two pairs. */
 TARGET void queries_bf16(struct work *w, int64_t page, const float *turns)
 {
-    queries_avx512(w, page, turns);
+    if (turns != NULL) {
+        turned_queries(w, page, turns);
+        return;
+    }
+    queries_avx512(w, page, NULL);
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
-    const int64_t real = a->head_dim / QUAD;
     for (int64_t r = page * a->rows; r < (page + 1) * a->rows; r++) {
         const float *query = w->query + r * a->head_dim;
         uint32_t *first = p.first + r * MAX_QUADS, *second = p.second + r * MAX_QUADS;
-        for (int64_t quad = 0; quad < real && turns == NULL; quad++) {
+        for (int64_t quad = 0; quad < a->head_dim / QUAD; quad++) {
             first[quad] = pair(query[4 * quad], query[4 * quad + 1]);
             second[quad] = pair(query[4 * quad + 2], query[4 * quad + 3]);
-        }
-        /* Whole vectors: what lies beyond the last quad is not used. */
-        for (int64_t quad = 0; quad < real && turns != NULL; quad += 8) {
-            const __m512 x = _mm512_loadu_ps(query + 2 * quad);
-            const __m512 y = _mm512_loadu_ps(query + 2 * (real + quad));
-            _mm256_storeu_si256((__m256i *)(first + quad), (__m256i)_mm512_cvtneps_pbh(x));
-            _mm256_storeu_si256((__m256i *)(second + quad), (__m256i)_mm512_cvtneps_pbh(y));
         }
     }
 }
@@ -244,15 +280,22 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
             a[r] = chunk == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(scores + r * TILE);
             b[r] = _mm512_setzero_ps();
         }
+        const uint32_t *turn = turns + token % PAGE * 4;
+        __m512i x, y, next_x, next_y;
+        /* A quad is turned before the one ahead of it is multiplied: neither waits for the other. */
+        if (turned)
+            turned_keys(books[0], width, columns[0] + token, stages, turn, &next_x, &next_y);
         for (int64_t i = 0; i < count; i++) {
             const uint32_t *first = p->first + query + i, *second = p->second + query + i;
             const word *book = books[i];
             const uint8_t *codes = columns[i] + token;
-            __m512i x, y;
             for (int64_t s = 0; s < (turned ? 1 : stages); s++, codes += TILE) {
                 if (turned) {
-                    turned_keys(book, width, codes, stages,
-                                turns + i * PAGE * 4 + token % PAGE * 4, &x, &y);
+                    x = next_x;
+                    y = next_y;
+                    if (i + 1 < count)
+                        turned_keys(books[i + 1], width, columns[i + 1] + token, stages,
+                                    turn + (i + 1) * PAGE * 4, &next_x, &next_y);
                 } else {
                     /* In this order of tokens the shuffles leave them in theirs. */
                     const uint64_t both[2] = {eight_codes(codes), eight_codes(codes + 8)};
