@@ -243,7 +243,10 @@ def test_neither_a_folder_nor_on_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(artefact, "snapshot_download", offline)
     with pytest.raises(ArtefactError, match=r"neither a folder here nor .* on the hub \(offline"):
-        KVCompressor.from_pretrained(tmp_path / "nothing")
+        KVCompressor.from_pretrained("org/nothing")
+    for no_id in (tmp_path / "nothing", "nothing", "./nothing", "../org/nothing"):
+        with pytest.raises(ArtefactError, match="nothing: no such folder; an artefact on the hub"):
+            KVCompressor.from_pretrained(no_id)
 
 
 # -- other models ------------------------------------------------------------------------------

@@ -162,11 +162,14 @@ def _locate(name_or_folder: str | Path) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
+    name = folder.as_posix()
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise ArtefactError(f"{name}: no such folder; an artefact on the hub is called org/name")
     try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=sorted(FILES)))
+        return Path(snapshot_download(name, allow_patterns=sorted(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtefactError(
-            f"{name_or_folder}: neither a folder here nor an artefact on the hub ({error})"
+            f"{name}: neither a folder here nor an artefact on the hub ({error})"
         ) from error
 
 

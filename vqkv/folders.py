@@ -21,7 +21,8 @@ def check_free(folder: Path, files: Collection[str], *, overwrite: bool) -> None
         return
     if not overwrite:
         raise ArtefactError(
-            f"{folder} exists already: choose another folder, or overwrite it on purpose"
+            f"{folder} exists already: choose another folder, or overwrite it on purpose "
+            "(--force, or overwrite=True)"
         )
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is no folder: choose another name")
