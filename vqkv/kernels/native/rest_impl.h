@@ -4,36 +4,34 @@
 
 #include "exponential.h"
 
-/* Scores [n, padded R] of all exact tokens, TOGETHER at a time. */
+/* Scores [n, R] of all exact tokens, TOGETHER at a time. */
 static TARGET void NAME(score_exact)(const struct rest *a, const struct rest_work *w, int64_t row,
                                      int64_t head)
 {
     const int64_t rows = padded(a->rows), dim = a->head_dim;
     float *scores = w->scores;
     for (const struct exact *run = a->runs; run < a->runs + a->run_count; run++) {
-        const int64_t *strides = run->key_strides;
-        const int64_t first = row * strides[0] + head * strides[1];
+        const struct vectors keys = states_of(a, run->keys, run->key_strides, row, head);
         for (int64_t t = 0; t < run->tokens; t += TOGETHER) {
             const int64_t left = run->tokens - t < TOGETHER ? run->tokens - t : TOGETHER;
-            for (int64_t i = 0; i < left; i++)
-                read_states(a, run->keys, first + (t + i) * strides[2], w->states + i * dim);
-            /* Scores beyond a run's last token are of older states; the next run writes over them. */
+            int64_t step;
+            const float *key = as_floats(&keys, t, left, dim, w->copy, &step);
+            const float *of[TOGETHER];
+            for (int64_t i = 0; i < TOGETHER; i++) /* beyond the run's end the last one again */
+                of[i] = key + (i < left ? i : left - 1) * step;
             for (int64_t r = 0; r < rows; r += W) {
-                V sum0 = V_SET1(0), sum1 = V_SET1(0), sum2 = V_SET1(0), sum3 = V_SET1(0);
+                V sums[TOGETHER];
+                for (int i = 0; i < TOGETHER; i++)
+                    sums[i] = V_SET1(0);
                 for (int64_t j = 0; j < dim; j++) {
                     const V query = V_LOAD(w->query + j * rows + r);
-                    const float *key = w->states + j;
-                    sum0 = V_FMA(V_SET1(key[0]), query, sum0);
-                    sum1 = V_FMA(V_SET1(key[dim]), query, sum1);
-                    sum2 = V_FMA(V_SET1(key[2 * dim]), query, sum2);
-                    sum3 = V_FMA(V_SET1(key[3 * dim]), query, sum3);
+                    for (int i = 0; i < TOGETHER; i++)
+                        sums[i] = V_FMA(V_SET1(of[i][j]), query, sums[i]);
                 }
-                V_STORE(scores + r, sum0);
-                V_STORE(scores + rows + r, sum1);
-                V_STORE(scores + 2 * rows + r, sum2);
-                V_STORE(scores + 3 * rows + r, sum3);
+                for (int i = 0; i < TOGETHER; i++)
+                    V_STORE(scores + i * rows + r, sums[i]);
             }
-            scores += left * rows;
+            scores += left * rows; /* the next run writes over what is beyond */
         }
     }
 }
@@ -74,18 +72,45 @@ static TARGET void NAME(weigh)(const struct rest *a, const struct rest_work *w, 
     }
 }
 
-/* Adds means [R, D], by each row's weight, through a map [D, D] to output [R, D]. */
-static TARGET void NAME(add_mapped)(const struct rest *a, const float *means, const float *map,
-                                    const float *weights, float *output)
+/* Adds vectors [count, D], by weights [count, R], to the output. */
+static TARGET void NAME(add_vectors)(const struct rest *a, const struct rest_work *w,
+                                     const float *weights, struct vectors vectors, int64_t count)
 {
-    const int64_t dim = a->head_dim;
-    for (int64_t z = 0; z < dim; z++)
-        for (int64_t r = 0; r < a->rows; r++) {
-            const float mean = weights[r] * means[r * dim + z];
-            float *restrict to = output + r * dim;
-            for (int64_t j = 0; j < dim; j++)
-                to[j] += mean * map[z * dim + j];
-        }
+    const int64_t rows = padded(a->rows), dim = padded(a->head_dim);
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        const int64_t block = count - first < BLOCK ? count - first : BLOCK;
+        int64_t step;
+        const float *from = as_floats(&vectors, first, block, a->head_dim, w->copy, &step);
+        for (int64_t r = 0; r < a->rows; r += 4)
+            for (int64_t j = 0; j < dim; j += W) {
+                float *to = w->output + r * dim + j;
+                V sum0 = V_LOAD(to), sum1 = V_LOAD(to + dim);
+                V sum2 = V_LOAD(to + 2 * dim), sum3 = V_LOAD(to + 3 * dim);
+                for (int64_t i = 0; i < block; i++) {
+                    const V vector = V_LOAD(from + i * step + j);
+                    const float *weight = weights + (first + i) * rows + r;
+                    sum0 = V_FMA(V_SET1(weight[0]), vector, sum0);
+                    sum1 = V_FMA(V_SET1(weight[1]), vector, sum1);
+                    sum2 = V_FMA(V_SET1(weight[2]), vector, sum2);
+                    sum3 = V_FMA(V_SET1(weight[3]), vector, sum3);
+                }
+                V_STORE(to, sum0);
+                V_STORE(to + dim, sum1);
+                V_STORE(to + 2 * dim, sum2);
+                V_STORE(to + 3 * dim, sum3);
+            }
+    }
+}
+
+/* Adds means [R, D] through a map [D, D]. */
+static TARGET void NAME(add_mapped)(const struct rest *a, const struct rest_work *w,
+                                    const float *means, const float *map)
+{
+    const int64_t rows = padded(a->rows), dim = a->head_dim;
+    for (int64_t r = 0; r < a->rows; r++)
+        for (int64_t z = 0; z < dim; z++)
+            w->means[z * rows + r] = w->coded[r] * means[r * dim + z];
+    NAME(add_vectors)(a, w, w->means, (struct vectors){map, dim, FLOAT32}, dim);
 }
 
 /* Row `item / H` of the batch on head `item % H`. */
@@ -93,37 +118,31 @@ static TARGET void NAME(rest)(const struct rest *a, const struct rest_work *w, i
 {
     const int64_t row = item / a->heads, head = item % a->heads, tokens = tokens_of(a);
     const int64_t rows = padded(a->rows), dim = a->head_dim, at = item * a->rows * dim;
-    for (int64_t j = 0; j < dim; j++)
-        for (int64_t r = 0; r < rows; r++)
-            w->query[j * rows + r] = r < a->rows ? a->query[at + r * dim + j] : 0.0f;
+    for (int64_t r = 0; r < a->rows; r++)
+        for (int64_t j = 0; j < dim; j++)
+            w->query[j * rows + r] = a->query[at + r * dim + j];
     NAME(score_exact)(a, w, row, head);
     NAME(weigh)(a, w, item, tokens);
 
-    float *output = a->output + at;
-    for (int64_t r = 0; r < a->rows; r++)
+    memset(w->output, 0, rows * padded(dim) * sizeof(float));
+    for (int64_t r = 0; r < a->rows && a->bias != NULL; r++)
         for (int64_t j = 0; j < dim; j++)
-            output[r * dim + j] = a->bias == NULL ? 0.0f : w->coded[r] * a->bias[head * dim + j];
+            w->output[r * padded(dim) + j] = w->coded[r] * a->bias[head * dim + j];
     const float *map = a->map + head * (a->key_means == NULL ? 1 : 2) * dim * dim;
-    NAME(add_mapped)(a, a->means + at, map, w->coded, output);
+    NAME(add_mapped)(a, w, a->means + at, map);
     if (a->key_means != NULL)
-        NAME(add_mapped)(a, a->key_means + at, map + dim * dim, w->coded, output);
-
+        NAME(add_mapped)(a, w, a->key_means + at, map + dim * dim);
     const float *weights = w->scores;
     for (const struct exact *run = a->runs; run < a->runs + a->run_count; run++) {
-        const int64_t *strides = run->value_strides;
-        const int64_t first = row * strides[0] + head * strides[1];
-        for (int64_t t = 0; t < run->tokens; t++, weights += rows) {
-            read_states(a, run->values, first + t * strides[2], w->states);
-            for (int64_t r = 0; r < a->rows; r++) {
-                float *restrict to = output + r * dim;
-                for (int64_t j = 0; j < dim; j++)
-                    to[j] += weights[r] * w->states[j];
-            }
-        }
+        const struct vectors values = states_of(a, run->values, run->value_strides, row, head);
+        NAME(add_vectors)(a, w, weights, values, run->tokens);
+        weights += run->tokens * rows;
     }
     for (int64_t r = 0; r < a->rows; r++)
-        for (int64_t j = 0; j < dim; j++)
-            output[r * dim + j] = w->total[r] == 0.0f ? 0.0f : output[r * dim + j] / w->total[r];
+        for (int64_t j = 0; j < dim; j++) {
+            const float sum = w->output[r * padded(dim) + j];
+            a->output[at + r * dim + j] = w->total[r] == 0.0f ? 0.0f : sum / w->total[r];
+        }
 }
 
 #include "lanes_end.h"
