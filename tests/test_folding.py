@@ -83,8 +83,9 @@ def test_folded_attention_is_attention_on_decoded_states(chain: str) -> None:
         partial = attend_codes(folded.query(query), coded, layouts)
     whole = folded.shifted(partial, query)
     torch.testing.assert_close(whole.lse, scores.logsumexp(-1), atol=2e-4, rtol=2e-4)
-    nothing = [(keys[:, :, :0], values[:, :, :0])]
-    output = attend_rest(query, whole, Rest(folded.output_map, folded.output_bias, nothing))
+    nothing = keys[:, :, :0], values[:, :, :0]
+    rest = Rest(folded.output_map, folded.output_bias, nothing, nothing)
+    output = attend_rest(query, whole, rest)
     torch.testing.assert_close(output, expected, atol=2e-4, rtol=2e-4)
 
 

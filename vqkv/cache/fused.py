@@ -70,7 +70,7 @@ def fused_attention(
         ),
         layout,
     )
-    rest = Rest(folded.output_map, folded.output_bias, layer.exact_states(), view.hidden)
+    rest = Rest(folded.output_map, folded.output_bias, *layer.exact_states(), view.hidden)
     return attend_rest(scaled, folded.shifted(part, scaled), rest).to(query.dtype)
 
 

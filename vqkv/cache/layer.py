@@ -266,9 +266,11 @@ class VQLayer(CacheLayerMixin):
             values[rows] = self._read_values(rows, start - pad, stop - pad).to(self.dtype)
         return values
 
-    def exact_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def exact_states(
+        self,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """Keys after RoPE and values `[B, H, n, D]`, of all rows: of the sinks, and of the tail."""
-        return [(self._sink_keys, self._sink_values), (self._tail_keys, self._tail_values)]
+        return (self._sink_keys, self._sink_values), (self._tail_keys, self._tail_values)
 
     def exact_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where `exact_states` stand, one after the other, `[B, n]`, and which count, bool.

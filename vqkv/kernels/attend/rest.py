@@ -21,14 +21,16 @@ class Rest(NamedTuple):
         output_map: `[H, D, D]`: means of coded values to the output; `[H, 2 D, D]` where means of
             coded keys follow those of values.
         output_bias: `[H, D]`, added by it; None where there is none.
-        states: exact tokens, keys after RoPE and values `[B, H, n, D]`: the sinks, then the tail.
-        hidden: those that a query does not see, `[B, Q or 1, t, n of all]` (bool); None where each
-            query sees all of them.
+        sinks: exact tokens before the coded ones, keys after RoPE and values `[B, H, n, D]`.
+        tail: exact tokens after them.
+        hidden: of sinks, then tail, those that a query does not see, `[B, Q or 1, t, n of both]`
+            (bool); None where each query sees all of them.
     """
 
     output_map: torch.Tensor
     output_bias: torch.Tensor | None
-    states: list[tuple[torch.Tensor, torch.Tensor]]
+    sinks: tuple[torch.Tensor, torch.Tensor]
+    tail: tuple[torch.Tensor, torch.Tensor]
     hidden: torch.Tensor | None = None
 
 
@@ -38,6 +40,6 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     Queries are in the head's channels, `partial.lse` is of whole scores. A row that sees no token
     is zero.
     """
-    kernel = select("attend_rest", rest.states[0][0].dtype, query.device).kernel
+    kernel = select("attend_rest", rest.tail[0].dtype, query.device).kernel
     output: torch.Tensor = kernel(query, partial, rest)
     return output

@@ -22,7 +22,8 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         coded += rest.output_bias[:, None]
 
     exact = [
-        (keys.float().flatten(0, 1), values.float().flatten(0, 1)) for keys, values in rest.states
+        (keys.float().flatten(0, 1), values.float().flatten(0, 1))
+        for keys, values in (rest.sinks, rest.tail)
     ]
     rows = query.reshape(batch * heads, -1, query.shape[3])
     lse = partial.lse.reshape(batch * heads, -1, 1)

@@ -62,8 +62,8 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     heads = len(rest.output_map)
     given = [query, *partial, rest.output_map, rest.output_bias]
     given = [None if each is None else each.contiguous() for each in given]
-    states = [(_side_by_side(keys), _side_by_side(values)) for keys, values in rest.states]
-    runs = (_Run * len(states))(*(_Run.of(*pair) for pair in states))
+    states = [tuple(map(_side_by_side, run)) for run in (rest.sinks, rest.tail)]
+    runs = (_Run * 2)(*(_Run.of(*run) for run in states))
     hidden = rest.hidden
     if hidden is not None:
         hidden = hidden.expand(batch, queries, length, -1).contiguous()
@@ -71,7 +71,7 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     q, means, lse, key_means, output_map, bias = given
     task = _Rest(
         runs,
-        *(len(states), TYPES[states[0][0].dtype]),
+        *(2, TYPES[rest.tail[0].dtype]),
         *(batch, heads, queries // heads * length, head_dim),
         *map(address, (q, means, lse, key_means, output_map, bias, hidden, output)),
     )
