@@ -83,6 +83,18 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
+def test_exact_states_may_differ_in_type() -> None:
+    """Under autocast RoPE leaves keys in fp32 and values in bf16."""
+    model = tiny_model("llama", max_position_embeddings=1024)
+    compressor = byte_compressor(model, "pre")
+    sizes, pads = (10,) * 25, (0,)
+    expected, _ = logits(model, compressor, "attend", sizes, pads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, ran = logits(model, compressor, "attend", sizes, pads)
+    assert any(name.startswith("attend_rest") for name in ran)
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.skipif(not gpu.installed(), reason="Triton is not installed")
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_a_model_reads_codes_in_triton(rope: str) -> None:

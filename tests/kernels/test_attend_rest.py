@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,25 +26,32 @@ class Case(NamedTuple):
     tokens: tuple[int, int] = (4, 130)
     predicts: bool = False
     bias: bool = True
-    masked: bool = False
+    masked: str = ""  # by "query", or by "head" and query
     dtype: torch.dtype = torch.float32
+    others: torch.dtype | None = None  # of all but the keys of the tail
 
 
 CASES = [
     Case(),
     Case(predicts=True),
     Case(predicts=True, dtype=torch.bfloat16, head_dim=128, group=4),
-    Case(batch=3, masked=True, predicts=True, tokens=(2, 1)),
-    Case(batch=2, length=5, group=4, masked=True, bias=False),  # more rows than a vector has lanes
-    Case(length=16, group=2, heads=1, tokens=(3, 65), dtype=torch.bfloat16, masked=True),
+    Case(batch=3, masked="query", predicts=True, tokens=(2, 1)),
+    Case(
+        batch=2, length=5, group=4, masked="head", bias=False
+    ),  # more rows than a vector has lanes
+    Case(length=16, group=2, heads=1, tokens=(3, 65), dtype=torch.bfloat16, masked="head"),
     Case(head_dim=20, group=1, tokens=(0, 1), bias=False),
     Case(tokens=(0, 0)),
     Case(head_dim=33, tokens=(5, 7), predicts=True),
+    Case(batch=0),
+    # As under autocast, and after a cache changed its model's type.
+    Case(dtype=torch.float32, others=torch.bfloat16),
+    Case(dtype=torch.float16, others=torch.float32),
 ]
 
 
 def problem(case: Case) -> tuple[torch.Tensor, Partial, Rest]:
-    """States are slices of more tokens, heads and tokens the other way round in memory."""
+    """States are parts of more tokens, with channels side by side or not."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -53,9 +60,10 @@ def problem(case: Case) -> tuple[torch.Tensor, Partial, Rest]:
     batch, heads, _, length, head_dim, tokens, *_ = case
     queries = heads * case.group
 
-    def states(count: int) -> torch.Tensor:
-        kept: torch.Tensor = random(batch, count + 3, heads, head_dim).to(case.dtype)
-        return kept.transpose(1, 2)[:, :, 2 : 2 + count]
+    def states(count: int, order: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        sizes = {"b": batch, "h": heads, "t": count + 3, "d": head_dim}
+        kept = random(*(sizes[axis] for axis in order)).to(dtype or case.others or case.dtype)
+        return kept.permute(*map(order.index, "bhtd"))[:, :, 2 : 2 + count]
 
     rows = (batch, queries, length)
     partial = Partial(
@@ -65,15 +73,15 @@ def problem(case: Case) -> tuple[torch.Tensor, Partial, Rest]:
     )
     hidden = None
     if case.masked:
-        hidden = random(batch, 1, length, sum(tokens)) > 0.5
-        # A row without coded tokens sees some exact ones in the first query only.
+        hidden = random(batch, queries if case.masked == "head" else 1, length, sum(tokens)) > 0.5
+        # A row without coded tokens, whose last query sees no exact one either.
         partial.lse[0], partial.output[0] = -torch.inf, 0.0
-        hidden[0, :, 1:] = True
+        hidden[0, :, 1:][:, -1:] = True
     rest = Rest(
         random(heads, (1 + case.predicts) * head_dim, head_dim) / head_dim**0.5,
         random(heads, head_dim) if case.bias else None,
-        sinks=(states(tokens[0]), states(tokens[0])),
-        tail=(states(tokens[1]), states(tokens[1])),
+        sinks=(states(tokens[0], "bhtd"), states(tokens[0], "bthd")),
+        tail=(states(tokens[1], "bthd", case.dtype), states(tokens[1], "bhdt")),
         hidden=hidden,
     )
     return random(*rows, head_dim) * head_dim**-0.5, partial, rest
@@ -149,3 +157,33 @@ def test_states_of_other_types_are_read_by_torch() -> None:
     if native.available():
         with using(attend_rest="cpu"), pytest.raises(KernelError, match="float16, it reads"):
             attend_rest(query, partial, rest)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"output_map": torch.zeros(2, 64, 64)}, r"the map: \[2, 128, 64\] expected"),
+        ({"output_bias": torch.zeros(64)}, r"its bias: \[2, 64\] expected, given \[64\]"),
+        ({"tail": (torch.zeros(1, 2, 9, 64), torch.zeros(1, 2, 8, 64))}, "values of the tail"),
+        ({"sinks": (torch.zeros(1, 3, 9, 64), torch.zeros(1, 3, 9, 64))}, "keys of sinks"),
+        ({"hidden": torch.zeros(1, 1, 1, 133, dtype=torch.bool)}, "the mask .* 134"),
+        ({"hidden": torch.zeros(1, 1, 1, 134)}, "hidden is bool"),
+        ({"output_bias": torch.zeros(2, 64, device="meta")}, "on meta, queries are on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(wrong: dict[str, Any], message: str) -> None:
+    query, partial, rest = problem(Case(predicts=True))
+    with pytest.raises(KernelError, match=message):
+        attend_rest(query, partial, rest._replace(**wrong))
+
+
+@NATIVE
+def test_a_model_of_any_type_is_read_in_fp32() -> None:
+    query, partial, rest = problem(Case(predicts=True))
+    halves = (
+        partial._replace(output=partial.output.half(), lse=partial.lse.half()),
+        rest._replace(output_map=rest.output_map.half()),
+    )
+    found = attend_rest(query.double(), *halves)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth(query, *halves), atol=2e-6, rtol=2e-5)

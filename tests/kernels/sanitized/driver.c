@@ -247,33 +247,41 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     free(a.lse);
 }
 
-/* Two runs of states, of 2 rows of the batch on 2 heads, tokens side by side. */
-static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int type, int masked)
+/* Two runs of states, of 2 rows of the batch on 2 heads: of keys tokens lie side by side, of values heads
+ * do. `extras` are bits: means of keys, a bias, a mask. */
+static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int type, int extras)
 {
-    const int64_t batch = 2, heads = 2, counts[2] = {tokens, 3}, items = batch * heads;
+    const int64_t batch = 2, heads = 2, counts[2] = {3, tokens}, items = batch * heads;
     struct exact runs[2];
-    void *states[2];
+    void *keys[2], *values[2];
     for (int i = 0; i < 2; i++) {
-        const int64_t count = items * counts[i] * head_dim;
-        states[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
-        runs[i] = (struct exact){.keys = states[i], .values = states[i], .tokens = counts[i]};
-        const int64_t strides[3] = {heads * counts[i] * head_dim, counts[i] * head_dim, head_dim};
-        memcpy(runs[i].key_strides, strides, sizeof strides);
-        memcpy(runs[i].value_strides, strides, sizeof strides);
+        const int64_t n = counts[i], count = items * n * head_dim;
+        keys[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
+        values[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
+        runs[i] = (struct exact){
+            .keys = keys[i],
+            .values = values[i],
+            .key_strides = {heads * n * head_dim, n * head_dim, head_dim},
+            .value_strides = {n * heads * head_dim, head_dim, heads * head_dim},
+            .tokens = n,
+        };
     }
     struct rest a = {.runs = runs, .run_count = 2, .type = type, .batch = batch, .heads = heads};
     a.rows = rows;
     a.head_dim = head_dim;
     a.query = floats(items * rows * head_dim);
-    a.means = a.key_means = a.query;
+    a.means = a.query;
     a.lse = floats(items * rows);
-    a.map = floats(heads * 2 * head_dim * head_dim);
-    a.bias = masked ? NULL : floats(heads * head_dim);
-    a.hidden = masked ? bytes(items * rows * (tokens + 3), 2) : NULL;
+    a.key_means = extras & 1 ? a.query : NULL;
+    a.map = floats(heads * (1 + extras % 2) * head_dim * head_dim);
+    a.bias = extras & 2 ? floats(heads * head_dim) : NULL;
+    a.hidden = extras & 4 ? bytes(items * rows * (tokens + 3), 2) : NULL;
     a.output = floats(items * rows * head_dim);
     expect(vqkv_rest(level, &a, 0, items) == 0, "the return value of what follows attention");
-    free(states[0]);
-    free(states[1]);
+    for (int i = 0; i < 2; i++) {
+        free(keys[i]);
+        free(values[i]);
+    }
     free((void *)a.query);
     free((void *)a.lse);
     free((void *)a.map);
@@ -321,9 +329,10 @@ int main(void)
                 attend(level, 130, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 1, 2);
             }
         attend(level, 70, 4, 64, 4, 1, 100, 1, 0, 1);
-        for (int64_t tokens = 0; tokens < 9; tokens++)
+        for (int64_t tokens = 0; tokens < 18; tokens++)
             for (int type = FLOAT32; type <= BFLOAT16; type++)
-                rest(level, tokens, 1 + 4 * tokens, 7 + 11 * tokens, type, tokens % 2);
+                rest(level, tokens, 1 + 4 * tokens, tokens % 3 ? 16 * (tokens % 5 + 1) : 7 + tokens,
+                     type, (int)tokens % 8);
     }
     return 0;
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from vqkv.errors import KernelError
 from vqkv.kernels.attend.codes import Partial
 from vqkv.kernels.select import select
 
@@ -38,8 +39,51 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     """Attention `[B, Q, t, D]` (fp32) of scaled queries `[B, Q, t, D]` over all tokens of a layer.
 
     Queries are in the head's channels, `partial.lse` is of whole scores. A row that sees no token
-    is zero.
+    is zero; without `hidden` there is one, as a query sees itself. As in attention on codes,
+    compiled kernels give no gradients.
+
+    Raises:
+        KernelError: arguments that do not fit each other.
     """
-    kernel = select("attend_rest", rest.tail[0].dtype, query.device).kernel
+    check(query, partial, rest)
+    kernel = select("attend_rest", state_type(rest), query.device).kernel
     output: torch.Tensor = kernel(query, partial, rest)
     return output
+
+
+def state_type(rest: Rest) -> torch.dtype:
+    """What kernels read exact states as: fp32 where they differ, as under autocast."""
+    types = {states.dtype for states in (*rest.sinks, *rest.tail)}
+    return types.pop() if len(types) == 1 else torch.float32
+
+
+def check(query: torch.Tensor, partial: Partial, rest: Rest) -> None:
+    """Raises KernelError where shapes, types or devices do not fit each other."""
+    batch, queries, length, head_dim = query.shape
+    heads = rest.output_map.shape[0]
+    sums = 1 if partial.key_mean is None else 2
+    counts = rest.sinks[0].shape[2], rest.tail[0].shape[2]
+    hidden_of_all = rest.hidden
+    if hidden_of_all is not None and hidden_of_all.ndim == 4 and hidden_of_all.shape[1] == 1:
+        hidden_of_all = hidden_of_all.expand(-1, queries, -1, -1)
+    fits = (
+        ("outputs", partial.output, query.shape),
+        ("log-sum-exps", partial.lse, query.shape[:3]),
+        ("means of keys", partial.key_mean, query.shape),
+        ("the map", rest.output_map, (heads, sums * head_dim, head_dim)),
+        ("its bias", rest.output_bias, (heads, head_dim)),
+        ("keys of sinks", rest.sinks[0], (batch, heads, counts[0], head_dim)),
+        ("values of sinks", rest.sinks[1], (batch, heads, counts[0], head_dim)),
+        ("keys of the tail", rest.tail[0], (batch, heads, counts[1], head_dim)),
+        ("values of the tail", rest.tail[1], (batch, heads, counts[1], head_dim)),
+        ("the mask by query head", hidden_of_all, (batch, queries, length, sum(counts))),
+    )
+    for name, tensor, shape in fits:
+        if tensor is not None and tensor.shape != shape:
+            raise KernelError(f"{name}: {list(shape)} expected, given {list(tensor.shape)}")
+        if tensor is not None and tensor.device != query.device:
+            raise KernelError(f"{name}: on {tensor.device}, queries are on {query.device}")
+    if queries % heads:
+        raise KernelError(f"{queries} query heads do not share {heads} KV heads evenly")
+    if rest.hidden is not None and rest.hidden.dtype != torch.bool:
+        raise KernelError(f"hidden is bool, given {rest.hidden.dtype}")

@@ -11,13 +11,14 @@ from vqkv.kernels.select import Kernel
 
 def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
     """One softmax; scores are put side by side, as they are small, states stay where they are."""
-    heads = len(rest.output_map)
-    means = partial.output
-    if partial.key_mean is not None:
-        means = torch.cat([means, partial.key_mean], 3)
     # Not by einops, which takes longer than the products of a decoding step do.
-    batch, queries, length, channels = means.shape
-    coded = means.reshape(batch, heads, queries // heads * length, channels) @ rest.output_map
+    batch, queries, length, head_dim = query.shape
+    heads = len(rest.output_map)
+    rows = queries // heads * length  # on a KV head
+    means = partial.output.float()
+    if partial.key_mean is not None:
+        means = torch.cat([means, partial.key_mean.float()], 3)
+    coded = means.reshape(batch, heads, rows, means.shape[3]) @ rest.output_map.float()
     if rest.output_bias is not None:
         coded += rest.output_bias[:, None]
 
@@ -25,16 +26,17 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         (keys.float().flatten(0, 1), values.float().flatten(0, 1))
         for keys, values in (rest.sinks, rest.tail)
     ]
-    rows = query.reshape(batch * heads, -1, query.shape[3])
-    lse = partial.lse.reshape(batch * heads, -1, 1)
-    scores = torch.cat([lse, *(rows @ keys.mT for keys, _ in exact)], 2)
+    q = query.float().reshape(batch * heads, rows, head_dim)
+    lse = partial.lse.float().reshape(batch * heads, rows, 1)
+    scores = torch.cat([lse, *(q @ keys.mT for keys, _ in exact)], 2)
     if rest.hidden is not None:
         by_query = scores.view(batch, queries, length, -1)
         by_query[..., 1:].masked_fill_(rest.hidden, -torch.inf)
     weights = scores.softmax(2)
     if rest.hidden is not None:
-        weights = weights.nan_to_num(0.0)  # rows that see no token
-    output = weights[..., :1] * coded.reshape(rows.shape)
+        unseeing = (scores == -torch.inf).all(2, keepdim=True)
+        weights = weights.masked_fill(unseeing, 0.0)
+    output = weights[..., :1] * coded.flatten(0, 1)
     first = 1
     for _, values in exact:
         after = first + values.shape[1]

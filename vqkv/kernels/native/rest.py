@@ -8,7 +8,7 @@ import torch
 
 from vqkv.errors import KernelError
 from vqkv.kernels.attend.codes import Partial
-from vqkv.kernels.attend.rest import Rest
+from vqkv.kernels.attend.rest import Rest, state_type
 from vqkv.kernels.native.library import address, in_ranges, level_number, library
 
 #: Of exact states, and `enum type` of rest.h.
@@ -60,18 +60,21 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     """
     batch, queries, length, head_dim = query.shape
     heads = len(rest.output_map)
-    given = [query, *partial, rest.output_map, rest.output_bias]
-    given = [None if each is None else each.contiguous() for each in given]
-    states = [tuple(map(_side_by_side, run)) for run in (rest.sinks, rest.tail)]
+    given = (query, *partial, rest.output_map, rest.output_bias)
+    floats = [None if each is None else each.float().contiguous() for each in given]
+    dtype = state_type(rest)
+    states = [
+        tuple(_side_by_side(each.to(dtype)) for each in run) for run in (rest.sinks, rest.tail)
+    ]
     runs = (_Run * 2)(*(_Run.of(*run) for run in states))
     hidden = rest.hidden
     if hidden is not None:
         hidden = hidden.expand(batch, queries, length, -1).contiguous()
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    q, means, lse, key_means, output_map, bias = given
+    output = torch.empty(query.shape, dtype=torch.float32)
+    q, means, lse, key_means, output_map, bias = floats
     task = _Rest(
         runs,
-        *(2, TYPES[rest.tail[0].dtype]),
+        *(2, TYPES[dtype]),
         *(batch, heads, queries // heads * length, head_dim),
         *map(address, (q, means, lse, key_means, output_map, bias, hidden, output)),
     )
@@ -80,7 +83,8 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         failure: int = library().vqkv_rest(level_number(), ctypes.byref(task), begin, end)
         return failure
 
-    if any(in_ranges(batch * heads, 1, run)):
+    # In a decoding step a head takes some 10 µs.
+    if any(in_ranges(batch * heads, 4, run)):
         raise KernelError("no memory for scores of exact tokens")
     return output
 
