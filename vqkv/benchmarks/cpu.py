@@ -35,7 +35,7 @@ DECODE = ((131072, 4), (131072, 8))
 
 
 def run(
-    threads: int = 1, rounds: int = 9, model: str = "demo", compressor: KVCompressor | None = None
+    threads: int = 1, rounds: int = 31, model: str = "demo", compressor: KVCompressor | None = None
 ) -> dict[str, Any]:
     """All cases, with machine, versions and commit; with a compressor also its model's steps."""
     with _threads(threads):
