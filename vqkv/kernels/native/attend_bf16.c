@@ -125,15 +125,6 @@ TARGET void prepare_bf16(struct work *w)
         }
 }
 
-/* Cosines and sines of pairs, in their order. Without a target, so that compilers do not make gathers
- * of it, which take longer. */
-static __attribute__((noinline)) void copy_pairs(const float *turns, const int32_t *pairs,
-                                                 int64_t count, float *copied)
-{
-    for (int64_t j = 0; j < count; j++)
-        memcpy(copied + 2 * j, turns + 2 * pairs[j], 2 * sizeof(float));
-}
-
 /* x of all quads to `first` and y to `second`, turned back by a page's first position. */
 static TARGET void turned_queries(struct work *w, int64_t page, const float *turns)
 {
@@ -143,7 +134,9 @@ static TARGET void turned_queries(struct work *w, int64_t page, const float *tur
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     const float *query = a->query + (w->row * a->heads + w->head) * a->rows * a->head_dim;
-    copy_pairs(turns, a->pairs + w->head * half, half, w->decoded);
+    const int32_t *pairs = a->pairs + w->head * half;
+    for (int64_t j = 0; j < half; j++)
+        memcpy(w->decoded + 2 * j, turns + 2 * pairs[j], 2 * sizeof(float));
     for (int64_t quad = 0; quad < real; quad += 8) {
         const int64_t left = half - 2 * quad;
         const __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;

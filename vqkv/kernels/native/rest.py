@@ -83,7 +83,7 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         failure: int = library().vqkv_rest(level_number(), ctypes.byref(task), begin, end)
         return failure
 
-    # In a decoding step a head takes some 10 µs.
+    # A head takes so little in a decoding step that a thread has to have several.
     if any(in_ranges(batch * heads, 4, run)):
         raise KernelError("no memory for scores of exact tokens")
     return output
