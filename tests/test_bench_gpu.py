@@ -31,6 +31,8 @@ def test_every_part_runs_and_is_right(tmp_path: Path) -> None:
     assert figures["complete"] and figures["versions"]["triton"]
     assert {"ceilings", "gathers", "capacity"} <= figures.keys()
     assert all(row["finite"] for row in figures["step"])
+    assert {row["arm"] for row in figures["rest"]} == {"triton", "naive"}
+    assert max(row["error"] for row in figures["rest"]) < 1e-5
     assert max(row["gap"] for row in figures["encode"]) < 1e-4
     attended = {row["arm"]: row["error"] for row in figures["attend"]}
     assert {"d4", "d4-rope-key-sums", "d8-x2", "fp16-split-kv", "sdpa-math"} <= attended.keys()

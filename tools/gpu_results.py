@@ -67,6 +67,13 @@ def _parts(data: dict[str, Any]) -> Iterable[str]:
         yield "### A decoding step"
         yield "Tokens a second of the whole batch, attention in CUDA."
         yield _steps(data["step"])
+    if "rest" in data:
+        yield "### Exact tokens taken in"
+        yield (
+            "What follows attention on codes in a layer of `fast-2bit` or `fast-1bit`: sums mapped "
+            f"back, and attention on {data['rest'][0]['tokens']} exact tokens, in µs."
+        )
+        yield _rest(data["rest"])
     yield "### Encoding"
     yield (
         "One stream of one layer for a prompt of 131,072 tokens, 8 heads; and keys and values of "
@@ -134,6 +141,15 @@ def _steps(rows: list[dict[str, Any]]) -> str:
         ("context", "batch", "fp16 (`fp16-split-kv`)", *(PRESETS.get(arm, arm) for arm in STEPS)),
         lines,
     )
+
+
+def _rest(rows: list[dict[str, Any]]) -> str:
+    found = {(row["batch"], row["arm"]): row["us"] for row in rows}
+    lines = [
+        (batch, found[batch, "triton"], found[batch, "naive"])
+        for batch in dict.fromkeys(batch for batch, _ in found)
+    ]
+    return _table(("batch", "one launch, Triton", "torch"), lines)
 
 
 def _encoding(rows: list[dict[str, Any]]) -> str:

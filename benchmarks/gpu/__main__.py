@@ -17,6 +17,7 @@ from benchmarks.gpu.capacity import capacity
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.encoding import encoding
 from benchmarks.gpu.gathers import gathers
+from benchmarks.gpu.rest import rest
 from benchmarks.gpu.sizes import FULL, TOY
 from benchmarks.gpu.steps import steps
 from benchmarks.gpu.timing import gpu
@@ -39,6 +40,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "gathers": lambda: gathers(sizes),
         "encode": lambda: encoding(sizes),
+        "rest": lambda: rest(sizes),
         "capacity": lambda: capacity(sizes),
         "step": lambda: steps(sizes),
         "attend": lambda: attention(sizes, lambda: time.monotonic() > deadline),

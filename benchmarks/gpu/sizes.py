@@ -26,6 +26,8 @@ class Sizes:
     gathers: int
     #: More than any L2 cache holds; buffers are rotated until they take as much.
     cold_bytes: int
+    #: Tokens of a context that are kept exact, four of them as sinks.
+    exact: int
     #: Contexts and batches of a whole decode step.
     steps: tuple[tuple[int, int], ...]
 
@@ -57,6 +59,7 @@ FULL = Sizes(
     copy_bytes=1 << 32,
     gathers=1 << 28,
     cold_bytes=128 << 20,
+    exact=192,  # four sinks, a window of 128, and 60 tokens that wait for a page to be full
     steps=((1 << 13, 1), (1 << 17, 1), (1 << 17, 4), (1 << 13, 32)),
 )
 TOY = Sizes(
@@ -76,5 +79,6 @@ TOY = Sizes(
     copy_bytes=1 << 10,
     gathers=1 << 10,
     cold_bytes=0,
+    exact=6,
     steps=((70, 1),),
 )

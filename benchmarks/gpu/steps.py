@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch.nn.functional import linear, rms_norm, silu
 from benchmarks.gpu.attention import kernels
 from benchmarks.gpu.coded import Scheme, code_bytes, coded
 from benchmarks.gpu.exact import exact
+from benchmarks.gpu.rest import kept
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.timing import microseconds
 from vqkv.kernels import using
-from vqkv.kernels.attend.codes import attend_codes
+from vqkv.kernels.attend.codes import AttendLayout, Coded, attend_codes
+from vqkv.kernels.attend.rest import Rest, attend_rest
 
 SCHEMES = (
     Scheme(4),
@@ -32,8 +33,7 @@ Attend = Callable[[torch.Tensor], torch.Tensor]
 def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Time, tokens a second and memory at each context and batch.
 
-    RoPE of the new token and its append are left out, and of codes also the exact window and what
-    maps weighted sums of codewords back: a step of the whole cache takes longer.
+    RoPE of the new token, its append, and the encoding of a page are left out.
     """
     weights = [_layer(sizes) for _ in range(sizes.layers)]
     embedding = _random(sizes, sizes.vocabulary, sizes.hidden)
@@ -46,7 +46,8 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
                     hidden = _block(sizes, weight, hidden, attend)
                 return linear(hidden, embedding)
 
-            with using(attend_codes=kernel) if kernel in ("cuda", "triton") else nullcontext():
+            asked = {"attend_codes": kernel, "attend_rest": "triton"} if arm != "fp16" else {}
+            with using(**asked):
                 time = microseconds([step])
                 finite = bool(step().isfinite().all())
             yield {
@@ -64,27 +65,50 @@ def steps(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 def _arms(sizes: Sizes, context: int, batch: int) -> Iterator[tuple[str, str, list[Attend], int]]:
     """Names, kernels, attention of every layer, and bytes of all caches."""
-    states = [
+    pairs = [
         [_random(sizes, batch, sizes.heads, context, sizes.head_dim) for _ in range(2)]
         for _ in range(sizes.layers)
     ]
-    exact_layers: list[Attend] = [partial(_exact, keys, values) for keys, values in states]
-    total = sum(x.nbytes for pair in states for x in pair)
+    exact_layers: list[Attend] = [partial(_exact, keys, values) for keys, values in pairs]
+    total = sum(x.nbytes for pair in pairs for x in pair)
     yield "fp16", "fp16-split-kv", exact_layers, total
-    del states, exact_layers
+    del pairs, exact_layers
     for scheme in SCHEMES:
         layout = scheme.layout(sizes)
-        planes = [coded(sizes, scheme, context, batch) for _ in range(sizes.layers)]
-        layers = [
-            lambda query, of=of, layout=layout: attend_codes(query, of, layout).output
-            for of in planes
+        old = context - sizes.exact
+        states = [
+            (coded(sizes, scheme, old, batch), kept(sizes, scheme, batch), _queries_map(sizes))
+            for _ in range(sizes.layers)
         ]
+        layers = [partial(_on_codes, *each, layout) for each in states]
+        total = sum(code_bytes(of) + _exact_bytes(rest) for of, rest, _ in states)
         for kernel in kernels(layout, sizes.device):
-            yield scheme.name, kernel, layers, sum(map(code_bytes, planes))
+            yield scheme.name, kernel, layers, total
+        del states, layers
 
 
 def _exact(keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return exact(query.half(), keys, values)
+
+
+def _on_codes(
+    of: Coded, rest: Rest, order: torch.Tensor, layout: AttendLayout, query: torch.Tensor
+) -> torch.Tensor:
+    """As a cache's layer does: queries in coded order, codes, then what is exact."""
+    scaled = query.float()
+    rows = scaled.unflatten(1, (len(order), -1)).flatten(2, 3)
+    reordered = rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
+    return attend_rest(scaled, attend_codes(reordered, of, layout), rest).to(query.dtype)
+
+
+def _queries_map(sizes: Sizes) -> torch.Tensor:
+    """The channel that each coded one is, `[H, D]`."""
+    orders = [torch.randperm(sizes.head_dim, device=sizes.device) for _ in range(sizes.heads)]
+    return torch.stack(orders)
+
+
+def _exact_bytes(rest: Rest) -> int:
+    return sum(states.nbytes for states in (*rest.sinks, *rest.tail))
 
 
 def _layer(sizes: Sizes) -> dict[str, torch.Tensor]:

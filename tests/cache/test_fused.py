@@ -102,9 +102,10 @@ def test_a_model_reads_codes_in_triton(rope: str) -> None:
     compressor = byte_compressor(model, rope, **PREDICTED)
     sizes, pads = (200, 1), (10, 80)
     expected, _ = logits(model, compressor, "decode", sizes, pads)
-    with using(attend_codes="triton"):
+    with using(attend_codes="triton", attend_rest="triton"):
         found, ran = logits(model, compressor, "attend", sizes, pads)
-    assert ran.count("attend_codes.triton") == len(compressor.geometry.compressed)
+    for kernel in ("attend_codes.triton", "attend_rest.triton"):
+        assert ran.count(kernel) == len(compressor.geometry.compressed)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 

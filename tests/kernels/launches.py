@@ -22,8 +22,10 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.exact import exact
 from benchmarks.gpu.gathers import gathers
 from benchmarks.gpu.sizes import TOY
+from tests.kernels import test_attend_rest
 from tests.kernels.coded_cases import Case, problem
 from vqkv.kernels.attend import codes_triton as attend
+from vqkv.kernels.attend import rest_triton as attend_rest
 from vqkv.kernels.decode import codes_triton as decode_pages
 from vqkv.kernels.decode import triton as decode
 from vqkv.kernels.encode import heads_triton as encode_heads
@@ -76,6 +78,8 @@ def launches() -> list[str]:
             attend.attend_codes(query.to(dtype), coded)
         for dtype in (torch.float32, torch.bfloat16):
             decode_pages.decode_codes(coded.keys, range(64, 70), coded.turns, coded.pages, dtype)
+    for rest in test_attend_rest.CASES + test_attend_rest.HALVES:
+        attend_rest.attend_rest(*test_attend_rest.problem(rest))
     x, books = torch.randn(2000, 8, 4), torch.randn(8, 2, 256, 4)
     encode.encode(x, books.half())
     encode.encode(x[:1], books[:, :1])

@@ -29,6 +29,7 @@ from vqkv.kernels.gpu.configs import (
     DecodeConfig,
     EncodeConfig,
     HeadsConfig,
+    RestConfig,
     SearchConfig,
     Words,
 )
@@ -36,6 +37,7 @@ from vqkv.kernels.gpu.decode import decode_pages, decode_vectors
 from vqkv.kernels.gpu.encode import encode_codes, encode_pair
 from vqkv.kernels.gpu.encode_heads import encode_heads
 from vqkv.kernels.gpu.encode_joint import encode_jointly, prepare_books
+from vqkv.kernels.gpu.rest import attend_rest
 from vqkv.kernels.gpu.shipped import SHIPPED, Config
 from vqkv.layouts import PAGE_TOKENS
 
@@ -48,6 +50,7 @@ KERNELS: dict[type, Any] = {
     SearchConfig: encode_jointly,
     HeadsConfig: encode_heads,
     DecodeConfig: decode_pages,
+    RestConfig: attend_rest,
 }
 Encoders = EncodeConfig | SearchConfig | HeadsConfig
 #: Types of pointers.
@@ -61,20 +64,30 @@ POINTERS = {
     **dict.fromkeys(
         ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"
     ),
+    **dict.fromkeys(("key_means", "bias"), "*fp32"),
+    "hidden": "*u8",
     **dict.fromkeys(("means", "maps", "source_maps", "offsets", "source"), "*fp32"),
     **dict.fromkeys(("merged", "merged_lse", "merged_key_mean", "decoded"), "*fp32"),
 }
 
 
+#: Pointers to exact states.
+STATES = ("sink_keys", "sink_values", "tail_keys", "tail_values")
+
+
 def compiled(config: Config, capability: int) -> Any:
     """A kernel for a GPU, as a launch with aligned tensors would have it."""
     kernel, constants = KERNELS[type(config)], config.constants()
+    pointers = POINTERS
     if isinstance(config, Encoders):
         whole_lines = False
+    elif isinstance(config, RestConfig):
+        whole_lines = True
+        pointers = POINTERS | dict.fromkeys(STATES, "*bf16" if config.half else "*fp32")
     else:
         token = config.keys if isinstance(config, AttendConfig) else config.words
         whole_lines = token.subvectors * token.stages % 16 == 0
-    return build(kernel, constants, config.options(), capability, whole_lines)
+    return build(kernel, constants, config.options(), capability, whole_lines, pointers)
 
 
 def build(
@@ -83,6 +96,7 @@ def build(
     options: dict[str, int],
     capability: int,
     whole_lines: bool = False,
+    pointers: dict[str, str] = POINTERS,
 ) -> Any:
     """Compile with aligned pointers, and strides divisible by 16 where tokens are `whole_lines`."""
     signature, attributes = {}, {}
@@ -90,9 +104,9 @@ def build(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = POINTERS.get(name, "i32")
+        signature[name] = pointers.get(name, "i32")
         stride = name.endswith(("_row", "_head", "_token"))
-        if name in POINTERS or (stride and whole_lines):
+        if name in pointers or (stride and whole_lines):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -157,7 +171,7 @@ def gathers(config: Config) -> int:
 
 def gather_bytes(config: Config) -> int:
     """Of one load of a codeword in fp16."""
-    if isinstance(config, Encoders):
+    if isinstance(config, Encoders | RestConfig):
         return 16
     plane = config.keys if isinstance(config, AttendConfig) else config.words
     return min(16, 2 * plane.dim)

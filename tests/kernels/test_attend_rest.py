@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from vqkv.errors import KernelError
-from vqkv.kernels import native, recording, using
+from vqkv.kernels import gpu, native, recording, select, using
 from vqkv.kernels.attend.codes import Partial
 from vqkv.kernels.attend.rest import Rest, attend_rest
 
 NATIVE = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
 )
+NO_TRITON = gpu.unavailable_reason(torch.device("cpu"))
+TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 
 class Case(NamedTuple):
@@ -47,6 +49,11 @@ CASES = [
     # As under autocast, and after a cache changed its model's type.
     Case(dtype=torch.float32, others=torch.bfloat16),
     Case(dtype=torch.float16, others=torch.float32),
+]
+#: Of a type that the compiled kernel does not read.
+HALVES = [
+    Case(dtype=torch.float16, predicts=True),
+    Case(dtype=torch.float16, head_dim=80, group=17, predicts=True, masked="query"),
 ]
 
 
@@ -112,11 +119,14 @@ def truth(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
     return ((share * coded + weights @ values) / total).nan_to_num(0.0)  # nothing seen: 0 / 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_softmax_over_coded_and_exact_tokens(case: Case) -> None:
+@pytest.mark.parametrize("case", CASES + HALVES, ids=str)
+@pytest.mark.parametrize("kernel", ["naive", pytest.param("triton", marks=TRITON)])
+def test_one_softmax_over_coded_and_exact_tokens(case: Case, kernel: str) -> None:
     query, partial, rest = problem(case)
-    with using(attend_rest="naive"):
+    with using(attend_rest=kernel), recording() as ran:
         found = attend_rest(query, partial, rest)
+    assert ran == [f"attend_rest.{kernel}"]
+    assert found.dtype == torch.float32 and found.shape == query.shape
     torch.testing.assert_close(found.double(), truth(query, partial, rest), atol=2e-6, rtol=2e-5)
 
 
@@ -148,8 +158,7 @@ def test_threads_share_rows_and_heads() -> None:
 
 
 def test_states_of_other_types_are_read_by_torch() -> None:
-    case = Case(dtype=torch.float16)
-    query, partial, rest = problem(case)
+    query, partial, rest = problem(HALVES[0])
     with recording() as ran:
         found = attend_rest(query, partial, rest)
     assert ran == ["attend_rest.naive"]
@@ -177,13 +186,25 @@ def test_what_does_not_fit_is_refused(wrong: dict[str, Any], message: str) -> No
         attend_rest(query, partial, rest._replace(**wrong))
 
 
-@NATIVE
-def test_a_model_of_any_type_is_read_in_fp32() -> None:
+@pytest.mark.parametrize(
+    "kernel", [pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON)]
+)
+def test_a_model_of_any_type_is_read_in_fp32(kernel: str) -> None:
     query, partial, rest = problem(Case(predicts=True))
     halves = (
         partial._replace(output=partial.output.half(), lse=partial.lse.half()),
         rest._replace(output_map=rest.output_map.half()),
     )
-    found = attend_rest(query.double(), *halves)
+    with using(attend_rest=kernel):
+        found = attend_rest(query.double(), *halves)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth(query, *halves), atol=2e-6, rtol=2e-5)
+
+
+@TRITON
+def test_it_compiles_as_one_graph() -> None:
+    with using(attend_rest="triton"):
+        run = select("attend_rest", torch.float32, "cpu").kernel.run
+    given = problem(Case(masked="query", predicts=True))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*given), run(*given))

@@ -30,6 +30,7 @@ SPILL = (
     "encode-joint/128/d8",  # on sm_80
     "encode-heads/128",  # on sm_80
     "encode/d8/two-stages",  # two registers
+    "rest/128/key-sums/hidden",  # eight, on sm_90
 )
 
 
@@ -64,7 +65,9 @@ def test_a_kernel_keeps_its_budget(reports: dict[str, Any], capability: int, nam
     budget = BUDGETS[f"sm_{capability}"][name]
     for what in ("instructions", "registers", "shared_bytes", "spills"):
         assert report[what] <= budget[what], what
-    assert report["past_l1"] == report["unset_uniforms"] == report["lost_products"] == 0
+    assert report["unset_uniforms"] == report["lost_products"] == 0
+    # Codewords live in L1; exact states are read once.
+    assert report["past_l1"] == 0 or name.startswith("rest")
     assert report["wide_loads"] >= report["gathers"], "a codeword is read by one load"
     assert report["matrix"] == budget["matrix"]
 
@@ -89,7 +92,7 @@ def test_variants_in_cuda_keep_their_budgets() -> None:
 @pytest.mark.slow
 def test_launches_compile() -> None:
     assert set(printed_by("tests.kernels.launches")) == {
-        *("attend_split", "merge_splits", "encode_codes", "encode_pair"),
+        *("attend_split", "merge_splits", "attend_rest", "encode_codes", "encode_pair"),
         *("prepare_books", "encode_jointly", "encode_heads"),
         *("decode_vectors", "decode_pages", "exact_split", "gather"),
     }

@@ -13,7 +13,7 @@ import torch
 
 from tests.cache.test_fused import PREDICTED, byte_compressor, logits
 from tests.cli.test_devices import calibrated_and_evaluated
-from tests.kernels import test_attend_cuda, test_triton_attend
+from tests.kernels import test_attend_cuda, test_attend_rest, test_triton_attend
 from tests.kernels.coded_cases import Case, askew, problem, with_codes
 from tests.kernels.test_attend_cuda import rounded
 from tests.kernels.test_decode_codes import CASES as DECODED
@@ -29,6 +29,7 @@ from vqkv.kernels import gpu, recording, select, using
 from vqkv.kernels.attend.codes import Coded, Partial, Plane, Turns, attend_codes
 from vqkv.kernels.attend.codes_naive import decoded, rotated
 from vqkv.kernels.attend.codes_op import first_odd
+from vqkv.kernels.attend.rest import Rest, attend_rest
 from vqkv.kernels.cuda.configs import odd_shape
 from vqkv.kernels.decode import decode
 from vqkv.kernels.decode.codes import decode_codes
@@ -56,8 +57,10 @@ def on_gpu(value: Any) -> Any:
     """A tensor, or a tuple of them, on the GPU."""
     if isinstance(value, torch.Tensor):
         return value.to(GPU)
-    if isinstance(value, (Coded, Plane, Turns, Coupling)):
+    if isinstance(value, (Coded, Plane, Turns, Coupling, Partial, Rest)):
         return type(value)(*map(on_gpu, value))
+    if isinstance(value, tuple):
+        return tuple(map(on_gpu, value))
     return value
 
 
@@ -137,6 +140,16 @@ def test_codebooks_are_not_converted_while_a_graph_is_captured() -> None:
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             attend_codes(query, fresh, case.layout)
+
+
+@pytest.mark.parametrize("case", test_attend_rest.CASES + test_attend_rest.HALVES, ids=str)
+def test_exact_tokens_are_taken_in(case: test_attend_rest.Case) -> None:
+    given = test_attend_rest.problem(case)
+    with recording() as ran:
+        found = attend_rest(*map(on_gpu, given))
+    assert ran == ["attend_rest.triton"]
+    expected = test_attend_rest.truth(*given).float()
+    torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

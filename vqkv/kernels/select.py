@@ -107,6 +107,7 @@ KERNELS: Registry[Kernel] = Registry(
         "attend_codes.triton": "vqkv.kernels.attend.codes_triton:KERNEL",
         "attend_rest.naive": "vqkv.kernels.attend.rest_naive:KERNEL",
         "attend_rest.cpu": "vqkv.kernels.attend.rest_cpu:KERNEL",
+        "attend_rest.triton": "vqkv.kernels.attend.rest_triton:KERNEL",
         "pack.naive": "vqkv.kernels.pack.naive:PACK",
         "pack.cpu": "vqkv.kernels.pack.cpu:PACK",
         "unpack.naive": "vqkv.kernels.pack.naive:UNPACK",

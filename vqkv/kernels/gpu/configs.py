@@ -29,6 +29,9 @@ SEARCHED = 2048
 #: Vectors of a block that goes through all groups of a head. Blocks of 64 would take wgmma, and
 #: ptxas 12.8 gets some kernels with wgmma wrong: seen on an H200, and right in the interpreter.
 SEARCH_VECTORS = 32
+#: Exact tokens, and rows of an output's map, that a program reads at a time: with fewer, more
+#: registers hold addresses, and with eight warps a few tokens keep all of them busy.
+REST_TOKENS, REST_DEPTH = 64, 64
 #: Registers of a thread beside those kept, about, and of a multiprocessor.
 PASSING, REGISTERS = 80, 65536
 
@@ -200,6 +203,34 @@ class DecodeConfig:
     def options(self) -> dict[str, int]:
         """Of the compiler."""
         return {"num_warps": 4, "num_stages": NUM_STAGES}
+
+
+@dataclass(frozen=True)
+class RestConfig:
+    """One compiled variant of what follows attention on codes."""
+
+    head_dim: int
+    half: bool = True  # exact states are of two bytes
+    key_sums: bool = False
+    bias: bool = True
+    hidden: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of `attend_rest`."""
+        return {
+            "D": self.head_dim,
+            "WIDTH": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "ROWS": ROWS,
+            "TOKENS": REST_TOKENS,
+            "DEPTH": REST_DEPTH,
+            "KEY_SUMS": self.key_sums,
+            "BIAS": self.bias,
+            "HIDDEN": self.hidden,
+        }
+
+    def options(self) -> dict[str, int]:
+        """Of the compiler. Loads of the next tokens wait in shared memory, where there is room."""
+        return {"num_warps": 8, "num_stages": 2 if self.half else 1}
 
 
 def word_bytes(stages: int, *aligned: int) -> int:

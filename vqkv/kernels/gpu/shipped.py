@@ -11,12 +11,13 @@ from vqkv.kernels.gpu.configs import (
     DecodeConfig,
     EncodeConfig,
     HeadsConfig,
+    RestConfig,
     SearchConfig,
     Words,
     word_bytes,
 )
 
-Config = AttendConfig | EncodeConfig | SearchConfig | HeadsConfig | DecodeConfig
+Config = AttendConfig | EncodeConfig | SearchConfig | HeadsConfig | DecodeConfig | RestConfig
 
 
 def words(head_dim: int, dim: int, stages: int) -> Words:
@@ -66,5 +67,11 @@ SHIPPED: dict[str, Config] = {
     "encode-heads/128/d4": HeadsConfig(8, SearchConfig(32, 256, 4, 32)),
     "encode-heads/128/d8": HeadsConfig(8, SearchConfig(16, 256, 8, 32)),
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
+    "rest/64/key-sums": RestConfig(64, key_sums=True),
+    "rest/128": RestConfig(128),
+    "rest/128/key-sums": RestConfig(128, key_sums=True),
+    "rest/128/key-sums/hidden": RestConfig(128, key_sums=True, hidden=True),
+    "rest/128/key-sums/fp32": RestConfig(128, half=False, key_sums=True),
+    "rest/256/key-sums": RestConfig(256, key_sums=True),
     "decode/128/d4/rope/paged": DecodeConfig(128, words(128, 4, 1), paged=True, rope=True),
 }
