@@ -1,4 +1,4 @@
-"""Codes of heads chosen together: the compiled kernel against the naive one."""
+"""Codes of heads chosen together: compiled kernels against the naive one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from vqkv.kernels.encode.heads import encode_heads
 from vqkv.kernels.select import KERNELS, recording, using
 from vqkv.layouts import Layout
 
-INTERPRETED = (
-    KERNELS.get("encode_heads.triton").refuses(
-        Layout.of_codebook(3, 1, 16, 5, 1), torch.device("cpu")
-    )
-    is None
-)
+
+def _runs(name: str) -> bool:
+    kernel = KERNELS.get(f"encode_heads.{name}")
+    return kernel.refuses(Layout.of_codebook(3, 1, 16, 5, 1), torch.device("cpu")) is None
+
+
+INTERPRETED = _runs("triton")
+COMPILED = [name for name in ("cpu", "triton") if _runs(name)]
 #: N, B, h, groups of a head, K, d
 SHAPES = [
     (1, 1, 2, 2, 3, 1),
@@ -56,44 +58,44 @@ def cost(
 
 
 def by_both(
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sweeps: int
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sweeps: int, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes by Triton's kernel, and by the naive one."""
+    """Codes by a compiled kernel, and by the naive one."""
     with using(encode_heads="naive", encode="naive"):
         expected = encode_heads(*given, sweeps=sweeps)
-    with using(encode_heads="triton"), recording() as ran:
+    with using(encode_heads=kernel), recording() as ran:
         found = encode_heads(*given, sweeps=sweeps)
-    assert ran == ["encode_heads.triton"]
+    assert ran == [f"encode_heads.{kernel}"]
     return found, expected
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_are_the_naive_kernel_s_but_for_near_ties(
-    shape: tuple[int, ...], scale: float
+    shape: tuple[int, ...], scale: float, kernel: str
 ) -> None:
     x, words, coupling = case(*shape)
     given = (scale * x, scale * words, coupling)
-    found, expected = by_both(given, sweeps=3)
+    found, expected = by_both(given, 3, kernel)
     assert found.shape == expected.shape and found.dtype == torch.int32
     # Later codes follow from those of near ties.
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
     assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=2e-3)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("size, dim", [(192, 8), (48, 24), (40, 10)])
-def test_padding_is_no_codeword(size: int, dim: int) -> None:
+def test_padding_is_no_codeword(size: int, dim: int, kernel: str) -> None:
     """Though it is nearest to short vectors."""
     x, words, coupling = case(40, 1, 2, 2, size, dim)
     given = (0.1 * x, words, coupling)
-    found, expected = by_both(given, sweeps=2)
+    found, expected = by_both(given, 2, kernel)
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not asked for")
-def test_heads_of_unlike_sizes_and_vectors_far_off() -> None:
+@pytest.mark.parametrize("kernel", COMPILED)
+def test_heads_of_unlike_sizes_and_vectors_far_off(kernel: str) -> None:
     """One head's codewords are a thousand times as long, and vectors lie beyond all of them."""
     x, words, coupling = case(33, 1, 3, 2, 40, 4)
     sizes = torch.tensor([1.0, 1e3, 1e-2]).repeat_interleave(2).view(1, -1, 1)
@@ -102,7 +104,7 @@ def test_heads_of_unlike_sizes_and_vectors_far_off() -> None:
     weight = 1 / sizes.view(1, 3, 2).expand(4, -1, -1).permute(1, 2, 0).reshape(3, 8)
     coupling = coupling * weight[None, :, :, None, None] * weight
     given = (x, words, coupling.half())
-    found, expected = by_both(given, sweeps=2)
+    found, expected = by_both(given, 2, kernel)
     assert (expected != found).sum() <= 1 + 0.02 * found.numel()
 
 
@@ -115,6 +117,23 @@ def test_long_prompts_are_left_to_torch_s_products(monkeypatch: pytest.MonkeyPat
     with using(encode_heads="triton", encode="triton"), recording() as ran:
         found = encode_heads(*given, sweeps=2)
     assert torch.equal(found, expected) and ran.count("encode.triton") == 4
+
+
+@pytest.mark.skipif("cpu" not in COMPILED, reason="the package was built without a C compiler")
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 2, 3, 3, 20, 3), (130, 1, 2, 3, 17, 7)], ids=str)
+def test_every_level_and_thread_chooses_alike(shape: tuple[int, ...]) -> None:
+    given = case(*shape)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        found, expected = by_both(given, 2, "cpu")
+        torch.set_num_threads(3)
+        assert torch.equal(by_both(given, 2, "cpu")[0], found)
+    finally:
+        torch.set_num_threads(threads)
+    assert (expected != found).sum() <= 1 + 0.02 * found.numel()
+    assert cost(*given, found) == pytest.approx(cost(*given, expected), rel=2e-3)
 
 
 def test_another_sweep_costs_no_more() -> None:

@@ -84,6 +84,7 @@ KERNELS: Registry[Kernel] = Registry(
         "encode_sums.naive": "vqkv.kernels.encode.sums_naive:KERNEL",
         "encode_sums.cpu": "vqkv.kernels.encode.sums_cpu:KERNEL",
         "encode_heads.naive": "vqkv.kernels.encode.heads_naive:KERNEL",
+        "encode_heads.cpu": "vqkv.kernels.encode.heads_cpu:KERNEL",
         "encode_heads.triton": "vqkv.kernels.encode.heads_triton:KERNEL",
         "encode_joint.naive": "vqkv.kernels.encode.joint_naive:KERNEL",
         "encode_joint.cpu": "vqkv.kernels.encode.joint_cpu:KERNEL",

@@ -22,6 +22,9 @@ int vqkv_nearest(int level, const float *x, const float *words, int64_t subspace
 int vqkv_joint(int level, const float *x, const float *words, const float *metric,
                const float *ahead, int64_t units, int64_t groups, int64_t size, int64_t dim,
                int64_t width, int64_t sweeps, int64_t begin, int64_t end, int32_t *codes);
+int vqkv_heads(int level, const float *x, const float *words, const float *coupling, int64_t sets,
+               int64_t heads, int64_t groups, int64_t size, int64_t dim, int64_t sweeps,
+               int64_t begin, int64_t end, int32_t *codes);
 int vqkv_beam(int level, const float *x, const float *codewords, const float *words,
               const float *norms, int64_t books, int64_t stages, int64_t size, int64_t room,
               int64_t dim, int64_t width, int64_t begin, int64_t end, int32_t *codes);
@@ -134,6 +137,23 @@ static void joint(int level, int64_t rows, int64_t groups, int64_t size, int64_t
     free(words);
     free(metric);
     free(ahead);
+    free(codes);
+}
+
+static void heads(int level, int64_t rows, int64_t count, int64_t groups, int64_t size, int64_t dim)
+{
+    const int64_t sets = 2, channels = count * groups * dim, books = sets * count * groups;
+    float *x = floats(rows * books * dim), *words = floats(books * size * dim);
+    float *coupling = floats(sets * channels * channels);
+    int32_t *codes = integers(rows * books, 1);
+    expect(vqkv_heads(level, x, words, coupling, sets, count, groups, size, dim, 2, 0, rows,
+                      codes) == 0,
+           "no memory");
+    for (int64_t i = 0; i < rows * books; i++)
+        expect(codes[i] >= 0 && codes[i] < size, "a code out of range");
+    free(x);
+    free(words);
+    free(coupling);
     free(codes);
 }
 
@@ -304,9 +324,11 @@ int main(void)
             for (int64_t rows = 1; rows < 140; rows += 63)
                 coding(level, rows, 3, 33, dim);
         for (int64_t dim = 1; dim <= 9; dim++)
-            for (int64_t rows = 1; rows < 140; rows += 127)
+            for (int64_t rows = 1; rows < 140; rows += 127) {
+                heads(level, rows, 3, 2, 5, dim);
                 for (int64_t width = 1; width < 40; width += 19)
                     joint(level, rows, 3, 5, dim, width);
+            }
         static const float scales[] = {1.0f, 1e38f, NAN};
         for (int i = 0; i < 3; i++)
             for (int64_t size = 1; size < 100; size += 9) {

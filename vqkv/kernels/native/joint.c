@@ -7,16 +7,10 @@
 #include "beam.h"
 #include "levels.h"
 #include "nearest.h"
+#include "push.h"
 
-/* Vectors at a time: their errors stay in the caches while all groups pass by. */
-#define ROWS 128
-/* Vectors are made up to a multiple of it, for the widest level. */
+/* Codewords are made up to a multiple of it, for the widest level. */
 #define LANES 16
-/* Channels of a group that errors are taken from at a time. */
-#define PUSHED 4
-
-typedef void (*push_fn)(const float *errors, const float *metric, int64_t channels, int64_t first,
-                        int64_t last, int64_t rows, int64_t dim, float *target);
 
 typedef void (*spread_fn)(const float *before, const float *error, const float *metric,
                           int64_t channels, int64_t first, int64_t last, int64_t dim, float *after);
@@ -54,13 +48,13 @@ static void gather(const struct work *w, int64_t rows)
 static void set_target(const struct work *w, const float *x, int64_t stride, int64_t group,
                        int64_t rows)
 {
-    const int64_t dim = w->dim, first = group * dim, lanes = (rows + LANES - 1) / LANES * LANES;
+    const int64_t dim = w->dim, first = group * dim;
     const float *columns = w->metric + first;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < dim; j++)
             w->target[j * ROWS + r] = x[r * stride + j];
-    w->push(w->errors, columns, w->channels, 0, first, lanes, dim, w->target);
-    w->push(w->errors, columns, w->channels, first + dim, w->channels, lanes, dim, w->target);
+    w->push(w->errors, columns, w->channels, 0, first, rows, dim, w->target);
+    w->push(w->errors, columns, w->channels, first + dim, w->channels, rows, dim, w->target);
 }
 
 /* Targets of the group's words times its own block of V, when errors of later groups can make up for
@@ -68,12 +62,12 @@ static void set_target(const struct work *w, const float *x, int64_t stride, int
 static void set_target_ahead(const struct work *w, const float *x, int64_t stride, int64_t group,
                              int64_t rows)
 {
-    const int64_t dim = w->dim, first = group * dim, lanes = (rows + LANES - 1) / LANES * LANES;
+    const int64_t dim = w->dim, first = group * dim;
     memset(w->target, 0, dim * ROWS * sizeof(float));
     for (int64_t r = 0; r < rows; r++) /* so much is missing before a word is chosen */
         for (int64_t j = 0; j < dim; j++)
             w->errors[(first + j) * ROWS + r] = -x[r * stride + j];
-    w->push(w->errors, w->ahead + first, w->channels, 0, first + dim, lanes, dim, w->target);
+    w->push(w->errors, w->ahead + first, w->channels, 0, first + dim, rows, dim, w->target);
 }
 
 /* Codes `found` of one group of `rows` vectors, whose targets are set, and their errors. */
@@ -251,7 +245,7 @@ int vqkv_joint(int level, const float *x, const float *words, const float *metri
                int64_t sweeps, int64_t begin, int64_t end, int32_t *codes)
 {
     const int64_t channels = groups * dim, stride = units * channels;
-    struct work w = {.push = AT_LEVEL(level, push), .search = vqkv_search_of(level),
+    struct work w = {.push = vqkv_push_of(level), .search = vqkv_search_of(level),
                      .channels = channels, .dim = dim, .size = size};
     struct beam b = {.extend = vqkv_extend_of(level), .spread = AT_LEVEL(level, spread), .width = width,
                      .groups = groups, .room = (size + LANES - 1) / LANES * LANES};

@@ -138,6 +138,8 @@ def library() -> ctypes.CDLL:
     loaded.vqkv_best_level.restype = number
     loaded.vqkv_nearest.argtypes = [number, *[pointer] * 2, *[size] * 5, pointer]
     loaded.vqkv_nearest.restype = number
+    loaded.vqkv_heads.argtypes = [number, *[pointer] * 3, *[size] * 8, pointer]
+    loaded.vqkv_heads.restype = number
     loaded.vqkv_joint.argtypes = [number, *[pointer] * 4, *[size] * 8, pointer]
     loaded.vqkv_joint.restype = number
     loaded.vqkv_beam.argtypes = [number, *[pointer] * 4, *[size] * 8, pointer]
