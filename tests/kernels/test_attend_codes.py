@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.coded_cases import Case, problem
+from tests.kernels.coded_cases import Case, problem, with_codes
 from vqkv.errors import KernelError
-from vqkv.kernels import recording, using
+from vqkv.kernels import native, recording, using
 from vqkv.kernels.attend.codes import Coded, Partial, attend_codes
 
 CASES = [
@@ -56,6 +56,9 @@ def truth(query: torch.Tensor, coded: Coded, row: int, head: int) -> tuple[torch
     return weights @ torch.stack(values), score.logsumexp(1), weights @ torch.stack(keys)
 
 
+KERNELS = ["naive", "cpu"] if native.available() else ["naive"]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_naive_equals_a_loop_over_tokens(case: Case) -> None:
     query, coded = problem(case)
@@ -77,6 +80,20 @@ def test_naive_equals_a_loop_over_tokens(case: Case) -> None:
                     found.key_mean[row, head].double(), key_mean, atol=1e-4, rtol=0
                 )
     assert isinstance(found, Partial)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_room_for_pages_that_have_no_turns_yet_is_not_read(kernel: str) -> None:
+    case = Case(lengths=(130, 64))
+    query, coded = problem(case)
+    roomy = with_codes(coded, lambda codes: torch.nn.functional.pad(codes, (0, 0, 0, 256)))
+    with using(attend_codes=kernel):
+        for one, other in zip(
+            attend_codes(query, coded, case.layout),
+            attend_codes(query, roomy, case.layout),
+            strict=True,
+        ):
+            assert (one is None and other is None) or torch.allclose(one, other, atol=1e-6)
 
 
 def test_bounds_that_do_not_fit_are_refused() -> None:

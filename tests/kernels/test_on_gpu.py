@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cache.compressors import random_ids
 from tests.cache.test_fused import PREDICTED, byte_compressor, logits
+from tests.cache.test_steps import decoded as decoded_steps
 from tests.cli.test_devices import calibrated_and_evaluated
 from tests.kernels import test_attend_cuda, test_attend_rest, test_triton_attend
 from tests.kernels.coded_cases import Case, askew, problem, with_codes
@@ -24,6 +26,7 @@ from tests.kernels.test_encode_joint import case as joint_case
 from tests.kernels.test_encode_joint import cost
 from tests.kernels.test_triton_attend import assert_equal_up_to_fp16
 from tests.tiny_models import tiny_model
+from vqkv.cache import attach
 from vqkv.errors import KernelError
 from vqkv.kernels import gpu, recording, select, using
 from vqkv.kernels.attend.codes import Coded, Partial, Plane, Turns, attend_codes
@@ -251,6 +254,31 @@ def test_a_model_reads_codes(rope: str, head_dim: int, kernel: str) -> None:
     # Codebooks of `cuda` are rounded to fp8, by a sixteenth at most.
     bound = 5e-2 if kernel == "cuda" else 2e-3
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("pads", [(0,), (10, 0, 80)])
+@pytest.mark.parametrize("rope, head_dim", [("pre", 16), ("pre", 64), ("post", 64)])
+def test_steps_are_captured_and_replayed(rope: str, head_dim: int, pads: tuple[int, ...]) -> None:
+    model: Any = tiny_model("llama", max_position_embeddings=1024, head_dim=head_dim)
+    compressor = byte_compressor(model, rope, **PREDICTED)
+    model.to(GPU)
+    expected, *_ = decoded_steps(model, compressor, pads, 140, fixed=False)
+    found, _, taken = decoded_steps(model, compressor, pads, 140, fixed=True)
+    assert taken >= 140 - 3 * len(pads)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_generation_replays_graphs() -> None:
+    model: Any = tiny_model("llama", max_position_embeddings=1024, head_dim=64)
+    compressor = byte_compressor(model, "pre", **PREDICTED)
+    model.to(GPU)
+    ids = random_ids(2, 170).to(GPU)
+    settings = {"max_new_tokens": 90, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    texts = []
+    for graphs in (False, True):
+        with attach(model, compressor, graphs=graphs) as attached:
+            texts.append(model.generate(ids, past_key_values=attached.new_cache(), **settings))
+    assert (texts[0] == texts[1]).float().mean() > 0.9
 
 
 def test_commands_run_a_model_there(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from vqkv.cache.coded_attention import CodedAttention
 from vqkv.cache.fused import not_fused
 from vqkv.cache.rope import ForwardCapture, RotaryAdapter
 from vqkv.cache.rows import Rows
+from vqkv.cache.steps import DecodingSteps
 from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError, ModelError
@@ -94,7 +95,11 @@ class Attachment:
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, compressor: KVCompressor, *, read: Read = "auto"
+    model: PreTrainedModel,
+    compressor: KVCompressor,
+    *,
+    read: Read = "auto",
+    graphs: bool = False,
 ) -> Iterator[Attachment]:
     """Let caches of `compressor` see positions, padding and RoPE of `model` within a block.
 
@@ -109,13 +114,16 @@ def attach(
             `"attend"` lets attention read the codes, for up to 16 query rows at a time: by a fused
             kernel, else block by block. `"auto"` attends where a fused kernel takes every layer's
             codes and the model lets it, and decodes elsewhere.
+        graphs: decoding steps are captured as a CUDA graph and replayed, so that launching kernels
+            takes no time: see `vqkv.cache.steps`. Model and compressor stay as they are meanwhile.
 
     Raises:
         ArtefactError: the compressor is for another geometry, norm or RoPE.
         ModelError: the scheme needs pre-RoPE keys and the family cannot give them, or
             `read="attend"` and the family's attention cannot be exchanged.
         KernelError: `read="attend"` and no kernel attends on this scheme's codes, or in the way
-            that the model does.
+            that the model does; or `graphs` are asked for without a GPU, or where codes are
+            decoded to be read.
     """
     check_fits(
         compressor.geometry, compressor.provenance.base_model, model.config, repr(compressor)
@@ -129,6 +137,8 @@ def attach(
     adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
     with ForwardCapture(model, adapter) as capture, ExitStack() as stack:
         read = _exchange(stack, model, compressor, read)
+        if graphs:
+            stack.enter_context(_steps(model, compressor, read))
         attachment = Attachment(model, compressor, adapter, capture, read)
         first = attention_modules(model)[layers[0]]
         hook = first.register_forward_pre_hook(attachment.introduce, with_kwargs=True)
@@ -137,6 +147,19 @@ def attach(
         finally:
             hook.remove()
             attachment.withdraw()
+
+
+def _steps(model: PreTrainedModel, compressor: KVCompressor, read: Read) -> DecodingSteps:
+    reason = None
+    if model.device.type != "cuda":
+        reason = f"the model is on {model.device}"
+    elif read != "attend":
+        reason = not_fused(compressor, model.device) or "codes are decoded for the model's own"
+    elif len(compressor.geometry.compressed) < compressor.geometry.layers:
+        reason = "layers that are not compressed have caches of their own"
+    if reason is not None:
+        raise KernelError(f"graphs are of a GPU's fused attention on codes, and {reason}")
+    return DecodingSteps(model, compressor)
 
 
 def _exchange(

@@ -28,6 +28,7 @@ from vqkv.cache.commuted import commuting_slots, read_commuting
 from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
 from vqkv.cache.masks import visible_slots
+from vqkv.cache.static import StaticStates
 from vqkv.errors import KernelError
 from vqkv.exchange import AttentionExchange
 from vqkv.kernels.attend import Block, Reading, attend
@@ -78,7 +79,7 @@ class CodedAttention(AttentionExchange):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if isinstance(key, CodedStates):
+        if isinstance(key, CodedStates | StaticStates):
             return coded_attention(module, query, key, attention_mask, *args, **kwargs)
         return self.own(module)(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -86,7 +87,7 @@ class CodedAttention(AttentionExchange):
 def coded_attention(
     module: nn.Module,
     query: torch.Tensor,
-    states: CodedStates,
+    states: CodedStates | StaticStates,
     mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -100,8 +101,10 @@ def coded_attention(
     for variant in VARIANTS:
         if kwargs.get(variant) is not None:
             raise _not_computed(type(module).__name__, variant)
-    layer = states.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(states, StaticStates):
+        return states.layer.read(query, scale).transpose(1, 2).contiguous(), None
+    layer = states.layer
     output = fused_attention(layer, query, scale, mask)
     if output is None:
         layer.share_history()

@@ -11,6 +11,7 @@ from vqkv.cache.layer import VQLayer
 from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
+from vqkv.folding import FoldedLayer
 from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
 from vqkv.kernels.attend.rest import Rest, attend_rest
 from vqkv.kernels.select import asked_for
@@ -56,21 +57,41 @@ def fused_attention(
     tables = None if folded.pairs is None else _tables(layer)
     if view.hides or (tables is None and folded.pairs is not None):
         return None
-    keys, values = layer.stores
-    scaled = query.float() * scaling
-    part = attend_codes(
-        folded.query(scaled),
-        Coded(
-            Plane(keys.codes, folded.keys.codewords),
-            Plane(values.codes, folded.values.codewords),
-            start=view.start,
-            stop=view.stop,
-            turns=None if tables is None or folded.pairs is None else Turns(*tables, folded.pairs),
-            key_sums=folded.predicts,
-        ),
-        layout,
-    )
+    coded = coded_states(layer, folded, view.start, view.stop, tables)
     rest = Rest(folded.output_map, folded.output_bias, *layer.exact_states(), view.hidden)
+    return attend_folded(query, scaling, folded, layout, coded, rest)
+
+
+def coded_states(
+    layer: VQLayer,
+    folded: FoldedLayer,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Coded:
+    """A layer's codes as kernels read them; `tables` are `Turns.page` and `Turns.offset`."""
+    keys, values = layer.stores
+    return Coded(
+        Plane(keys.codes, folded.keys.codewords),
+        Plane(values.codes, folded.values.codewords),
+        start=start,
+        stop=stop,
+        turns=None if tables is None or folded.pairs is None else Turns(*tables, folded.pairs),
+        key_sums=folded.predicts,
+    )
+
+
+def attend_folded(
+    query: torch.Tensor,
+    scaling: float,
+    folded: FoldedLayer,
+    layout: AttendLayout,
+    coded: Coded,
+    rest: Rest,
+) -> torch.Tensor:
+    """Attention `[B, Q, t, D]` over coded tokens and exact ones."""
+    scaled = query.float() * scaling
+    part = attend_codes(folded.query(scaled), coded, layout)
     return attend_rest(scaled, folded.shifted(part, scaled), rest).to(query.dtype)
 
 
@@ -162,24 +183,29 @@ def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
     coded = (tuple(layer.coded), tuple(layer.pads))
     held = layer.rows.shared.get(key)
     if held is None or held[0] != coded:
-        layer.rows.shared[key] = held = (coded, _computed_tables(layer))
+        pages = -(-max(layer.coded) // PAGE_TOKENS)  # a crop may have cut the last one
+        layer.rows.shared[key] = held = (coded, turn_tables(layer, pages))
     tables: tuple[torch.Tensor, torch.Tensor] | None = held[1]
     return tables
 
 
-def _computed_tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+def turn_tables(layer: VQLayer, pages: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`Turns.page` of so many pages, and `Turns.offset`; None where positions are irregular.
+
+    Those of coded tokens are looked at; later ones will stand right after them.
+    """
     rotary, positions = layer.rows.rotary, layer.rows.positions
     assert rotary is not None and positions is not None
     head_dim = layer.key_codec.head_dim
-    pages = -(-max(layer.coded) // PAGE_TOKENS)  # a crop may have cut the last one
     firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64)
     for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True)):
         mine = positions[row, pad : pad + coded].cpu().long()
-        if coded and not torch.equal(mine, mine[0] + torch.arange(coded)):
+        if not coded:
+            continue
+        if not torch.equal(mine, mine[0] + torch.arange(coded)):
             log.info("layer %d is decoded to be read: row %d skips positions", layer.index, row)
             return None
-        starts = mine[::PAGE_TOKENS]
-        firsts[row, : len(starts)] = starts
+        firsts[row] = mine[0] + PAGE_TOKENS * torch.arange(pages)
     page = _with_rest(rotary.turns(layer.index, firsts.to(positions.device), head_dim), head_dim)
     # Where a model scales its tables (YaRN), the scale belongs to each key once.
     page = page / page.norm(dim=-1, keepdim=True)

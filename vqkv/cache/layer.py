@@ -23,7 +23,7 @@ from vqkv.codec import Codec
 from vqkv.compressor import KVCompressor
 from vqkv.errors import CacheError
 from vqkv.folding import FoldedLayer
-from vqkv.layouts import Stream, coded_tokens
+from vqkv.layouts import PAGE_TOKENS, Stream, coded_tokens
 from vqkv.scheme import STREAMS
 
 #: Tokens decoded at a time, which bounds what decoding holds beside its result.
@@ -271,6 +271,20 @@ class VQLayer(CacheLayerMixin):
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """Keys after RoPE and values `[B, H, n, D]`, of all rows: of the sinks, and of the tail."""
         return (self._sink_keys, self._sink_values), (self._tail_keys, self._tail_values)
+
+    def take_tail(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """The tail lies here now, `[B, H, n, D]`, and there are `length` slots."""
+        self._tail_keys, self._tail_values, self._length = keys, values, length
+
+    @property
+    def recording(self) -> bool:
+        """Tokens may be rolled back, see `activate_past_recording`."""
+        return self._recording
+
+    def codes_next(self) -> int:
+        """The length of the cache at which a row's next page is coded."""
+        ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
+        return min(ends) + self.window + PAGE_TOKENS
 
     def exact_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where `exact_states` stand, one after the other, `[B, n]`, and which count, bool.

@@ -35,7 +35,7 @@ class PageStore:
     def write(self, rows: torch.Tensor, start: int, encoded: Encoded) -> None:
         """Store `n` tokens for each of `rows` at `start`; `encoded` holds them row by row."""
         count = encoded.codes.shape[0] // len(rows)
-        self._make_room(start + count)
+        self.make_room(start + count)
         self.codes, self.side = writable(self.codes), writable(self.side)
         codes = encoded.codes.unflatten(0, (len(rows), count)).transpose(1, 2)
         self.codes[rows, :, start : start + count] = codes
@@ -55,7 +55,8 @@ class PageStore:
         self.codes = self.codes.to(device, non_blocking=True)
         self.side = self.side.to(device, non_blocking=True)
 
-    def _make_room(self, tokens: int) -> None:
+    def make_room(self, tokens: int) -> None:
+        """Have room for so many tokens a row."""
         if tokens <= self.capacity:
             return
         wanted = max(tokens, self.capacity + self.capacity // 16)

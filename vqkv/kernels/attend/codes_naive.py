@@ -13,6 +13,9 @@ from vqkv.layouts import PAGE_TOKENS
 def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     """Scores, softmax and sums over `[B, Q, t, T]` at once, in fp32."""
     keys, values = (decoded(plane, coded.pages) for plane in (coded.keys, coded.values))
+    if coded.turns is not None:  # there may be room for pages that have none yet
+        paged = coded.turns.page.shape[1] * PAGE_TOKENS
+        keys, values = keys[:, :, :paged], values[:, :, :paged]
     heads, tokens = keys.shape[1:3]
     turned = keys if coded.turns is None else rotated(keys, coded.turns)
     q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads)

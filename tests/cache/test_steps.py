@@ -1,0 +1,182 @@
+"""Decoding steps of fixed shapes, against ordinary forwards."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cache.compressors import random_ids
+from tests.cache.test_fused import PREDICTED, byte_compressor
+from tests.tiny_models import tiny_model
+from vqkv.cache import VQCache, attach, static
+from vqkv.cache.steps import DecodingSteps, Step
+from vqkv.compressor import KVCompressor
+from vqkv.errors import KernelError
+from vqkv.kernels import using
+
+PROMPT = 170
+
+
+def decoded(
+    model: Any, compressor: KVCompressor, pads: tuple[int, ...], count: int, fixed: bool
+) -> tuple[torch.Tensor, VQCache, int]:
+    """Logits of a prompt's end and of tokens one by one; the cache, and how many were steps."""
+    ids = random_ids(len(pads), PROMPT + count).to(model.device)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    found = []
+    with (
+        using(**({} if ids.is_cuda else {"attend_codes": "naive"})),
+        attach(model, compressor, read="attend") as attached,
+        torch.no_grad(),
+        DecodingSteps(model, compressor) if fixed else nullcontext() as steps,
+    ):
+        cache = attached.new_cache()
+        for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + count))]:
+            out = model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )
+            assert out.past_key_values is cache
+            found.append(out.logits[:, -1])
+    return torch.stack(found, 1), cache, 0 if steps is None else steps.taken
+
+
+def llama(rope: str = "pre") -> tuple[Any, KVCompressor]:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    return model, byte_compressor(model, rope, **PREDICTED)
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("pads", [(0,), (10, 0, 80)])
+@pytest.mark.parametrize("family", ["llama", "llama-yarn", "smollm3", "qwen3"])
+def test_steps_give_what_forwards_give(family: str, pads: tuple[int, ...], rope: str) -> None:
+    model = tiny_model(family, max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))
+    expected, cache, _ = decoded(model, compressor, pads, 140, fixed=False)
+    found, other, taken = decoded(model, compressor, pads, 140, fixed=True)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    # The other forwards code two or three pages of each row.
+    assert 140 > taken >= 140 - 3 * len(pads)
+    for mine, theirs in zip(cache.coded_layers.values(), other.coded_layers.values(), strict=True):
+        assert mine.coded == theirs.coded and mine.get_seq_length() == theirs.get_seq_length()
+        held = theirs.tensors()
+        for name, tensor in mine.tensors().items():
+            if name.endswith("codes"):  # there may be room for more
+                coded = min(mine.coded)
+                assert torch.equal(tensor[:, :, :coded], held[name][:, :, :coded])
+            elif not name.endswith("side"):
+                torch.testing.assert_close(held[name], tensor, atol=2e-5, rtol=2e-5)
+
+
+def test_a_step_is_made_anew_where_codes_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "ROOM", 0)
+    monkeypatch.setattr(static, "ROOM_PART", 1 << 20)
+    model, compressor = llama()
+    expected, *_ = decoded(model, compressor, (0, 5), 140, fixed=False)
+    made: list[Step] = []
+    make = Step.__init__
+
+    def noted(self: Step, *args: Any) -> None:
+        make(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Step, "__init__", noted)
+    found, *_ = decoded(model, compressor, (0, 5), 140, fixed=True)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert len(made) == 3  # two pages are coded of either row, those of both at a time
+
+
+def test_generation_takes_steps_and_the_model_stays_as_it_was() -> None:
+    model, compressor = llama()
+    ids, forward = random_ids(2, PROMPT), model.forward
+    settings = {"max_new_tokens": 90, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with using(attend_codes="naive"), attach(model, compressor, read="attend") as attached:
+        expected = model.generate(ids, past_key_values=attached.new_cache(), **settings)
+        with DecodingSteps(model, compressor) as steps:
+            cache = attached.new_cache()
+            found = model.generate(ids, past_key_values=cache, **settings)
+        assert model.forward == forward
+    assert torch.equal(found, expected) and steps.taken > 80
+    assert not any(isinstance(held, Step) for held in cache.rows.shared.values())
+
+
+def test_what_happens_between_steps_is_seen() -> None:
+    """Cropped, reordered, continued in another mode: the next steps read what is there then."""
+    model, compressor = llama()
+    ids = random_ids(2, PROMPT + 40)
+
+    def run(fixed: bool) -> tuple[list[torch.Tensor], int]:
+        found = []
+        with (
+            using(attend_codes="naive"),
+            attach(model, compressor, read="attend") as attached,
+            DecodingSteps(model, compressor) if fixed else nullcontext() as steps,
+        ):
+            cache = attached.new_cache()
+
+            def forward(start: int, stop: int) -> None:
+                found.append(model(ids[:, start:stop], past_key_values=cache).logits[:, -1].clone())
+
+            with torch.inference_mode():
+                forward(0, PROMPT)
+                for start in range(PROMPT, PROMPT + 8):
+                    forward(start, start + 1)
+            with torch.no_grad():
+                forward(PROMPT + 8, PROMPT + 9)
+                cache.crop(-5)
+                forward(PROMPT + 4, PROMPT + 5)
+                cache.reorder_cache(torch.tensor([1, 0]))
+                for start in range(PROMPT + 5, PROMPT + 12):
+                    forward(start, start + 1)
+                cache.crop(-80)  # into the codes
+                for start in range(PROMPT - 68, PROMPT - 60):
+                    forward(start, start + 1)
+        return found, 0 if steps is None else steps.taken
+
+    (expected, _), (found, taken) = run(False), run(True)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert taken >= 20
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"output_hidden_states": True},
+        {"use_cache": False},
+        {
+            "attention_mask": torch.cat(
+                [torch.ones(1, 20), torch.zeros(1, 1), torch.ones(1, 150)], 1
+            )
+        },
+    ],
+)
+def test_other_forwards_are_no_steps(others: dict[str, Any]) -> None:
+    model, compressor = llama()
+    ids = random_ids(1, PROMPT + 1)
+    with (
+        using(attend_codes="naive"),
+        attach(model, compressor, read="attend") as attached,
+        torch.no_grad(),
+        DecodingSteps(model, compressor) as steps,
+    ):
+        cache = attached.new_cache()
+        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, -1:], past_key_values=cache, **others)
+    assert steps.taken == 0
+
+
+def test_graphs_need_a_gpu() -> None:
+    model, compressor = llama()
+    with (
+        pytest.raises(KernelError, match="and the model is on cpu"),
+        attach(model, compressor, graphs=True),
+    ):
+        pass

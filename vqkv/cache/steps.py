@@ -1,0 +1,215 @@
+"""Decoding steps of an attached model that replay a CUDA graph.
+
+Launching a step's kernels one by one can take longer than they run, whatever a cache saves. Inside
+of `DecodingSteps` a forward of one token a row is captured once and replayed from then on, until
+codes have to move; forwards that code a page, and all others, run as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vqkv.attention import argument
+from vqkv.cache.layer import VQLayer
+from vqkv.cache.rows import Rows
+from vqkv.cache.static import StaticCache
+from vqkv.cache.vqcache import VQCache
+from vqkv.compressor import KVCompressor
+from vqkv.errors import KernelError
+from vqkv.folding import FoldedLayer
+
+#: Arguments of a forward that a step takes. Others have to be None or False.
+TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+TAKEN |= {"use_cache", "return_dict", "logits_to_keep"}
+
+
+class Step:
+    """A forward of one token a row, of fixed shapes: captured where there is a GPU, else run anew.
+
+    Args:
+        forward: the model's.
+        cache: whose layers it reads.
+        folded: of each of them.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], cache: VQCache, folded: list[FoldedLayer]
+    ) -> None:
+        layers = list(cache.coded_layers.values())
+        self.static = StaticCache(layers, folded)
+        batch, device = len(layers[0].coded), layers[0].device
+        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._ids)
+        self._forward = forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+        self.static.take()
+
+    @property
+    def writable(self) -> bool:
+        """Whether its tensors may be written to: see `vqkv.cache.pages.writable`."""
+        return torch.is_inference_mode_enabled() or not self._ids.is_inference()
+
+    def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, 1, V]` of tokens `[B, 1]` at positions `[B, 1]`.
+
+        Raises:
+            KernelError: the model's forward cannot be captured.
+        """
+        self._ids.copy_(ids)
+        self._positions.copy_(positions)
+        if self._ids.device.type != "cuda":
+            return self._step()
+        if self._graph is None:
+            self._graph = self._captured()
+        self._graph.replay()
+        assert self._logits is not None  # captured with the graph
+        return self._logits.clone()
+
+    def _step(self) -> torch.Tensor:
+        self.static.begin()
+        output = self._forward(
+            input_ids=self._ids,
+            position_ids=self._positions,
+            past_key_values=self.static,
+            use_cache=True,
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        # Kernels compile, and tables are made, in a step before: it writes what the replay writes.
+        current, side = torch.cuda.current_stream(self._ids.device), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._logits = self._step()
+        except RuntimeError as error:
+            raise KernelError(
+                "this model's forward cannot be captured as a CUDA graph, as where it waits for "
+                f"the GPU to say what comes next ({error}): attach it without graphs=True"
+            ) from error
+        return graph
+
+
+class DecodingSteps:
+    """Replaces the forward of an attached model, as a context manager.
+
+    Args:
+        model: attached, reading codes by a fused kernel.
+        compressor: whose caches are served.
+    """
+
+    def __init__(self, model: PreTrainedModel, compressor: KVCompressor) -> None:
+        self._model, self._compressor = model, compressor
+        self._forward = model.forward
+        self._served: WeakSet[Rows] = WeakSet()
+        #: Forwards that were steps.
+        self.taken = 0
+
+    def __enter__(self) -> Self:
+        @functools.wraps(self._forward)  # transformers looks at its parameters
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = self._taken(args, kwargs)
+            return self._forward(*args, **kwargs) if output is None else output
+
+        self._model.forward = forward
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives the model its forward back, and the graphs' memory."""
+        del self._model.forward
+        for rows in self._served:
+            rows.shared.pop(Step, None)
+
+    def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a step, or None where the forward is none."""
+        given = {name: self._argument(name, args, kwargs) for name in TAKEN}
+        cache, ids = given["past_key_values"], given["input_ids"]
+        if len(args) > 1 or torch.is_grad_enabled() or not isinstance(cache, VQCache):
+            return None
+        others = [value for name, value in kwargs.items() if name not in TAKEN]
+        if any(value is not None and value is not False for value in others):
+            return None
+        if given["use_cache"] is False or given["return_dict"] is False:
+            return None
+        layers = list(cache.coded_layers.values())
+        if not self._ready(cache, layers):
+            return None
+        if ids is None or tuple(ids.shape) != (len(layers[0].coded), 1):
+            return None
+        length, pads = layers[0].get_seq_length(), layers[0].pads
+        if not _all_real(given["attention_mask"], pads, length + 1):
+            return None
+        step = self._step_of(cache, layers)
+        if step is None:
+            return None
+        positions = given["position_ids"]
+        if positions is None:
+            positions = torch.full_like(ids, length)
+        positions = positions.expand(len(pads), -1)
+        logits = step.run(ids, positions)
+        step.static.advance()
+        seen = positions.to(torch.int32) if cache.rows.positions is not None else None
+        cache.rows.note(length, seen, None)
+        self.taken += 1
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return argument(self._model, name, args, kwargs)
+
+    def _ready(self, cache: VQCache, layers: list[VQLayer]) -> bool:
+        """Whether a step can read the cache, and codes no page."""
+        first = layers[0]
+        return (
+            cache.compressor is self._compressor
+            and cache.rows.attend
+            and len(layers) == len(cache.layers)
+            and all(layer.is_initialized and not layer.recording for layer in layers)
+            and all(layer.coded == first.coded for layer in layers)
+            and all(layer.exact_states()[1][0].device == layer.device for layer in layers)
+            and any(first.coded)
+            and first.get_seq_length() + 1 < first.codes_next()
+        )
+
+    def _step_of(self, cache: VQCache, layers: list[VQLayer]) -> Step | None:
+        """The cache's step, made anew where it has to be; None where there can be none."""
+        step: Step | None = cache.rows.shared.get(Step)
+        if step is None or not (step.static.reads(layers) and step.writable):
+            folded = [self._compressor.folded(layer.index, layer.device) for layer in layers]
+            foldable = [each for each in folded if not isinstance(each, str)]
+            if len(foldable) < len(folded):
+                return None
+            cache.rows.shared[Step] = step = Step(self._forward, cache, foldable)
+            self._served.add(cache.rows)
+        elif not step.static.holds():
+            step.static.take()
+        return step
+
+
+def _all_real(mask: torch.Tensor | None, pads: list[int], length: int) -> bool:
+    """Whether a mask hides nothing but the padding that is known."""
+    if mask is None:
+        return not any(pads)
+    if mask.ndim != 2 or mask.shape[1] != length:
+        return False
+    real: list[int] = mask.sum(1).tolist()
+    padded: list[int] = (mask.cumsum(1) == 0).sum(1).tolist()
+    return padded == pads and all(n + pad == length for n, pad in zip(real, pads, strict=True))
