@@ -103,8 +103,12 @@ def test_generation_takes_steps_and_the_model_stays_as_it_was() -> None:
         expected = model.generate(ids, past_key_values=attached.new_cache(), **settings)
         with DecodingSteps(model, compressor) as steps:
             cache = attached.new_cache()
+            replaced = model.forward
+            with DecodingSteps(model, compressor):
+                assert model.forward != replaced
+            assert model.forward == replaced
             found = model.generate(ids, past_key_values=cache, **settings)
-        assert model.forward == forward
+        assert model.forward == forward and "forward" not in vars(model)
     assert torch.equal(found, expected) and steps.taken > 80
     assert not any(isinstance(held, Step) for held in cache.rows.shared.values())
 

@@ -115,6 +115,7 @@ class DecodingSteps:
     def __init__(self, model: PreTrainedModel, compressor: KVCompressor) -> None:
         self._model, self._compressor = model, compressor
         self._forward = model.forward
+        self._replaced: Callable[..., Any] | None = None
         self._served: WeakSet[Rows] = WeakSet()
         #: Forwards that were steps.
         self.taken = 0
@@ -125,6 +126,8 @@ class DecodingSteps:
             output = self._taken(args, kwargs)
             return self._forward(*args, **kwargs) if output is None else output
 
+        # Other libraries, and another attachment, replace it too.
+        self._replaced = vars(self._model).get("forward")
         self._model.forward = forward
         return self
 
@@ -135,7 +138,10 @@ class DecodingSteps:
         trace: TracebackType | None,
     ) -> None:
         """Gives the model its forward back, and the graphs' memory."""
-        del self._model.forward
+        if self._replaced is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._replaced
         for rows in self._served:
             rows.shared.pop(Step, None)
 
