@@ -26,7 +26,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # One thread a worker: more would only make the workers wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: env test test-suite test-oldest demo shootout peers bench-gpu bench-gpu-dry lint format docs clean
+.PHONY: env test test-suite test-oldest demo shootout peers bench-gpu bench-gpu-generation bench-gpu-dry lint format docs clean
 
 env: $(ENV_DONE)
 
@@ -94,7 +94,11 @@ GPU_NAME ?= gpu
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu-$(GPU_NAME).json
 
-# The same in Triton's interpreter at toy sizes: that it runs and is right, not how fast.
+# Of `generate`, with exact caches and ours; takes a model's 16 GB.
+bench-gpu-generation:
+	$(GPU_PYTHON) -m benchmarks.gpu.generation --out benchmarks/results/gpu-$(GPU_NAME)-generation.json
+
+# The first in Triton's interpreter at toy sizes: that it runs and is right, not how fast.
 bench-gpu-dry: env
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry.json
 
