@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,11 +153,50 @@ def test_what_happens_between_steps_is_seen() -> None:
     assert taken >= 20
 
 
+def test_a_beam_search_makes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows change places after every forward, and codes with them."""
+    model, compressor = llama()
+    made: list[Step] = []
+    make = Step.__init__
+
+    def noted(self: Step, *args: Any) -> None:
+        make(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Step, "__init__", noted)
+    ids = random_ids(1, PROMPT)
+    settings = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False}
+    texts = []
+    for fixed in (False, True):
+        with (
+            using(attend_codes="naive"),
+            attach(model, compressor, read="attend") as attached,
+            DecodingSteps(model, compressor) if fixed else nullcontext(),
+        ):
+            texts.append(model.generate(ids, past_key_values=attached.new_cache(), **settings))
+    assert torch.equal(*texts) and 0 < len(made) < 8
+
+
+def test_a_cache_is_saved_and_copied_between_steps(tmp_path: Path) -> None:
+    model, compressor = llama()
+    _, cache, _ = decoded(model, compressor, (0,), 20, fixed=True)
+    cache.save(tmp_path / "prefix.safetensors")
+    saved = VQCache.load(tmp_path / "prefix.safetensors", compressor, model.config)
+    for other in (saved, copy.deepcopy(cache)):
+        for mine, theirs in zip(
+            cache.coded_layers.values(), other.coded_layers.values(), strict=True
+        ):
+            held = theirs.tensors()
+            for name, tensor in mine.tensors().items():
+                assert torch.equal(tensor, held[name])
+
+
 @pytest.mark.parametrize(
     "others",
     [
         {"output_hidden_states": True},
         {"use_cache": False},
+        {"return_dict": False},
         {
             "attention_mask": torch.cat(
                 [torch.ones(1, 20), torch.zeros(1, 1), torch.ones(1, 150)], 1

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vqkv.attention import argument
 from vqkv.cache.layer import VQLayer
 from vqkv.cache.rows import Rows
 from vqkv.cache.static import StaticCache
@@ -29,6 +29,9 @@ from vqkv.folding import FoldedLayer
 #: Arguments of a forward that a step takes. Others have to be None or False.
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
 TAKEN |= {"use_cache", "return_dict", "logits_to_keep"}
+#: What making a step costs, in steps; where codes move all the time, as in a beam search, only the
+#: first few are made.
+WORTH, FREE = 16, 4
 
 
 class Step:
@@ -104,6 +107,14 @@ class Step:
         return graph
 
 
+@dataclass
+class _Count:
+    """Steps made for a cache, and forwards that were steps."""
+
+    made: int = 0
+    taken: int = 0
+
+
 class DecodingSteps:
     """Replaces the forward of an attached model, as a context manager.
 
@@ -116,7 +127,7 @@ class DecodingSteps:
         self._model, self._compressor = model, compressor
         self._forward = model.forward
         self._replaced: Callable[..., Any] | None = None
-        self._served: WeakSet[Rows] = WeakSet()
+        self._served: WeakKeyDictionary[Rows, _Count] = WeakKeyDictionary()
         #: Forwards that were steps.
         self.taken = 0
 
@@ -147,39 +158,39 @@ class DecodingSteps:
 
     def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a step, or None where the forward is none."""
-        given = {name: self._argument(name, args, kwargs) for name in TAKEN}
-        cache, ids = given["past_key_values"], given["input_ids"]
-        if len(args) > 1 or torch.is_grad_enabled() or not isinstance(cache, VQCache):
-            return None
-        others = [value for name, value in kwargs.items() if name not in TAKEN]
-        if any(value is not None and value is not False for value in others):
-            return None
-        if given["use_cache"] is False or given["return_dict"] is False:
+        given = {**kwargs, **dict(zip(["input_ids"], args, strict=False))}
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        others = [value for name, value in given.items() if name not in TAKEN]
+        if (
+            len(args) > 1
+            or torch.is_grad_enabled()
+            or not isinstance(cache, VQCache)
+            or not isinstance(ids, torch.Tensor)
+            or given.get("use_cache") is False
+            or given.get("return_dict") is False
+            or any(value is not None and value is not False for value in others)
+        ):
             return None
         layers = list(cache.coded_layers.values())
-        if not self._ready(cache, layers):
-            return None
-        if ids is None or tuple(ids.shape) != (len(layers[0].coded), 1):
-            return None
         length, pads = layers[0].get_seq_length(), layers[0].pads
-        if not _all_real(given["attention_mask"], pads, length + 1):
-            return None
-        step = self._step_of(cache, layers)
-        if step is None:
-            return None
-        positions = given["position_ids"]
+        positions = given.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, length)
-        positions = positions.expand(len(pads), -1)
+        if (
+            not self._ready(cache, layers)
+            or tuple(ids.shape) != (len(pads), 1)
+            or tuple(positions.shape) not in ((1, 1), (len(pads), 1))
+            or not _all_real(given.get("attention_mask"), pads, length + 1)
+            or (step := self._step_of(cache, layers)) is None
+        ):
+            return None
         logits = step.run(ids, positions)
         step.static.advance()
-        seen = positions.to(torch.int32) if cache.rows.positions is not None else None
-        cache.rows.note(length, seen, None)
+        if cache.rows.positions is not None:
+            cache.rows.note(length, positions.expand(len(pads), -1).to(torch.int32), None)
         self.taken += 1
+        self._served[cache.rows].taken += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return argument(self._model, name, args, kwargs)
 
     def _ready(self, cache: VQCache, layers: list[VQLayer]) -> bool:
         """Whether a step can read the cache, and codes no page."""
@@ -190,7 +201,7 @@ class DecodingSteps:
             and len(layers) == len(cache.layers)
             and all(layer.is_initialized and not layer.recording for layer in layers)
             and all(layer.coded == first.coded for layer in layers)
-            and all(layer.exact_states()[1][0].device == layer.device for layer in layers)
+            and all(layer.exact_states()[1][0].device == first.device for layer in layers)
             and any(first.coded)
             and first.get_seq_length() + 1 < first.codes_next()
         )
@@ -199,12 +210,15 @@ class DecodingSteps:
         """The cache's step, made anew where it has to be; None where there can be none."""
         step: Step | None = cache.rows.shared.get(Step)
         if step is None or not (step.static.reads(layers) and step.writable):
+            count = self._served.setdefault(cache.rows, _Count())
+            if count.made > FREE + count.taken // WORTH:
+                return None
             folded = [self._compressor.folded(layer.index, layer.device) for layer in layers]
             foldable = [each for each in folded if not isinstance(each, str)]
             if len(foldable) < len(folded):
                 return None
             cache.rows.shared[Step] = step = Step(self._forward, cache, foldable)
-            self._served.add(cache.rows)
+            count.made += 1
         elif not step.static.holds():
             step.static.take()
         return step
@@ -216,6 +230,8 @@ def _all_real(mask: torch.Tensor | None, pads: list[int], length: int) -> bool:
         return not any(pads)
     if mask.ndim != 2 or mask.shape[1] != length:
         return False
-    real: list[int] = mask.sum(1).tolist()
-    padded: list[int] = (mask.cumsum(1) == 0).sum(1).tolist()
-    return padded == pads and all(n + pad == length for n, pad in zip(real, pads, strict=True))
+    counts = torch.stack([mask.sum(1), (mask.cumsum(1) == 0).sum(1)])
+    real, padded = counts.tolist()  # of one wait for the device
+    return bool(
+        padded == pads and all(n + pad == length for n, pad in zip(real, pads, strict=True))
+    )
