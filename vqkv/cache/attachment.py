@@ -153,6 +153,8 @@ def _steps(model: PreTrainedModel, compressor: KVCompressor, read: Read) -> Deco
     reason = None
     if model.device.type != "cuda":
         reason = f"the model is on {model.device}"
+    elif len({parameter.device for parameter in model.parameters()}) > 1:
+        reason = "the model is on several devices"
     elif read != "attend":
         reason = not_fused(compressor, model.device) or "codes are decoded for the model's own"
     elif len(compressor.geometry.compressed) < compressor.geometry.layers:

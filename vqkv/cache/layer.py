@@ -281,10 +281,10 @@ class VQLayer(CacheLayerMixin):
         """Tokens may be rolled back, see `activate_past_recording`."""
         return self._recording
 
-    def codes_next(self) -> int:
-        """The length of the cache at which a row's next page is coded."""
-        ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
-        return min(ends) + self.window + PAGE_TOKENS
+    def coded_at(self, length: int) -> list[int]:
+        """Each row's coded tokens once the cache is so long."""
+        rows = zip(self._pads(), self.coded, strict=True)
+        return [max(coded, coded_tokens(length - pad, self.window)) for pad, coded in rows]
 
     def exact_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where `exact_states` stand, one after the other, `[B, n]`, and which count, bool.
@@ -381,10 +381,11 @@ class VQLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved cache holds of this layer."""
-        stores = {"key": self._keys, "value": self._values}
-        coded = {
-            f"{n}_{part}": getattr(s, part) for n, s in stores.items() for part in ("codes", "side")
-        }
+        room = -(-max(self.coded) // PAGE_TOKENS) * PAGE_TOKENS  # what lies idle behind is left out
+        coded = {}
+        for name, store in {"key": self._keys, "value": self._values}.items():
+            coded[f"{name}_codes"] = store.codes[:, :, :room]
+            coded[f"{name}_side"] = store.side[:, :room]
         return coded | {name.lstrip("_"): getattr(self, name) for name in self._TENSORS}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], coded: list[int], length: int) -> None:

@@ -12,8 +12,8 @@ class PageStore:
     """Coded tokens of B rows: codes `[B, U, T, bytes]` (uint8) and side `[B, T, F]` (fp16).
 
     T is the room for tokens, whole pages of them. It grows by a sixteenth, so copying stays cheap
-    and at most that part of the bytes lies idle. How many tokens of each row are written, the
-    layer knows.
+    and at most that part of the bytes lies idle, but where `make_room` asked for more. How many
+    tokens of each row are written, the layer knows.
     """
 
     def __init__(self, batch: int, layout: Layout, device: torch.device) -> None:

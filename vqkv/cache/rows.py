@@ -23,6 +23,7 @@ class Rows:
         attend: the attached model's attention reads codes.
         decoded: reconstructions that the running forward shares.
         shared: what layers share that read codes, see `vqkv.cache.fused`.
+        steps: what `vqkv.cache.steps` made for these rows. A crop leaves their memory in place.
     """
 
     pads: list[int] = field(default_factory=list)
@@ -31,6 +32,7 @@ class Rows:
     attend: bool = False
     decoded: Decoded = field(default_factory=Decoded)
     shared: dict[Any, Any] = field(default_factory=dict)
+    steps: dict[int, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> int:
@@ -73,6 +75,7 @@ class Rows:
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
         self.shared.clear()
+        self.steps.clear()
         if self.positions is not None:
             self.positions = self.positions[rows.to(self.positions.device)]
         if self.pads:
@@ -83,6 +86,7 @@ class Rows:
         self.pads, self.positions = [], None
         self.decoded.clear()
         self.shared.clear()
+        self.steps.clear()
 
     @property
     def nbytes(self) -> int:

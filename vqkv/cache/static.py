@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vqkv.cache.fused import attend_folded, coded_states, turn_tables
 from vqkv.cache.layer import VQLayer
-from vqkv.errors import CacheError
 from vqkv.folding import FoldedLayer
 from vqkv.kernels.attend.codes import AttendLayout
 from vqkv.kernels.attend.rest import Rest
@@ -26,6 +25,10 @@ from vqkv.layouts import PAGE_TOKENS
 #: Room for pages to come, in tokens: at least so many, or one for so many that are coded. A page
 #: that finds none moves all codes, and the step has to be made anew.
 ROOM, ROOM_PART = 1024, 8
+
+
+#: By kind of RoPE, `Turns.page` and `Turns.offset`.
+StepTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class StepState:
         start: `[B]` (int32): see `vqkv.kernels.attend.codes.Coded`.
         stop: `[B]` (int32).
         hidden: `[B, 1, 1, n]`: which of the sinks and of the tail's buffer do not count.
-        tables: by kind of RoPE, `Turns.page` and `Turns.offset` of all pages there is room for.
+        tables: of all pages there is room for.
     """
 
     slot: torch.Tensor
     start: torch.Tensor
     stop: torch.Tensor
     hidden: torch.Tensor
-    tables: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    tables: StepTables
 
 
 class StaticStates:
@@ -134,19 +137,18 @@ class StaticLayer(CacheLayerMixin):
 
 
 class StaticCache(Cache):
-    """The cache of a step, over the layers of another one.
+    """The cache of a step, over the layers of another one, which it does not keep alive.
 
     Args:
-        layers: of one cache, all of one kind of row.
+        layers: of one cache.
         folded: of each layer.
+        tables: of `step_tables`.
     """
 
-    def __init__(self, layers: Sequence[VQLayer], folded: Sequence[FoldedLayer]) -> None:
-        self._of = list(layers)
-        first = self._of[0]
-        for layer in self._of:
-            for store in layer.stores:
-                store.make_room(max(layer.coded) + max(ROOM, max(layer.coded) // ROOM_PART))
+    def __init__(
+        self, layers: Sequence[VQLayer], folded: Sequence[FoldedLayer], tables: StepTables
+    ) -> None:
+        first = layers[0]
         room = first.window + 2 * PAGE_TOKENS
         batch, device = len(first.coded), first.device
         self._sinks = first.exact_states()[0][0].shape[2]
@@ -155,73 +157,75 @@ class StaticCache(Cache):
             start=torch.zeros(batch, dtype=torch.int32, device=device),
             stop=torch.zeros(batch, dtype=torch.int32, device=device),
             hidden=torch.ones(batch, 1, 1, self._sinks + room, dtype=torch.bool, device=device),
-            tables=self._tables(),
+            tables=tables,
         )
         super().__init__(
             layers=[
                 StaticLayer(layer, each, self._state, _kind(layer), room)
-                for layer, each in zip(self._of, folded, strict=True)
+                for layer, each in zip(layers, folded, strict=True)
             ]
         )
+        self.take(layers, tables)
 
-    def take(self) -> None:
-        """Take in what the layers hold now.
-
-        Raises:
-            CacheError: positions of coded tokens skip some.
-        """
-        first = self._of[0]
-        for static, layer in self._pairs():
+    def take(self, layers: Sequence[VQLayer], tables: StepTables) -> None:
+        """Take in what the layers hold now, and the tables of that."""
+        first, state = layers[0], self._state
+        for static, layer in self._pairs(layers):
             static.take(layer)
-        state, sinks = self._state, self._sinks
         coded = torch.tensor(first.coded, dtype=torch.int32)
         state.start.copy_(coded.clamp(max=first.sinks))
         state.stop.copy_(coded)
         hidden = ~first.exact_slots()[1]
         state.hidden.fill_(True)
         state.hidden[:, 0, 0, : hidden.shape[1]] = hidden
-        state.slot.fill_(hidden.shape[1] - sinks)
-        for kind, tables in self._tables().items():
-            for held, new in zip(state.tables[kind], tables, strict=True):
-                held.copy_(new)
+        state.slot.fill_(hidden.shape[1] - self._sinks)
+        for kind, new in tables.items():
+            for held, given in zip(state.tables[kind], new, strict=True):
+                held.copy_(given)
 
     def reads(self, layers: Sequence[VQLayer]) -> bool:
-        """Whether these are the layers, and their codes and sinks lie where they did."""
-        return len(layers) == len(self._of) and all(
-            layer is mine and static.reads(mine)
-            for layer, (static, mine) in zip(layers, self._pairs(), strict=True)
-        )
+        """Whether the layers' codes and sinks are the tensors that they were."""
+        return all(static.reads(layer) for static, layer in self._pairs(layers))
 
-    def holds(self) -> bool:
+    def holds(self, layers: Sequence[VQLayer]) -> bool:
         """Whether nothing but steps has happened to the layers since they were taken in."""
-        return all(static.holds(layer) for static, layer in self._pairs())
+        return all(static.holds(layer) for static, layer in self._pairs(layers))
 
     def begin(self) -> None:
         """The new token counts. Part of the step."""
         self._state.hidden.index_fill_(3, self._state.slot + self._sinks, False)
 
-    def advance(self) -> None:
+    def advance(self, layers: Sequence[VQLayer]) -> None:
         """A step has been made: tell the layers, and make the next slot ready."""
-        first = self._of[0]
-        length, tail = first.get_seq_length() + 1, first.exact_states()[1][0].shape[2] + 1
-        for static, layer in self._pairs():
+        length, tail = layers[0].get_seq_length() + 1, layers[0].exact_states()[1][0].shape[2] + 1
+        for static, layer in self._pairs(layers):
             static.show(layer, length, tail)
         self._state.slot.add_(1)
 
-    def _pairs(self) -> list[tuple[StaticLayer, VQLayer]]:
-        return list(zip(self.layers, self._of, strict=True))  # type: ignore[arg-type]
+    def _pairs(self, layers: Sequence[VQLayer]) -> list[tuple[StaticLayer, VQLayer]]:
+        return list(zip(self.layers, layers, strict=True))  # type: ignore[arg-type]
 
-    def _tables(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in self._of:
-            kind = _kind(layer)
-            if kind is None or kind in found:
-                continue
-            tables = turn_tables(layer, layer.stores[0].capacity // PAGE_TOKENS)
-            if tables is None:
-                raise CacheError("positions of coded tokens are not consecutive")
-            found[kind] = tables
-        return found
+
+def make_room(layers: Sequence[VQLayer]) -> None:
+    """Room for pages to come, so that codes stay where they are for a while."""
+    for layer in layers:
+        coded = max(layer.coded)
+        for store in layer.stores:
+            store.make_room(coded + max(ROOM, coded // ROOM_PART))
+
+
+def step_tables(layers: Sequence[VQLayer]) -> StepTables | None:
+    """By kind of RoPE, of all pages there is room for; None where positions are irregular."""
+    found: StepTables = {}
+    for layer in layers:
+        kind = _kind(layer)
+        if kind is None or kind in found:
+            continue
+        tables = turn_tables(layer, layer.stores[0].capacity // PAGE_TOKENS)
+        if tables is None:
+            return None
+        found[kind] = tables
+    return found
 
 
 def _kind(layer: VQLayer) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakSet, ref
 
 import torch
 from transformers import PreTrainedModel
@@ -20,18 +20,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vqkv.cache.layer import VQLayer
 from vqkv.cache.rows import Rows
-from vqkv.cache.static import StaticCache
+from vqkv.cache.static import StaticCache, make_room, step_tables
 from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
-from vqkv.folding import FoldedLayer
 
 #: Arguments of a forward that a step takes. Others have to be None or False.
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
 TAKEN |= {"use_cache", "return_dict", "logits_to_keep"}
-#: What making a step costs, in steps; where codes move all the time, as in a beam search, only the
-#: first few are made.
-WORTH, FREE = 16, 4
+#: What a model's config may ask of every forward.
+MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Step:
@@ -39,22 +37,24 @@ class Step:
 
     Args:
         forward: the model's.
-        cache: whose layers it reads.
-        folded: of each of them.
+        static: what it reads.
+        batch: rows.
+        device: of the model.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], cache: VQCache, folded: list[FoldedLayer]
+        self,
+        forward: Callable[..., Any],
+        static: StaticCache,
+        batch: int,
+        device: torch.device,
     ) -> None:
-        layers = list(cache.coded_layers.values())
-        self.static = StaticCache(layers, folded)
-        batch, device = len(layers[0].coded), layers[0].device
+        self.static = static
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._forward = forward
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        self.static.take()
 
     @property
     def writable(self) -> bool:
@@ -62,7 +62,7 @@ class Step:
         return torch.is_inference_mode_enabled() or not self._ids.is_inference()
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, 1, V]` of tokens `[B, 1]` at positions `[B, 1]`.
+        """Logits `[B, 1, V]` of tokens `[B, 1]` at positions `[B or 1, 1]`.
 
         Raises:
             KernelError: the model's forward cannot be captured.
@@ -71,9 +71,10 @@ class Step:
         self._positions.copy_(positions)
         if self._ids.device.type != "cuda":
             return self._step()
-        if self._graph is None:
-            self._graph = self._captured()
-        self._graph.replay()
+        with torch.cuda.device(self._ids.device):
+            if self._graph is None:
+                self._graph = self._captured()
+            self._graph.replay()
         assert self._logits is not None  # captured with the graph
         return self._logits.clone()
 
@@ -89,15 +90,21 @@ class Step:
         return logits
 
     def _captured(self) -> torch.cuda.CUDAGraph:
+        current, side, graph = (
+            torch.cuda.current_stream(),
+            torch.cuda.Stream(),
+            torch.cuda.CUDAGraph(),
+        )
         # Kernels compile, and tables are made, in a step before: it writes what the replay writes.
-        current, side = torch.cuda.current_stream(self._ids.device), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self._step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph):
+            # A capture that fails does not give the stream back by itself.
+            with torch.cuda.stream(current), capture:
                 self._logits = self._step()
         except RuntimeError as error:
             raise KernelError(
@@ -108,11 +115,18 @@ class Step:
 
 
 @dataclass
-class _Count:
-    """Steps made for a cache, and forwards that were steps."""
+class _Held:
+    """What is kept of a cache.
 
-    made: int = 0
-    taken: int = 0
+    Attributes:
+        codes: of the last forward that could be a step.
+        step: made when one finds the codes of the one before.
+        refused: tokens coded when positions were found irregular.
+    """
+
+    codes: ref[torch.Tensor]
+    step: Step | None = None
+    refused: list[int] | None = None
 
 
 class DecodingSteps:
@@ -127,7 +141,7 @@ class DecodingSteps:
         self._model, self._compressor = model, compressor
         self._forward = model.forward
         self._replaced: Callable[..., Any] | None = None
-        self._served: WeakKeyDictionary[Rows, _Count] = WeakKeyDictionary()
+        self._served: WeakSet[Rows] = WeakSet()
         #: Forwards that were steps.
         self.taken = 0
 
@@ -154,43 +168,47 @@ class DecodingSteps:
         else:
             self._model.forward = self._replaced
         for rows in self._served:
-            rows.shared.pop(Step, None)
+            rows.steps.pop(id(self), None)
 
     def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a step, or None where the forward is none."""
         given = {**kwargs, **dict(zip(["input_ids"], args, strict=False))}
         cache, ids = given.get("past_key_values"), given.get("input_ids")
-        others = [value for name, value in given.items() if name not in TAKEN]
-        if (
-            len(args) > 1
-            or torch.is_grad_enabled()
-            or not isinstance(cache, VQCache)
-            or not isinstance(ids, torch.Tensor)
-            or given.get("use_cache") is False
-            or given.get("return_dict") is False
-            or any(value is not None and value is not False for value in others)
-        ):
+        if len(args) > 1 or torch.is_grad_enabled() or not isinstance(cache, VQCache):
             return None
         layers = list(cache.coded_layers.values())
-        length, pads = layers[0].get_seq_length(), layers[0].pads
+        pads, length = layers[0].pads, layers[0].get_seq_length()
+        if not isinstance(ids, torch.Tensor) or not self._ready(cache, layers):
+            self._let_go(cache, layers, 1 if ids is None else ids.shape[-1])
+            return None
         positions = given.get("position_ids")
-        if positions is None:
+        if positions is None and not any(pads):
             positions = torch.full_like(ids, length)
         if (
-            not self._ready(cache, layers)
-            or tuple(ids.shape) != (len(pads), 1)
+            tuple(ids.shape) != (len(pads), 1)
+            or positions is None  # models differ in what they make of a mask then
             or tuple(positions.shape) not in ((1, 1), (len(pads), 1))
+            or self._asks_for_more(given)
             or not _all_real(given.get("attention_mask"), pads, length + 1)
             or (step := self._step_of(cache, layers)) is None
         ):
             return None
         logits = step.run(ids, positions)
-        step.static.advance()
+        step.static.advance(layers)
         if cache.rows.positions is not None:
             cache.rows.note(length, positions.expand(len(pads), -1).to(torch.int32), None)
         self.taken += 1
-        self._served[cache.rows].taken += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _asks_for_more(self, given: dict[str, Any]) -> bool:
+        """Whether more is wanted than logits and a cache of the new token."""
+        others = [value for name, value in given.items() if name not in TAKEN]
+        return (
+            given.get("use_cache") is False
+            or given.get("return_dict") is False
+            or any(value is not None and value is not False for value in others)
+            or any(getattr(self._model.config, name, False) for name in MORE)
+        )
 
     def _ready(self, cache: VQCache, layers: list[VQLayer]) -> bool:
         """Whether a step can read the cache, and codes no page."""
@@ -203,25 +221,54 @@ class DecodingSteps:
             and all(layer.coded == first.coded for layer in layers)
             and all(layer.exact_states()[1][0].device == first.device for layer in layers)
             and any(first.coded)
-            and first.get_seq_length() + 1 < first.codes_next()
+            and first.coded_at(first.get_seq_length() + 1) == first.coded
         )
 
     def _step_of(self, cache: VQCache, layers: list[VQLayer]) -> Step | None:
-        """The cache's step, made anew where it has to be; None where there can be none."""
-        step: Step | None = cache.rows.shared.get(Step)
-        if step is None or not (step.static.reads(layers) and step.writable):
-            count = self._served.setdefault(cache.rows, _Count())
-            if count.made > FREE + count.taken // WORTH:
-                return None
-            folded = [self._compressor.folded(layer.index, layer.device) for layer in layers]
-            foldable = [each for each in folded if not isinstance(each, str)]
-            if len(foldable) < len(folded):
-                return None
-            cache.rows.shared[Step] = step = Step(self._forward, cache, foldable)
-            count.made += 1
-        elif not step.static.holds():
-            step.static.take()
-        return step
+        """The cache's step; None where there is none yet, or can be none."""
+        steps, codes = cache.rows.steps, layers[0].stores[0].codes
+        held: _Held | None = steps.get(id(self))
+        if held is None or held.codes() is not codes:
+            # Codes that move all the time, as in a beam search, are not worth a capture.
+            steps[id(self)] = _Held(ref(codes))
+            self._served.add(cache.rows)
+            return None
+        if held.refused == layers[0].coded:
+            return None
+        if held.step is None or not (held.step.static.reads(layers) and held.step.writable):
+            held.step = None  # before another takes its memory
+            held.step = self._made(layers)
+            held.codes = ref(layers[0].stores[0].codes)
+        elif not held.step.static.holds(layers):
+            tables = step_tables(layers)
+            if tables is None:
+                held.step = None
+            else:
+                held.step.static.take(layers, tables)
+        held.refused = None if held.step else list(layers[0].coded)
+        return held.step
+
+    def _made(self, layers: list[VQLayer]) -> Step | None:
+        """A step; None where positions are irregular, or codes do not fold."""
+        first = layers[0]
+        folded = [self._compressor.folded(layer.index, layer.device) for layer in layers]
+        foldable = [each for each in folded if not isinstance(each, str)]
+        if len(foldable) < len(folded) or step_tables(layers) is None:
+            return None
+        make_room(layers)
+        tables = step_tables(layers)
+        assert tables is not None  # there were some of fewer pages
+        static = StaticCache(layers, foldable, tables)
+        return Step(self._forward, static, len(first.coded), first.device)
+
+    def _let_go(self, cache: VQCache, layers: list[VQLayer], new: int) -> None:
+        """Of codes that will move for so many new tokens, lest they lie in memory twice."""
+        held: _Held | None = cache.rows.steps.get(id(self))
+        if held is None or not all(layer.is_initialized for layer in layers):
+            return
+        coded = max(layers[0].coded_at(layers[0].get_seq_length() + new))
+        if any(store.capacity < coded for layer in layers for store in layer.stores):
+            held.step = None
 
 
 def _all_real(mask: torch.Tensor | None, pads: list[int], length: int) -> bool:

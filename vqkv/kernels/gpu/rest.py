@@ -32,7 +32,7 @@ def add_mapped(sums, means, maps, at, there, D: tl.constexpr, DEPTH: tl.constexp
 
 @triton.jit
 def add_exact(
-    query, sums, best, total, keys, values, key_token, value_token, hidden, tokens,
+    query, there, sums, best, total, keys, values, key_token, value_token, hidden, tokens,
     D: tl.constexpr, HIDDEN: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Goes on with an online softmax over a run of exact tokens of one head."""
@@ -43,7 +43,7 @@ def add_exact(
         at = token[:, None].to(tl.int64)
         key = tl.load(keys + at * key_token + channel, mask=inside, other=0.0)
         scores = precise(query, tl.trans(key))
-        seen = (token < tokens)[None, :]
+        seen = there[:, None] & (token < tokens)[None, :]
         if HIDDEN:
             seen = seen & (tl.load(hidden[:, None] + token, mask=seen, other=1) == 0)
         scores = tl.where(seen, scores, -float("inf"))
@@ -100,13 +100,13 @@ def attend_rest(
     sink_keys += batch * sink_key_row + head.to(tl.int64) * sink_key_head
     sink_values += batch * sink_value_row + head.to(tl.int64) * sink_value_head
     sums, best, total = add_exact(
-        q, sums, best, total, sink_keys, sink_values, sink_key_token, sink_value_token,
+        q, there, sums, best, total, sink_keys, sink_values, sink_key_token, sink_value_token,
         hidden, sinks, D, HIDDEN, TOKENS,
     )  # fmt: skip
     tail_keys += batch * tail_key_row + head.to(tl.int64) * tail_key_head
     tail_values += batch * tail_value_row + head.to(tl.int64) * tail_value_head
     sums, best, total = add_exact(
-        q, sums, best, total, tail_keys, tail_values, tail_key_token, tail_value_token,
+        q, there, sums, best, total, tail_keys, tail_values, tail_key_token, tail_value_token,
         hidden + sinks, tail, D, HIDDEN, TOKENS,
     )  # fmt: skip
     sums /= tl.where(total > 0, total, 1.0)[:, None]  # rows that see nothing: zeros

@@ -40,8 +40,11 @@ static TARGET void NAME(push)(const float *errors, const float *metric, int64_t 
             PUSH(8, vectors); \
         for (; j + 4 <= dim; j += 4) \
             PUSH(4, vectors); \
-        for (; j < dim; j++) \
-            PUSH(1, vectors); \
+        switch (dim - j) { \
+        case 1: PUSH(1, vectors); break; \
+        case 2: PUSH(2, vectors); break; \
+        case 3: PUSH(3, vectors); break; \
+        } \
     } while (0)
     int64_t r = 0;
     for (; r + 2 * W <= columns; r += 2 * W)
