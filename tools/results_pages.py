@@ -18,7 +18,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +243,44 @@ def with_cpu_kernels(page: str) -> str:
         lines = [[name.replace("_", " ") for name in names], ["---"] * len(names)]
         lines += [[_figure(value) for value in row.values()] for row in data[operation]]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    text = "\n\n".join([*parts, END])
+    text = "\n\n".join([*parts, *_spread(data), END])
     pattern = rf"<!-- cpu-kernels -->{UP_TO_END}"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def _spread(latest: dict[str, Any]) -> Iterator[str]:
+    """Ratios of the latest run beside the lowest and highest of it and earlier ones."""
+    files = sorted(RESULTS.glob("cpu-kernels-*.json"))
+    runs = [latest, *(json.loads(file.read_text(encoding="utf-8")) for file in files)]
+    commits = ", ".join(f"`{run['commit'][:7]}`" for run in runs)
+    yield (
+        "How far runs differ on that machine, which others use too: ratios of the run above, and the "
+        f"lowest and highest of {len(runs)} runs (at {commits}). Between them the encoding of pages "
+        "has changed."
+    )
+    found = [_ratios(run) for run in runs]
+    lines = ["|  | above | lowest | highest |", "| --- | --- | --- | --- |"]
+    for name, ratio in found[0].items():
+        all_runs = [ratios[name] for ratios in found]
+        cells = (f"{each:.2f}" for each in (ratio, min(all_runs), max(all_runs)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    yield "\n".join(lines)
+
+
+def _ratios(run: dict[str, Any]) -> dict[str, float]:
+    """By what they are of."""
+    found = {}
+    for row in run["encode"]:
+        name = f"encode over faiss, d = {row['dim']}, K = {row['codewords']}"
+        found[name] = row["encode_speedup_vs_faiss"]
+    for row in run["attend"]:
+        name = f"attend over best, {row['tokens']:,} tokens, {row['rope']}-RoPE, d = {row['dim']}"
+        name += " in two stages" if row["stages"] > 1 else ""
+        found[name] = row["attend_speedup_vs_best"]
+    for row in run["steps"]:
+        name = f"tokens a second over exact, {row['dtype']}, {row['context']:,} tokens"
+        found[name] = row["tokens_per_second"] / row["tokens_per_second_exact"]
+    return found
 
 
 def with_gpu_kernels(page: str) -> str:
