@@ -254,9 +254,9 @@ def _spread(latest: dict[str, Any]) -> Iterator[str]:
     runs = [latest, *(json.loads(file.read_text(encoding="utf-8")) for file in files)]
     commits = ", ".join(f"`{run['commit'][:7]}`" for run in runs)
     yield (
-        "How far runs differ on that machine, which others use too: ratios of the run above, and the "
-        f"lowest and highest of {len(runs)} runs (at {commits}). Between them the encoding of pages "
-        "has changed."
+        "How far runs differ on that machine, which others use too: ratios of the run above, and "
+        f"the lowest and highest of {len(runs)} runs (at {commits}). Between them the encoding of "
+        "pages has changed."
     )
     found = [_ratios(run) for run in runs]
     lines = ["|  | above | lowest | highest |", "| --- | --- | --- | --- |"]
