@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,32 @@ def decoded(
 def llama(rope: str = "pre") -> tuple[Any, KVCompressor]:
     model = tiny_model("llama", max_position_embeddings=1024)
     return model, byte_compressor(model, rope, **PREDICTED)
+
+
+@contextmanager
+def warmed(batch: int, pad: int = 0) -> Iterator[tuple[Any, VQCache, torch.Tensor, DecodingSteps]]:
+    """A model that has taken two steps, its cache, and a token of each row; the last is padded."""
+    model, compressor = llama()
+    ids = random_ids(batch, PROMPT + 3)
+    mask = torch.ones_like(ids)
+    mask[-1, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with (
+        using(attend_codes="naive"),
+        attach(model, compressor, read="attend") as attached,
+        torch.no_grad(),
+        DecodingSteps(model, compressor) as steps,
+    ):
+        cache = attached.new_cache()
+        for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + 3))]:
+            model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )
+        assert steps.taken == 2
+        yield model, cache, ids[:, -1:], steps
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
@@ -122,7 +149,7 @@ def test_generation_takes_steps_and_the_model_stays_as_it_was() -> None:
             found = model.generate(ids, past_key_values=cache, **settings)
         assert model.forward == forward and "forward" not in vars(model)
     assert torch.equal(found, expected) and steps.taken > 80
-    assert not any(isinstance(held, Step) for held in cache.rows.shared.values())
+    assert not cache.rows.steps
 
 
 def test_what_happens_between_steps_is_seen() -> None:
@@ -274,18 +301,46 @@ def test_a_cache_is_saved_and_copied_between_steps(tmp_path: Path) -> None:
     ],
 )
 def test_other_forwards_are_no_steps(others: dict[str, Any]) -> None:
-    model, compressor = llama()
-    ids = random_ids(1, PROMPT + 1)
-    with (
-        using(attend_codes="naive"),
-        attach(model, compressor, read="attend") as attached,
-        torch.no_grad(),
-        DecodingSteps(model, compressor) as steps,
-    ):
-        cache = attached.new_cache()
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache, **others)
-    assert steps.taken == 0
+    with warmed(1) as (model, cache, ids, steps):
+        model(ids, past_key_values=cache, **others)
+        assert steps.taken == 2
+        model(ids, past_key_values=cache)
+        assert steps.taken == 3
+
+
+def test_a_config_that_asks_for_more_is_heard() -> None:
+    with warmed(1) as (model, cache, ids, steps):
+        model.config.output_hidden_states = True
+        assert model(ids, past_key_values=cache).hidden_states
+        assert steps.taken == 2
+
+
+def test_padding_needs_positions() -> None:
+    with warmed(2, pad=4) as (model, cache, ids, steps):
+        mask = torch.ones(2, PROMPT + 4).half()
+        mask[1, :4] = 0
+        model(ids, past_key_values=cache, attention_mask=mask)
+        assert steps.taken == 2
+        positions = torch.tensor([[PROMPT + 4], [PROMPT]])
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions)
+        assert steps.taken == 3
+
+
+def test_states_of_another_type_are_taken() -> None:
+    """As where a prefix of another type was loaded."""
+    with warmed(1) as (model, cache, ids, steps):
+        model.bfloat16()
+        assert model(ids, past_key_values=cache).logits.isfinite().all()
+        assert steps.taken == 3
+
+
+def test_codes_that_a_long_forward_moves_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "ROOM", 64)
+    with warmed(1) as (model, cache, ids, _):
+        old = weakref.ref(cache.coded_layers[0].stores[0].codes)
+        model(ids.expand(1, 400), past_key_values=cache)
+        assert old() is None
 
 
 def test_graphs_need_a_gpu() -> None:

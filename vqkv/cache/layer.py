@@ -575,6 +575,7 @@ class VQLayer(CacheLayerMixin):
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
+            self.rows.steps.clear()  # they hold what moves
             self._keys.to(device)
             self._values.to(device)
             for name in self._TENSORS:

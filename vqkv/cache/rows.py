@@ -23,7 +23,7 @@ class Rows:
         attend: the attached model's attention reads codes.
         decoded: reconstructions that the running forward shares.
         shared: what layers share that read codes, see `vqkv.cache.fused`.
-        steps: what `vqkv.cache.steps` made for these rows. A crop leaves their memory in place.
+        steps: what `vqkv.cache.steps` made for these rows; they survive a crop.
     """
 
     pads: list[int] = field(default_factory=list)

@@ -120,7 +120,7 @@ class StaticLayer(CacheLayerMixin):
     ) -> tuple[Any, Any]:
         """Write the new token's states `[B, H, 1, D]`."""
         for buffer, new in zip(self._tail, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, self._state.slot, new)
+            buffer.index_copy_(2, self._state.slot, new.to(buffer.dtype))
         return StaticStates(self), StaticStates(self)
 
     def get_seq_length(self) -> int:

@@ -29,7 +29,7 @@ from vqkv.errors import KernelError
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
 TAKEN |= {"use_cache", "return_dict", "logits_to_keep"}
 #: What a model's config may ask of every forward.
-MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
+ASKED_BY_CONFIG = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Step:
@@ -53,13 +53,17 @@ class Step:
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._forward = forward
+        self._autocast = _autocast(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
     @property
-    def writable(self) -> bool:
-        """Whether its tensors may be written to: see `vqkv.cache.pages.writable`."""
-        return torch.is_inference_mode_enabled() or not self._ids.is_inference()
+    def serves(self) -> bool:
+        """Whether modes are as they were: of autocast, and of inference, whose tensors can only be
+        written to in it."""
+        device = self._ids.device
+        inference = torch.is_inference_mode_enabled() or not self._ids.is_inference()
+        return inference and self._autocast == _autocast(device)
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits `[B, 1, V]` of tokens `[B, 1]` at positions `[B or 1, 1]`.
@@ -95,7 +99,7 @@ class Step:
             torch.cuda.Stream(),
             torch.cuda.CUDAGraph(),
         )
-        # Kernels compile, and tables are made, in a step before: it writes what the replay writes.
+        # Kernels compile, and tables are made, in a step before, which writes to the same slot.
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self._step()
@@ -106,6 +110,8 @@ class Step:
             # A capture that fails does not give the stream back by itself.
             with torch.cuda.stream(current), capture:
                 self._logits = self._step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise KernelError(
                 "this model's forward cannot be captured as a CUDA graph, as where it waits for "
@@ -119,9 +125,9 @@ class _Held:
     """What is kept of a cache.
 
     Attributes:
-        codes: of the last forward that could be a step.
-        step: made when one finds the codes of the one before.
-        refused: tokens coded when positions were found irregular.
+        codes: that the step reads; before there is one, that the last candidate for a step saw.
+        step: made when a candidate sees the codes that the one before it saw.
+        refused: tokens coded when no step could be made: positions skip, or codes do not fold.
     """
 
     codes: ref[torch.Tensor]
@@ -148,8 +154,12 @@ class DecodingSteps:
     def __enter__(self) -> Self:
         @functools.wraps(self._forward)  # transformers looks at its parameters
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = self._taken(args, kwargs)
-            return self._forward(*args, **kwargs) if output is None else output
+            given = {**kwargs, **dict(zip(["input_ids"], args, strict=False))}
+            output = None if len(args) > 1 else self._taken(given)
+            if output is not None:
+                return output
+            self._let_go(given)
+            return self._forward(*args, **kwargs)
 
         # Other libraries, and another attachment, replace it too.
         self._replaced = vars(self._model).get("forward")
@@ -170,17 +180,15 @@ class DecodingSteps:
         for rows in self._served:
             rows.steps.pop(id(self), None)
 
-    def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _taken(self, given: dict[str, Any]) -> Any:
         """The output of a step, or None where the forward is none."""
-        given = {**kwargs, **dict(zip(["input_ids"], args, strict=False))}
         cache, ids = given.get("past_key_values"), given.get("input_ids")
-        if len(args) > 1 or torch.is_grad_enabled() or not isinstance(cache, VQCache):
+        if torch.is_grad_enabled() or not isinstance(cache, VQCache) or ids is None:
             return None
         layers = list(cache.coded_layers.values())
-        pads, length = layers[0].pads, layers[0].get_seq_length()
-        if not isinstance(ids, torch.Tensor) or not self._ready(cache, layers):
-            self._let_go(cache, layers, 1 if ids is None else ids.shape[-1])
+        if not self._ready(cache, layers):
             return None
+        pads, length = layers[0].pads, layers[0].get_seq_length()
         positions = given.get("position_ids")
         if positions is None and not any(pads):
             positions = torch.full_like(ids, length)
@@ -207,7 +215,7 @@ class DecodingSteps:
             given.get("use_cache") is False
             or given.get("return_dict") is False
             or any(value is not None and value is not False for value in others)
-            or any(getattr(self._model.config, name, False) for name in MORE)
+            or any(getattr(self._model.config, name, False) for name in ASKED_BY_CONFIG)
         )
 
     def _ready(self, cache: VQCache, layers: list[VQLayer]) -> bool:
@@ -235,7 +243,7 @@ class DecodingSteps:
             return None
         if held.refused == layers[0].coded:
             return None
-        if held.step is None or not (held.step.static.reads(layers) and held.step.writable):
+        if held.step is None or not (held.step.static.reads(layers) and held.step.serves):
             held.step = None  # before another takes its memory
             held.step = self._made(layers)
             held.codes = ref(layers[0].stores[0].codes)
@@ -261,14 +269,26 @@ class DecodingSteps:
         static = StaticCache(layers, foldable, tables)
         return Step(self._forward, static, len(first.coded), first.device)
 
-    def _let_go(self, cache: VQCache, layers: list[VQLayer], new: int) -> None:
-        """Of codes that will move for so many new tokens, lest they lie in memory twice."""
+    def _let_go(self, given: dict[str, Any]) -> None:
+        """Of codes that a forward will move, lest they lie in memory twice."""
+        cache = given.get("past_key_values")
+        new = next(
+            (x for x in map(given.get, ("input_ids", "inputs_embeds")) if x is not None), None
+        )
+        if not isinstance(cache, VQCache) or new is None:
+            return
         held: _Held | None = cache.rows.steps.get(id(self))
+        layers = list(cache.coded_layers.values())
         if held is None or not all(layer.is_initialized for layer in layers):
             return
-        coded = max(layers[0].coded_at(layers[0].get_seq_length() + new))
+        coded = max(layers[0].coded_at(layers[0].get_seq_length() + new.shape[1]))
         if any(store.capacity < coded for layer in layers for store in layer.stores):
             held.step = None
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def _all_real(mask: torch.Tensor | None, pads: list[int], length: int) -> bool:
@@ -277,6 +297,7 @@ def _all_real(mask: torch.Tensor | None, pads: list[int], length: int) -> bool:
         return not any(pads)
     if mask.ndim != 2 or mask.shape[1] != length:
         return False
+    mask = mask != 0  # sums of half precision would round
     counts = torch.stack([mask.sum(1), (mask.cumsum(1) == 0).sum(1)])
     real, padded = counts.tolist()  # of one wait for the device
     return bool(
