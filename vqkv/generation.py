@@ -49,7 +49,7 @@ class Continuation:
         return asdict(self)
 
 
-class _Clock(StoppingCriteria):
+class Clock(StoppingCriteria):
     """Never stops; notes when each token was there."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def continue_prompt(
     prompt_tokens = inputs["input_ids"].shape[1]
     if not prompt_tokens:
         raise TextError("the prompt is empty: give it at least one token")
-    clock = _Clock()
+    clock = Clock()
     context = nullcontext() if compressor is None else attach(model, compressor, read=read)
     with context as attached, torch.inference_mode():
         cache = (

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from benchmarks.gpu.sizes import FULL, TOY, Sizes
 from benchmarks.gpu.timing import gpu
 from vqkv import KVCompressor, attach, load_scheme
 from vqkv.cache.steps import DecodingSteps
 from vqkv.compressor import Metric, StateSource
+from vqkv.generation import Clock
 from vqkv.geometry import Geometry
 from vqkv.kernels import using
 from vqkv.layouts import Stream
@@ -71,19 +72,6 @@ def _metric(count: int, size: int) -> torch.Tensor:
     return torch.eye(size) + 0.1 * noise @ noise.mT / size
 
 
-class _Ticks(StoppingCriteria):
-    """Never stops; notes when each token was there."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.at.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def generation(sizes: Sizes, compiled: bool) -> Iterator[dict[str, Any]]:
     """Each arm at each context and batch."""
     model = _model(sizes)
@@ -108,7 +96,7 @@ def _steps(
     model: PreTrainedModel, compressor: KVCompressor, arm: str, ids: torch.Tensor
 ) -> tuple[list[float], int]:
     """Seconds of each timed token, coding of pages among them, and how many steps were replayed."""
-    ticks, settings = _Ticks(), {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    clock, settings = Clock(), {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
     with ExitStack() as stack, torch.no_grad():
         replayed = None
         if arm == "exact, static":
@@ -125,10 +113,10 @@ def _steps(
         model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            stopping_criteria=StoppingCriteriaList([ticks]),
+            stopping_criteria=StoppingCriteriaList([clock]),
             **settings,
         )
-    times = [after - before for before, after in zip(ticks.at, ticks.at[1:], strict=False)]
+    times = [after - before for before, after in pairwise(clock.ticks)]
     return times[FIRST:], 0 if replayed is None else replayed.taken
 
 

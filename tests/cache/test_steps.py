@@ -18,12 +18,32 @@ from tests.cache.compressors import random_ids
 from tests.cache.test_fused import PREDICTED, byte_compressor
 from tests.tiny_models import tiny_model
 from vqkv.cache import VQCache, attach, static
-from vqkv.cache.steps import DecodingSteps, Step
+from vqkv.cache.steps import DecodingSteps, Step, _all_real
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.kernels import using
 
 PROMPT = 170
+
+
+@contextmanager
+def served(
+    model: Any, compressor: KVCompressor, fixed: bool = True
+) -> Iterator[tuple[VQCache, DecodingSteps | None]]:
+    """An empty cache of an attached model, whose forwards may be steps where they are `fixed`."""
+    on_gpu = model.device.type == "cuda"
+    with (
+        using(**({} if on_gpu else {"attend_codes": "naive"})),
+        attach(model, compressor, read="attend") as attached,
+        torch.no_grad(),
+        DecodingSteps(model, compressor) if fixed else nullcontext() as steps,
+    ):
+        yield attached.new_cache(), steps
+
+
+def token_by_token(stop: int) -> list[slice]:
+    """A prompt's slots, then those of one token each up to `stop`."""
+    return [slice(0, PROMPT), *(slice(n, n + 1) for n in range(PROMPT, stop))]
 
 
 def decoded(
@@ -36,18 +56,12 @@ def decoded(
         mask[row, :pad] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     found = []
-    with (
-        using(**({} if ids.is_cuda else {"attend_codes": "naive"})),
-        attach(model, compressor, read="attend") as attached,
-        torch.no_grad(),
-        DecodingSteps(model, compressor) if fixed else nullcontext() as steps,
-    ):
-        cache = attached.new_cache()
-        for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + count))]:
+    with served(model, compressor, fixed) as (cache, steps):
+        for part in token_by_token(PROMPT + count):
             out = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions[:, part],
                 past_key_values=cache,
             )
             assert out.past_key_values is cache
@@ -68,20 +82,15 @@ def warmed(batch: int, pad: int = 0) -> Iterator[tuple[Any, VQCache, torch.Tenso
     mask = torch.ones_like(ids)
     mask[-1, :pad] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with (
-        using(attend_codes="naive"),
-        attach(model, compressor, read="attend") as attached,
-        torch.no_grad(),
-        DecodingSteps(model, compressor) as steps,
-    ):
-        cache = attached.new_cache()
-        for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + 3))]:
+    with served(model, compressor) as (cache, steps):
+        for part in token_by_token(PROMPT + 3):
             model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions[:, part],
                 past_key_values=cache,
             )
+        assert steps is not None
         assert steps.taken == 2
         yield model, cache, ids[:, -1:], steps
 
@@ -159,12 +168,7 @@ def test_what_happens_between_steps_is_seen() -> None:
 
     def run(fixed: bool) -> tuple[list[torch.Tensor], int]:
         found = []
-        with (
-            using(attend_codes="naive"),
-            attach(model, compressor, read="attend") as attached,
-            DecodingSteps(model, compressor) if fixed else nullcontext() as steps,
-        ):
-            cache = attached.new_cache()
+        with served(model, compressor, fixed) as (cache, steps):
 
             def forward(start: int, stop: int) -> None:
                 found.append(model(ids[:, start:stop], past_key_values=cache).logits[:, -1].clone())
@@ -173,16 +177,15 @@ def test_what_happens_between_steps_is_seen() -> None:
                 forward(0, PROMPT)
                 for start in range(PROMPT, PROMPT + 8):
                     forward(start, start + 1)
-            with torch.no_grad():
-                forward(PROMPT + 8, PROMPT + 9)
-                cache.crop(-5)
-                forward(PROMPT + 4, PROMPT + 5)
-                cache.reorder_cache(torch.tensor([1, 0]))
-                for start in range(PROMPT + 5, PROMPT + 12):
-                    forward(start, start + 1)
-                cache.crop(-80)  # into the codes
-                for start in range(PROMPT - 68, PROMPT + 40):  # up to and over the page's end
-                    forward(start, start + 1)
+            forward(PROMPT + 8, PROMPT + 9)
+            cache.crop(-5)
+            forward(PROMPT + 4, PROMPT + 5)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            for start in range(PROMPT + 5, PROMPT + 12):
+                forward(start, start + 1)
+            cache.crop(-80)  # into the codes
+            for start in range(PROMPT - 68, PROMPT + 40):  # up to and over the page's end
+                forward(start, start + 1)
         return found, 0 if steps is None else steps.taken
 
     (expected, _), (found, taken) = run(False), run(True)
@@ -190,19 +193,14 @@ def test_what_happens_between_steps_is_seen() -> None:
     assert taken >= 90
 
 
-def test_a_cache_that_goes_takes_its_step_along() -> None:
+def test_a_cache_that_goes_takes_its_step_along(made: list[Step]) -> None:
     model, compressor = llama()
     ids = random_ids(1, PROMPT + 4)
-    with (
-        using(attend_codes="naive"),
-        attach(model, compressor, read="attend") as attached,
-        torch.no_grad(),
-        DecodingSteps(model, compressor) as steps,
-    ):
-        cache = attached.new_cache()
-        for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + 4))]:
-            model(ids[:, start:stop], past_key_values=cache)
-        assert steps.taken == 3
+    with served(model, compressor) as (cache, _):
+        for part in token_by_token(PROMPT + 4):
+            model(ids[:, part], past_key_values=cache)
+        assert len(made) == 1
+        made.clear()
         gone = weakref.ref(cache.coded_layers[0])
         gc.disable()
         try:
@@ -218,16 +216,10 @@ def test_positions_that_skip_are_left_to_forwards(made: list[Step]) -> None:
     positions = torch.arange(PROMPT + 8)[None] + 7 * (torch.arange(PROMPT + 8) > 50)
     found = []
     for fixed in (False, True):
-        with (
-            using(attend_codes="naive"),
-            attach(model, compressor, read="attend") as attached,
-            torch.no_grad(),
-            DecodingSteps(model, compressor) if fixed else nullcontext(),
-        ):
-            cache = attached.new_cache()
-            for start, stop in [(0, PROMPT), *((n, n + 1) for n in range(PROMPT, PROMPT + 8))]:
-                given = {"position_ids": positions[:, start:stop], "past_key_values": cache}
-                out = model(ids[:, start:stop], **given)
+        with served(model, compressor, fixed) as (cache, _):
+            for part in token_by_token(PROMPT + 8):
+                given = {"position_ids": positions[:, part], "past_key_values": cache}
+                out = model(ids[:, part], **given)
             found.append(out.logits[:, -1])
     torch.testing.assert_close(*found)
     assert not made
@@ -236,23 +228,16 @@ def test_positions_that_skip_are_left_to_forwards(made: list[Step]) -> None:
 def test_steps_within_steps() -> None:
     model, compressor = llama()
     ids = random_ids(1, PROMPT + 12)
-    with (
-        using(attend_codes="naive"),
-        attach(model, compressor, read="attend") as attached,
-        torch.no_grad(),
-        DecodingSteps(model, compressor) as outer,
-    ):
-        cache = attached.new_cache()
-
-        def forward(start: int, stop: int) -> None:
-            for first in range(start, stop):
-                model(ids[:, first : first + 1], past_key_values=cache)
-
-        model(ids[:, :PROMPT], past_key_values=cache)
-        forward(PROMPT, PROMPT + 4)
+    prompt, *tokens = token_by_token(PROMPT + 12)
+    with served(model, compressor) as (cache, outer):
+        for part in (prompt, *tokens[:4]):
+            model(ids[:, part], past_key_values=cache)
         with DecodingSteps(model, compressor) as inner:
-            forward(PROMPT + 4, PROMPT + 8)
-        forward(PROMPT + 8, PROMPT + 12)
+            for part in tokens[4:8]:
+                model(ids[:, part], past_key_values=cache)
+        for part in tokens[8:]:
+            model(ids[:, part], past_key_values=cache)
+    assert outer is not None
     assert (outer.taken, inner.taken) == (8, 3)  # the inner one's first is the outer one's
     assert cache.get_seq_length() == PROMPT + 12
 
@@ -264,12 +249,8 @@ def test_a_beam_search_makes_no_steps(made: list[Step]) -> None:
     settings = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False}
     texts = []
     for fixed in (False, True):
-        with (
-            using(attend_codes="naive"),
-            attach(model, compressor, read="attend") as attached,
-            DecodingSteps(model, compressor) if fixed else nullcontext(),
-        ):
-            texts.append(model.generate(ids, past_key_values=attached.new_cache(), **settings))
+        with served(model, compressor, fixed) as (cache, _):
+            texts.append(model.generate(ids, past_key_values=cache, **settings))
     assert torch.equal(*texts) and not made
 
 
@@ -293,11 +274,7 @@ def test_a_cache_is_saved_and_copied_between_steps(tmp_path: Path) -> None:
         {"output_hidden_states": True},
         {"use_cache": False},
         {"return_dict": False},
-        {
-            "attention_mask": torch.cat(
-                [torch.ones(1, 20), torch.zeros(1, 1), torch.ones(1, 150)], 1
-            )
-        },
+        {"attention_mask": (torch.arange(PROMPT + 4) != 20)[None].long()},
     ],
 )
 def test_other_forwards_are_no_steps(others: dict[str, Any]) -> None:
@@ -306,6 +283,15 @@ def test_other_forwards_are_no_steps(others: dict[str, Any]) -> None:
         assert steps.taken == 2
         model(ids, past_key_values=cache)
         assert steps.taken == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
+def test_a_hole_in_a_long_mask_is_seen(dtype: torch.dtype) -> None:
+    """Sums of half precision would round it away."""
+    mask = torch.ones(1, 1024).to(dtype)
+    assert _all_real(mask, [0], 1024)
+    mask[:, 500] = 0
+    assert not _all_real(mask, [0], 1024)
 
 
 def test_a_config_that_asks_for_more_is_heard() -> None:
