@@ -77,6 +77,7 @@ def test_folded_attention_is_attention_on_decoded_states(chain: str) -> None:
         start=torch.zeros(1, dtype=torch.int32),
         stop=torch.full((1,), TOKENS, dtype=torch.int32),
         key_sums=folded.predicts,
+        order=folded.keys.order,
     )
     layouts = AttendLayout(*(compressor.codec(0, s).layout for s in ("keys", "values")))
     with using(attend_codes="naive"):

@@ -67,12 +67,8 @@ class FoldedLayer:
         return self.output_map.shape[1] > self.output_map.shape[2]
 
     def query(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, Q, t, D]` in the keys' coded channels."""
-        order = self.keys.order
-        if order is None:
-            return _grouped(query, self.keys.matrix.mT)
-        rows = _by_head(query, len(order))
-        return rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
+        """Queries `[B, Q, t, D]` in the keys' coded channels, up to `keys.order`."""
+        return query if self.keys.order is not None else _grouped(query, self.keys.matrix.mT)
 
     def shifted(self, partial: Partial, query: torch.Tensor) -> Partial:
         """With log-sum-exps of whole scores: what keys have in common is counted in."""

@@ -77,11 +77,14 @@ def _arms(sizes: Sizes, context: int, batch: int) -> Iterator[tuple[str, str, li
         layout = scheme.layout(sizes)
         old = context - sizes.exact
         states = [
-            (coded(sizes, scheme, old, batch), kept(sizes, scheme, batch), _queries_map(sizes))
+            (
+                coded(sizes, scheme, old, batch)._replace(order=_queries_map(sizes)),
+                kept(sizes, scheme, batch),
+            )
             for _ in range(sizes.layers)
         ]
         layers = [partial(_on_codes, *each, layout) for each in states]
-        total = sum(code_bytes(of) + _exact_bytes(rest) for of, rest, _ in states)
+        total = sum(code_bytes(of) + _exact_bytes(rest) for of, rest in states)
         for kernel in kernels(layout, sizes.device):
             yield scheme.name, kernel, layers, total
         del states, layers
@@ -91,14 +94,10 @@ def _exact(keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> tor
     return exact(query.half(), keys, values)
 
 
-def _on_codes(
-    of: Coded, rest: Rest, order: torch.Tensor, layout: AttendLayout, query: torch.Tensor
-) -> torch.Tensor:
+def _on_codes(of: Coded, rest: Rest, layout: AttendLayout, query: torch.Tensor) -> torch.Tensor:
     """As a cache's layer does: queries in coded order, codes, then what is exact."""
     scaled = query.float()
-    rows = scaled.unflatten(1, (len(order), -1)).flatten(2, 3)
-    reordered = rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
-    return attend_rest(scaled, attend_codes(reordered, of, layout), rest).to(query.dtype)
+    return attend_rest(scaled, attend_codes(scaled, of, layout), rest).to(query.dtype)
 
 
 def _queries_map(sizes: Sizes) -> torch.Tensor:

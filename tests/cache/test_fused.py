@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +83,44 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     last = [name.partition(".")[0] for name in ran[-2 * layers :]]
     assert last == ["attend_codes", "attend_rest"] * layers
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_steps_over_many_pages_are_decoded_reads(rope: str) -> None:
+    """Where codes begin, end and lie changes from page to page; readers follow."""
+    model = tiny_model("llama")
+    compressor = byte_compressor(model, rope)
+    sizes, pads = (100, *[1] * 200), (0, 30)
+    expected, _ = logits(model, compressor, "decode", sizes, pads)
+    found, ran = logits(model, compressor, "attend", sizes, pads)
+    assert ran.count("attend_codes.cpu") >= 200
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
+
+
+def test_a_kernel_asked_for_between_steps_is_used() -> None:
+    model = tiny_model("llama")
+    with attach(model, byte_compressor(model, "pre")) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(random_ids(1, 200), past_key_values=cache)
+        for kernel in ("cpu", "naive", "cpu"):
+            with using(attend_codes=kernel), recording() as ran:
+                model(random_ids(1, 1), past_key_values=cache)
+            assert {name for name in ran if "attend_codes" in name} == {f"attend_codes.{kernel}"}
+
+
+def test_codes_that_moved_away_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    with attach(model, byte_compressor(model, "pre")) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        for tokens in (200, 1):
+            model(random_ids(1, tokens), past_key_values=cache)
+        layer = cache.coded_layers[0]
+        codes = weakref.ref(layer.stores[0].codes)
+        # What another device would do.
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+        layer.offload()
+        gc.collect()
+        assert codes() is None
 
 
 def test_exact_states_may_differ_in_type() -> None:

@@ -110,6 +110,8 @@ def test_planes_that_do_not_fit_are_refused() -> None:
     for plane, message in wrong:
         with pytest.raises(KernelError, match=message):
             attend_codes(query, coded._replace(keys=plane), Case().layout)
+    with pytest.raises(KernelError, match=r"order is int64 \[2, 64\]"):
+        attend_codes(query, coded._replace(order=torch.arange(64)), Case().layout)
     with pytest.raises(KernelError, match="1 to 16 rows"):
         attend_codes(query.expand(-1, -1, 17, -1), coded, Case().layout)
     with pytest.raises(KernelError, match="turns are"):

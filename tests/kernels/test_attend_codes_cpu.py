@@ -11,7 +11,7 @@ import torch
 from tests.kernels.coded_cases import Case, problem
 from vqkv.errors import KernelError
 from vqkv.kernels import native, recording, select, using
-from vqkv.kernels.attend.codes import Coded, Partial, Plane, attend_codes
+from vqkv.kernels.attend.codes import Coded, Partial, Plane, Reader, attend_codes
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
@@ -61,9 +61,9 @@ def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody wrote is NaN."""
-    empty: Callable[..., torch.Tensor] = torch.Tensor.new_empty
+    empty: Callable[..., torch.Tensor] = torch.empty
     monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
+        torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
     )
 
 
@@ -224,10 +224,34 @@ def test_what_points_outside_of_memory_is_refused() -> None:
             "pairs lie in 0 to 31, given 1 to 32",
         ),
         (coded._replace(turns=turns._replace(page=turns.page[:, :1])), "turns of pages are"),
+        (coded._replace(order=torch.full((2, 64), 64)), "a channel that is not there"),
+        (coded._replace(order=torch.full((2, 64), -1)), "a channel that is not there"),
     ]
     for bad, message in wrong:
         with pytest.raises(KernelError, match=message):
             run("cpu", case, query, bad)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_queries_come_in_the_order_that_is_named(level: native.Level, rope: bool) -> None:
+    case = Case(rope=rope, rows=2, lengths=(130, 70))
+    query, coded = problem(case)
+    order = torch.stack([torch.randperm(case.head_dim) for _ in range(case.heads)])
+    mixed = torch.empty_like(query)
+    by_head = order.repeat_interleave(case.group, 0)[None, :, None].expand_as(query)
+    mixed.scatter_(3, by_head, query)
+    found = run("cpu", case, mixed, coded._replace(order=order))
+    assert_same(found, run("cpu", case, query, coded), level)
+
+
+def test_a_reader_takes_one_query_after_another(level: native.Level) -> None:
+    case = Case(lengths=(130, 70), key_sums=True)
+    query, coded = problem(case)
+    read = Reader(coded, case.layout)
+    for each in (query, -query, query.repeat(1, 1, 3, 1), query.half()):
+        assert_same(read(each), run("naive", case, each, coded), level)
+    with pytest.raises(KernelError, match=r"codes are \[1, 2, T, 16\]"):
+        read(query[:1])
 
 
 def test_it_is_chosen_on_cpus() -> None:

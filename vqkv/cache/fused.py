@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,17 @@ from vqkv.cache.masks import visible_slots
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.folding import FoldedLayer
-from vqkv.kernels.attend.codes import AttendLayout, Coded, Plane, Turns, attend_codes, selection
-from vqkv.kernels.attend.rest import Rest, attend_rest
-from vqkv.kernels.select import asked_for
+from vqkv.kernels.attend.codes import (
+    AttendLayout,
+    Coded,
+    Partial,
+    Plane,
+    Reader,
+    Turns,
+    selection,
+)
+from vqkv.kernels.attend.rest import Rest, attend_rest_unchecked
+from vqkv.kernels.select import asked_for, circumstances
 from vqkv.layouts import PAGE_TOKENS
 from vqkv.rotation import channel_units
 from vqkv.scheme import STREAMS
@@ -22,23 +32,87 @@ from vqkv.scheme import STREAMS
 log = logging.getLogger(__name__)
 
 
+#: `Turns.page` and `Turns.offset`.
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(eq=False)
+class _Span:
+    """Which tokens of the layers of a device are coded; another one after every page.
+
+    Attributes:
+        rows: each row's coded tokens, and its padding.
+        start: `[B]` (int32): the first coded token that no sink stands for.
+        stop: `[B]` (int32): coded tokens.
+        tables: by kind of RoPE; None where positions are irregular.
+    """
+
+    rows: tuple[list[int], list[int]]
+    start: torch.Tensor
+    stop: torch.Tensor
+    tables: dict[str, Tables | None] = field(default_factory=dict)
+
+    def tables_of(self, layer: VQLayer) -> Tables | None:
+        """Of a layer whose keys are coded before RoPE."""
+        assert layer.rows.rotary is not None  # the layer has seen to it
+        kind = layer.rows.rotary.kind(layer.index)
+        if kind not in self.tables:
+            pages = -(-max(layer.coded) // PAGE_TOKENS)  # a crop may have cut the last one
+            self.tables[kind] = turn_tables(layer, pages)
+        return self.tables[kind]
+
+
 class _View(NamedTuple):
     """What the layers of one forward have in common, for one mask.
 
     Attributes:
         state: what it was made from; another one makes another view.
-        start: `[B]` (int32): the first coded token that no sink stands for.
-        stop: `[B]` (int32): coded tokens.
+        span: which tokens are coded.
         hides: a mask hides coded tokens, so they have to be decoded.
         hidden: the exact tokens that a query does not see, `[B, Q or 1, t, n]`; None where each
             query sees all of them.
     """
 
     state: tuple[object, ...]
-    start: torch.Tensor
-    stop: torch.Tensor
+    span: _Span
     hides: bool
     hidden: torch.Tensor | None
+
+
+class _LayerReading:
+    """How a layer's codes are read, for as long as `select` chooses the same kernels.
+
+    Attributes:
+        chosen: of `circumstances`.
+        folded: None where no fused kernel takes the codes.
+    """
+
+    def __init__(self, layer: VQLayer, chosen: object) -> None:
+        self.chosen = chosen
+        self._layout = AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
+        folded = layer.folded() if _unread(self._layout, layer.device) is None else ""
+        self.folded = None if isinstance(folded, str) else folded
+        self._span: _Span | None = None
+        self._reader: Reader | None = None
+
+    def reader(self, layer: VQLayer, span: _Span) -> Reader | None:
+        """Of the codes of a span, where they lie now; None where positions are irregular."""
+        held = None if self._reader is None else self._reader.coded
+        keys, values = layer.stores
+        if (
+            held is not None
+            and self._span is span
+            and held.keys.codes is keys.codes
+            and held.values.codes is values.codes
+        ):
+            return self._reader
+        assert self.folded is not None
+        tables = None if self.folded.pairs is None else span.tables_of(layer)
+        if tables is None and self.folded.pairs is not None:
+            return None
+        coded = coded_states(layer, self.folded, span.start, span.stop, tables)
+        self._span, self._reader = span, Reader(coded, self._layout)
+        return self._reader
 
 
 def fused_attention(
@@ -49,17 +123,19 @@ def fused_attention(
     None where codes have to be decoded first: no kernel but the naive one takes them, a mask hides
     coded tokens, or positions are not consecutive.
     """
-    layout = AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
-    folded = layer.folded() if _unread(layout, query.device) is None else ""
-    if isinstance(folded, str) or not any(layer.coded):
+    chosen, key = circumstances(), (layer.index, layer.device)
+    reading: _LayerReading | None = layer.rows.shared.get(key)
+    if reading is None or reading.chosen != chosen:
+        layer.rows.shared[key] = reading = _LayerReading(layer, chosen)
+    folded = reading.folded
+    if folded is None or not any(layer.coded):
         return None
     view = _view(layer, query.shape[2], mask)
-    tables = None if folded.pairs is None else _tables(layer)
-    if view.hides or (tables is None and folded.pairs is not None):
+    reader = None if view.hides else reading.reader(layer, view.span)
+    if reader is None:
         return None
-    coded = coded_states(layer, folded, view.start, view.stop, tables)
     rest = Rest(folded.output_map, folded.output_bias, *layer.exact_states(), view.hidden)
-    return attend_folded(query, scaling, folded, layout, coded, rest)
+    return attend_folded(query, scaling, folded, reader, rest)
 
 
 def coded_states(
@@ -67,9 +143,9 @@ def coded_states(
     folded: FoldedLayer,
     start: torch.Tensor,
     stop: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    tables: Tables | None,
 ) -> Coded:
-    """A layer's codes as kernels read them; `tables` are `Turns.page` and `Turns.offset`."""
+    """A layer's codes as kernels read them."""
     keys, values = layer.stores
     return Coded(
         Plane(keys.codes, folded.keys.codewords),
@@ -78,6 +154,7 @@ def coded_states(
         stop=stop,
         turns=None if tables is None or folded.pairs is None else Turns(*tables, folded.pairs),
         key_sums=folded.predicts,
+        order=folded.keys.order,
     )
 
 
@@ -85,41 +162,46 @@ def attend_folded(
     query: torch.Tensor,
     scaling: float,
     folded: FoldedLayer,
-    layout: AttendLayout,
-    coded: Coded,
+    read: Callable[[torch.Tensor], Partial],
     rest: Rest,
 ) -> torch.Tensor:
-    """Attention `[B, Q, t, D]` over coded tokens and exact ones."""
+    """Attention `[B, Q, t, D]` over coded tokens, by `read`, and exact ones."""
     scaled = query.float() * scaling
-    part = attend_codes(folded.query(scaled), coded, layout)
-    return attend_rest(scaled, folded.shifted(part, scaled), rest).to(query.dtype)
+    part = read(folded.query(scaled))
+    # What reads the codes has seen to the query's shape, and all else is the cache's own.
+    output = attend_rest_unchecked(scaled, folded.shifted(part, scaled), rest)
+    return output.to(query.dtype)
 
 
 def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
     """Made by the first layer of a forward, found again by the others."""
     slots = layer.get_seq_length()
     # The mask itself is part of it: compared by identity, and kept so that no other takes its id.
-    state = (mask, queries, slots, layer.tail_start, tuple(layer.coded), tuple(layer.pads))
-    held = layer.rows.shared.get(str(layer.device))
+    rows = (layer.coded, layer.pads)
+    state = (mask, queries, slots, layer.tail_start)
+    held: _View | None = layer.rows.shared.get(layer.device)
+    if held is not None and held.span.rows != rows:
+        held = None
     if held is not None and held.state[0] is mask and held.state[1:] == state[1:]:
-        found: _View = held
-        return found
+        return held
     visible = visible_slots(mask, queries, slots, layer.device)
     # Without a mask attention is causal, and what is coded is older than any query.
     hides = mask is not None and not _all_visible(layer, visible)
     hidden = None
     if not (hides or (mask is None and queries == 1 and _alike(layer))):
         hidden = ~_exact_visible(*layer.exact_slots(), visible)
+    view = _View(state, _span(layer) if held is None else held.span, hides, hidden)
+    layer.rows.shared[layer.device] = view
+    return view
+
+
+def _span(layer: VQLayer) -> _Span:
     coded = torch.tensor(layer.coded, dtype=torch.int32)
-    view = _View(
-        state,
+    return _Span(
+        (list(layer.coded), list(layer.pads)),
         coded.clamp(max=layer.sinks).to(layer.device),
         coded.to(layer.device),
-        hides,
-        hidden,
     )
-    layer.rows.shared[str(layer.device)] = view
-    return view
 
 
 def not_fused(compressor: KVCompressor, device: torch.device) -> str | None:
@@ -175,21 +257,7 @@ def _exact_visible(
     return visible.gather(3, index.expand(*visible.shape[:3], -1)) & counts[:, None, None]
 
 
-def _tables(layer: VQLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`Turns.page` and `Turns.offset` of the coded tokens; None where positions are irregular."""
-    rotary = layer.rows.rotary
-    assert rotary is not None and layer.rows.positions is not None  # the layer has seen to it
-    key = (rotary.kind(layer.index), str(layer.device))
-    coded = (tuple(layer.coded), tuple(layer.pads))
-    held = layer.rows.shared.get(key)
-    if held is None or held[0] != coded:
-        pages = -(-max(layer.coded) // PAGE_TOKENS)  # a crop may have cut the last one
-        layer.rows.shared[key] = held = (coded, turn_tables(layer, pages))
-    tables: tuple[torch.Tensor, torch.Tensor] | None = held[1]
-    return tables
-
-
-def turn_tables(layer: VQLayer, pages: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def turn_tables(layer: VQLayer, pages: int) -> Tables | None:
     """`Turns.page` of so many pages, and `Turns.offset`; None where positions are irregular.
 
     Those of coded tokens are looked at; later ones will stand right after them.

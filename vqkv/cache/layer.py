@@ -9,6 +9,7 @@ sinks are as the model gave them, after RoPE.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -355,6 +356,10 @@ class VQLayer(CacheLayerMixin):
         """The slot from which on every row is exact; the tail of some rows starts earlier."""
         return max((pad + coded for _, pad, coded in self._groups()), default=0)
 
+    @functools.cached_property
+    def _pre_rope(self) -> bool:
+        return self.key_codec.layout.rope == "pre"
+
     @property
     def key_codec(self) -> Codec:
         """The keys' codec, with codebooks on this layer's device."""
@@ -414,7 +419,7 @@ class VQLayer(CacheLayerMixin):
 
     def _check(self, states: torch.Tensor) -> None:
         self._check_rows(states.shape[0])
-        if self.key_codec.layout.rope == "pre":
+        if self._pre_rope:
             held = 0 if self.rows.positions is None else self.rows.positions.shape[1]
             if self.rows.rotary is None or held < self._length + states.shape[2]:
                 raise CacheError(
@@ -425,6 +430,10 @@ class VQLayer(CacheLayerMixin):
 
     def _pads(self) -> list[int]:
         return self.rows.pads_of(len(self.coded))
+
+    def _ends(self) -> list[int]:
+        """Where coded slots end, by row."""
+        return [pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True)]
 
     def _alike(self) -> dict[tuple[int, int], list[int]]:
         """Rows by padding and coded tokens."""
@@ -445,13 +454,14 @@ class VQLayer(CacheLayerMixin):
 
         Only the first `available` slots are there to be coded.
         """
+        if min(self._ends(), default=0) <= self._tail_start and self.coded_at(length) == self.coded:
+            return  # no window has left a page behind, and the tail is as short as it can be
         for (pad, coded), rows in self._alike().items():
             target = min(coded_tokens(length - pad, self.window), coded_tokens(available - pad, 0))
             if target > coded:
                 self._code_rows(torch.tensor(rows, device=self.device), pad, coded, target)
-        ends = (pad + coded for pad, coded in zip(self._pads(), self.coded, strict=True))
         # Padding that is yet to come cannot be cut off.
-        start = min([available, *ends])
+        start = min([available, *self._ends()])
         if start > self._tail_start:
             # Cloned, so that the memory of what was cut off is freed.
             self._tail_keys = self._tail_keys[:, :, start - self._tail_start :].clone()
@@ -575,7 +585,9 @@ class VQLayer(CacheLayerMixin):
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
-            self.rows.steps.clear()  # they hold what moves
+            # These hold what moves.
+            self.rows.steps.clear()
+            self.rows.shared.pop((self.index, self.device), None)
             self._keys.to(device)
             self._values.to(device)
             for name in self._TENSORS:

@@ -8,6 +8,7 @@ tells them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from vqkv.cache.fused import attend_folded, coded_states, turn_tables
 from vqkv.cache.layer import VQLayer
 from vqkv.folding import FoldedLayer
-from vqkv.kernels.attend.codes import AttendLayout
+from vqkv.kernels.attend.codes import AttendLayout, attend_codes
 from vqkv.kernels.attend.rest import Rest
 from vqkv.layouts import PAGE_TOKENS
 
@@ -110,7 +111,9 @@ class StaticLayer(CacheLayerMixin):
             (keys, values),
             self._state.hidden,
         )
-        return attend_folded(query, scaling, self._folded, self._layout, self._coded, rest)
+        # Not by a `Reader`: where codes begin and end changes.
+        read = functools.partial(attend_codes, coded=self._coded, layout=self._layout)
+        return attend_folded(query, scaling, self._folded, read, rest)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """It is initialized."""

@@ -49,6 +49,9 @@ class Kernel:
     and else the reason. Among those that can run the highest `speed` is chosen. A kernel that
     accepts and then fails raises; nothing falls back in silence. On the device types of
     `only_asked_for_on` it has to be asked for by `using`.
+
+    `prepare`, where there is one, is for many calls that differ in their first argument alone:
+    `run(x, *others)` is `prepare(*others)(x)`.
     """
 
     op: Op
@@ -57,11 +60,25 @@ class Kernel:
     refuses: Callable[[Any, torch.device], str | None]
     speed: int
     only_asked_for_on: tuple[str, ...] = ()
+    prepare: Callable[..., Callable[[Any], Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._record()
+        return self.run(*args, **kwargs)
+
+    def prepared(self, *others: Any) -> Callable[[Any], Any]:
+        """A function of the first argument alone; what depends on `others` alone is done once."""
+        ready = None if self.prepare is None else self.prepare(*others)
+
+        def call(first: Any) -> Any:
+            self._record()
+            return self.run(first, *others) if ready is None else ready(first)
+
+        return call
+
+    def _record(self) -> None:
         for recorder in _recorders.get():
             recorder.append(f"{self.op}.{self.name}")
-        return self.run(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,11 @@ def _select(
     refused |= {f"{op}.{k.name}": f"slower than {best.name}" for k in able if k is not best}
     log.info("%s on %s runs %s (%s)", op, device_type, best.name, refused or "the only kernel")
     return Selection(best, refused)
+
+
+def circumstances() -> tuple[object, int]:
+    """While they are equal, `select` chooses the same kernels."""
+    return _forced.get(), KERNELS.generation
 
 
 def asked_for(op: Op) -> str | None:

@@ -234,6 +234,10 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     a.start = &start;
     a.stop = &stop;
     int32_t *table = integers(pages, 1), *pairs = integers(heads * half, (uint32_t)half);
+    int64_t *order = calloc((size_t)(heads * head_dim), sizeof *order);
+    for (int64_t i = 0; turned && i < heads * head_dim; i++)
+        order[i] = head_dim - 1 - i % head_dim;
+    a.order = order;
     for (int64_t p = 0; p < pages; p++)
         table[p] = (int32_t)(pages - 1 - p);
     float *page_turns = floats(pages * head_dim), *offset_turns = floats(PAGE * head_dim);
@@ -259,6 +263,7 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     free(codes);
     free(table);
     free(pairs);
+    free(order);
     free(page_turns);
     free(offset_turns);
     free((void *)a.query);
@@ -272,13 +277,13 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
 static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int type, int extras)
 {
     const int64_t batch = 2, heads = 2, counts[2] = {3, tokens}, items = batch * heads;
-    struct exact runs[2];
+    struct rest a = {.type = type, .batch = batch, .heads = heads};
     void *keys[2], *values[2];
     for (int i = 0; i < 2; i++) {
         const int64_t n = counts[i], count = items * n * head_dim;
         keys[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
         values[i] = type == FLOAT32 ? (void *)floats(count) : (void *)bytes(2 * count, 128);
-        runs[i] = (struct exact){
+        a.runs[i] = (struct exact){
             .keys = keys[i],
             .values = values[i],
             .key_strides = {heads * n * head_dim, n * head_dim, head_dim},
@@ -286,7 +291,6 @@ static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int 
             .tokens = n,
         };
     }
-    struct rest a = {.runs = runs, .run_count = 2, .type = type, .batch = batch, .heads = heads};
     a.rows = rows;
     a.head_dim = head_dim;
     a.query = floats(items * rows * head_dim);

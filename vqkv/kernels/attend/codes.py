@@ -7,6 +7,7 @@ values predicted from keys) is folded into the queries before it and into its ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ class Coded(NamedTuple):
         turns: for keys coded before RoPE; None for keys coded after it.
         key_sums: also return the weighted sums of decoded keys, before RoPE.
         pages: `[B, P]` (int32): the block that holds each page, where codes lie in blocks.
+        order: `[H, D]` (int64): the channel of a query that meets each of the keys' coded ones;
+            None where queries are in coded order.
     """
 
     keys: Plane
@@ -71,6 +74,7 @@ class Coded(NamedTuple):
     turns: Turns | None = None
     key_sums: bool = False
     pages: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
 
 class Partial(NamedTuple):
@@ -98,21 +102,47 @@ class AttendLayout(NamedTuple):
 def attend_codes(query: torch.Tensor, coded: Coded, layout: AttendLayout) -> Partial:
     """Attention of queries `[B, Q, t, D]` on coded tokens, at most 16 rows a head.
 
-    Queries are in the keys' coded order and scaled already; query heads of one KV head are
-    neighbours.
+    Queries are scaled already; query heads of one KV head are neighbours.
 
     Raises:
         KernelError: arguments that do not fit each other, or no kernel takes this layout.
     """
-    check(query, coded)
-    kernel = selection(layout, query.device).kernel
-    partial: Partial = kernel(query, coded)
-    return partial
+    return Reader(coded, layout)(query)
+
+
+class Reader:
+    """`attend_codes` for many queries on the same coded tokens, by the kernel chosen now.
+
+    What does not change from query to query is looked at and made ready once. The tensors must stay
+    as they are meanwhile, but for codes from `stop` on.
+    """
+
+    def __init__(self, coded: Coded, layout: AttendLayout) -> None:
+        self.coded, self.layout = coded, layout
+        self._read: Callable[[torch.Tensor], Partial] | None = None
+        self._checked: tuple[object, ...] = ()
+
+    def __call__(self, query: torch.Tensor) -> Partial:
+        """Of queries `[B, Q, t, D]`. Raises KernelError where `attend_codes` does."""
+        if self._checked != (query.shape, query.device):
+            check(query, self.coded)
+            self._checked = query.shape, query.device
+        if self._read is None:
+            self._read = selection(self.layout, query.device).kernel.prepared(self.coded)
+        return self._read(query)
 
 
 def selection(layout: AttendLayout, device: torch.device) -> Selection:
     """The kernel for a layout. Raises KernelError where none takes it."""
     return select("attend_codes", layout, device)
+
+
+def in_coded_order(query: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Queries `[B, Q, t, D]` as they meet keys, by `Coded.order`."""
+    if order is None:
+        return query
+    rows = query.reshape(query.shape[0], len(order), -1, query.shape[3])
+    return rows.gather(3, order[:, None].expand_as(rows)).view(query.shape)
 
 
 def unfit(layout: AttendLayout) -> str | None:
@@ -177,8 +207,13 @@ def check(query: torch.Tensor, coded: Coded) -> None:
         if bound.shape != (batch,) or bound.dtype != torch.int32:
             raise KernelError(f"{name} is int32 [{batch}], given {bound.dtype} {list(bound.shape)}")
     _check_turns(coded, head_dim)
+    order = coded.order
+    if order is not None and (order.shape != (heads, head_dim) or order.dtype != torch.int64):
+        raise KernelError(
+            f"order is int64 [{heads}, {head_dim}], given {order.dtype} {list(order.shape)}"
+        )
     tensors = [*coded.keys, *coded.values, coded.start, coded.stop, *(coded.turns or ())]
-    tensors += [] if coded.pages is None else [coded.pages]
+    tensors += [tensor for tensor in (coded.pages, order) if tensor is not None]
     devices = {tensor.device for tensor in tensors} | {query.device}
     if len(devices) > 1:
         raise KernelError(f"all tensors lie on one device, given {sorted(map(str, devices))}")

@@ -6,7 +6,7 @@ import torch
 
 from vqkv.kernels import native
 from vqkv.kernels.attend.codes import AttendLayout, unfit
-from vqkv.kernels.native.attend import attend_codes
+from vqkv.kernels.native.attend import Prepared, attend_codes
 from vqkv.kernels.select import Kernel
 
 
@@ -15,4 +15,4 @@ def refuses(layout: AttendLayout, device: torch.device) -> str | None:
     return native.refusal(device) or unfit(layout)
 
 
-KERNEL = Kernel("attend_codes", "cpu", attend_codes, refuses, speed=10)
+KERNEL = Kernel("attend_codes", "cpu", attend_codes, refuses, speed=10, prepare=Prepared)

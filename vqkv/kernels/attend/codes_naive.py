@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 
-from vqkv.kernels.attend.codes import AttendLayout, Coded, Partial, Plane, Turns, unfit
+from vqkv.kernels.attend.codes import (
+    AttendLayout,
+    Coded,
+    Partial,
+    Plane,
+    Turns,
+    in_coded_order,
+    unfit,
+)
 from vqkv.kernels.select import Kernel
 from vqkv.layouts import PAGE_TOKENS
 
@@ -18,7 +26,7 @@ def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
         keys, values = keys[:, :, :paged], values[:, :, :paged]
     heads, tokens = keys.shape[1:3]
     turned = keys if coded.turns is None else rotated(keys, coded.turns)
-    q = rearrange(query.float(), "b (h g) t d -> b h (g t) d", h=heads)
+    q = rearrange(in_coded_order(query.float(), coded.order), "b (h g) t d -> b h (g t) d", h=heads)
     scores = q @ turned.transpose(2, 3)
     slot = torch.arange(tokens, device=query.device)
     counts = (slot >= coded.start[:, None]) & (slot < coded.stop[:, None])  # [B, T]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqkv.kernels.attend.codes import AttendLayout, Coded, Partial
+from vqkv.kernels.attend.codes import AttendLayout, Coded, Partial, in_coded_order
 from vqkv.layouts import Layout
 
 #: Output, log-sum-exp, and key means (empty unless asked for).
@@ -18,7 +18,7 @@ def through(op: Callable[..., Found], query: Tensor, coded: Coded) -> Partial:
     """What an op finds for queries and coded tokens."""
     turns = (None, None, None) if coded.turns is None else coded.turns
     output, lse, key_mean = op(
-        query,
+        in_coded_order(query, coded.order),
         *coded.keys,
         *coded.values,
         coded.start,

@@ -46,6 +46,14 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         KernelError: arguments that do not fit each other.
     """
     check(query, partial, rest)
+    return attend_rest_unchecked(query, partial, rest)
+
+
+def attend_rest_unchecked(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
+    """`attend_rest` of arguments that are known to fit each other.
+
+    A decoding step comes by once a layer; in a short context, checks take as long as kernels.
+    """
     kernel = select("attend_rest", state_type(rest), query.device).kernel
     output: torch.Tensor = kernel(query, partial, rest)
     return output
@@ -53,8 +61,9 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
 
 def state_type(rest: Rest) -> torch.dtype:
     """What kernels read exact states as: fp32 where they differ, as under autocast."""
-    types = {states.dtype for states in (*rest.sinks, *rest.tail)}
-    return types.pop() if len(types) == 1 else torch.float32
+    first = rest.sinks[0].dtype
+    same = all(states.dtype is first for states in (rest.sinks[1], *rest.tail))
+    return first if same else torch.float32
 
 
 def check(query: torch.Tensor, partial: Partial, rest: Rest) -> None:

@@ -50,6 +50,7 @@ static size_t lay_out(struct work *w, char *memory)
     w->shrink = take(&memory, &used, rows * real);
     w->value_sums = take(&memory, &used, rows * dim * real);
     w->key_sums = take(&memory, &used, rows * dim * real);
+    w->given = take(&memory, &used, rows * dim * real);
     w->query = take(&memory, &used, TILE_PAGES * rows * dim * real);
     w->decoded = take(&memory, &used, dim * PAGE * real);
     w->offset_turns = take(&memory, &used, dim * PAGE * real);
@@ -135,6 +136,20 @@ static void write_means(const struct work *w, const float *sums, float *means)
         }
 }
 
+/* The queries of this row and head as `queries` takes them. */
+static void take_queries(const struct work *w)
+{
+    const struct attention *a = w->a;
+    const int64_t dim = a->head_dim, half = a->page_turns == NULL ? 0 : dim / 2;
+    const int64_t *order = a->order == NULL ? NULL : a->order + w->head * dim;
+    const float *query = a->query + (w->row * a->heads + w->head) * a->rows * dim;
+    for (int64_t r = 0; r < a->rows; r++)
+        for (int64_t j = 0; j < dim; j++) {
+            const int64_t to = half == 0 ? j : j % 2 * half + j / 2;
+            w->given[r * dim + to] = query[r * dim + (order == NULL ? j : order[j])];
+        }
+}
+
 /* One part of one row and KV head. */
 static int attend_part(struct work *w, const struct kernel *kernel, int64_t part)
 {
@@ -152,6 +167,7 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     }
     memset(w->value_sums, 0, a->rows * a->head_dim * sizeof(float));
     memset(w->key_sums, 0, a->rows * a->head_dim * sizeof(float));
+    take_queries(w);
     const float *turns = a->page_turns == NULL ? NULL : a->page_turns + w->row * a->turn_stride;
     if (turns == NULL)
         kernel->queries(w, 0, NULL);
@@ -183,12 +199,16 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
     return 0;
 }
 
-static int pairs_are_there(const struct attention *a)
+/* A failure, where pairs or channels are named that are not there. */
+static int bad_numbers(const struct attention *a)
 {
     for (int64_t i = 0; a->pairs != NULL && i < a->heads * a->head_dim / 2; i++)
         if (a->pairs[i] < 0 || a->pairs[i] >= a->head_dim / 2)
-            return 0;
-    return 1;
+            return BAD_PAIR;
+    for (int64_t i = 0; a->order != NULL && i < a->heads * a->head_dim; i++)
+        if (a->order[i] < 0 || a->order[i] >= a->head_dim)
+            return BAD_ORDER;
+    return 0;
 }
 
 /* Items `begin` to `end` of parts of rows of heads: item (h B + b) parts + i is part i of row b on
@@ -197,13 +217,13 @@ int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end
 {
     const struct kernel *kernel = kernel_of(level, a);
     struct work w = {.a = a, .head = -1};
-    if (!pairs_are_there(a))
-        return BAD_PAIR;
+    int failed = bad_numbers(a);
+    if (failed)
+        return failed;
     void *memory = malloc(lay_out(&w, NULL) + 64);
     if (memory == NULL)
         return NO_MEMORY;
     lay_out(&w, (char *)(((uintptr_t)memory + 63) / 64 * 64));
-    int failed = 0;
     for (int64_t item = begin; item < end && !failed; item++) {
         const int64_t head = item / a->parts / a->batch;
         w.row = item / a->parts % a->batch;

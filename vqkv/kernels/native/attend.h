@@ -30,8 +30,8 @@ struct plane {
 struct attention {
     struct plane keys, values;
     int64_t batch, heads, rows, head_dim, parts;
-    const float *query;          /* [B, H, R, D]: R rows of queries on one KV head; where keys are
-                                    turned, x of all pairs and then y */
+    const float *query;          /* [B, H, R, D]: R rows of queries on one KV head */
+    const int64_t *order;        /* [H, D]: which channel of a query meets each of keys, or NULL */
     const int32_t *start, *stop; /* [B] */
     const int32_t *pages;        /* [B, P], or NULL */
     int64_t page_count, blocks;  /* P, and how many blocks there are */
@@ -43,7 +43,7 @@ struct attention {
     float *key_mean;             /* like output, or NULL */
 };
 
-enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3, BAD_PAIR = 4 };
+enum failure { NO_MEMORY = 1, BAD_CODE = 2, BAD_PAGE = 3, BAD_PAIR = 4, BAD_ORDER = 5 };
 
 /* Memory to be fetched, from `at` to `end`, a cache line every `step` bytes. */
 struct run {
@@ -66,6 +66,7 @@ struct work {
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
     float *value_sums, *key_sums; /* [R, D] */
+    float *given;                 /* [R, D]: queries; x of all pairs and then y where keys are turned */
     float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position */
     float *decoded;               /* a page of keys [D, PAGE], or one vector */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */

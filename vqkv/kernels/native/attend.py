@@ -16,6 +16,7 @@ FAILURES = {
     1: "no memory for a tile of tokens",
     2: "a code names no codeword",
     3: "a page number names no block",
+    5: "the order names a channel that is not there",
 }
 
 
@@ -30,11 +31,9 @@ class _Plane(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, codes: torch.Tensor, codewords: torch.Tensor) -> _Plane:
+    def of(cls, codes: torch.Tensor, words: torch.Tensor) -> _Plane:
         """Of tensors that outlive it."""
-        return cls(
-            codes.data_ptr(), *codes.stride()[:3], codewords.data_ptr(), *codewords.shape[1:]
-        )
+        return cls(codes.data_ptr(), *codes.stride()[:3], words.data_ptr(), *words.shape[1:])
 
 
 class _Attention(ctypes.Structure):
@@ -44,7 +43,7 @@ class _Attention(ctypes.Structure):
         ("keys", _Plane),
         ("values", _Plane),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim", "parts")),
-        *((name, ctypes.c_void_p) for name in ("query", "start", "stop", "pages")),
+        *((name, ctypes.c_void_p) for name in ("query", "order", "start", "stop", "pages")),
         *((name, ctypes.c_int64) for name in ("page_count", "blocks")),
         ("page_turns", ctypes.c_void_p),
         ("turn_stride", ctypes.c_int64),
@@ -53,73 +52,97 @@ class _Attention(ctypes.Structure):
     )
 
 
+class Prepared:
+    """Coded tokens as the compiled kernel takes them, for any number of queries.
+
+    A decoding step comes by once a layer, and its queries are few: on a short text it would take
+    longer to describe the codes than to read them. The tensors must stay as they are meanwhile,
+    but for codes of tokens beyond `stop`.
+
+    Raises:
+        KernelError: bounds beyond the tokens there are, or turns that are not there.
+    """
+
+    def __init__(self, coded: Coded) -> None:
+        _check_bounds(coded)
+        keys, values = (plane.codewords.float().contiguous() for plane in coded[:2])
+        start, stop = coded.start.contiguous(), coded.stop.contiguous()
+        pages = None if coded.pages is None else coded.pages.int().contiguous()
+        order = None if coded.order is None else coded.order.contiguous()
+        page, offset, pairs = coded.turns or (None, None, None)
+        if coded.turns is not None:
+            page, offset = (turns.float().contiguous() for turns in coded.turns[:2])
+            pairs = coded.turns.pairs.contiguous()
+        self._batch, self._heads, self._key_sums = len(start), len(keys), coded.key_sums
+        self._pairs = pairs
+        self._held = (keys, values, start, stop, pages, order, page, offset, coded)
+        self._task = _Attention(
+            keys=_Plane.of(coded.keys.codes, keys),
+            values=_Plane.of(coded.values.codes, values),
+            batch=self._batch,
+            heads=self._heads,
+            order=address(order),
+            start=start.data_ptr(),
+            stop=stop.data_ptr(),
+            pages=address(pages),
+            page_count=0 if pages is None else pages.shape[1],
+            blocks=min(len(coded.keys.codes), len(coded.values.codes)),
+            page_turns=address(page),
+            turn_stride=0 if page is None or len(page) == 1 else page.stride(0),
+            offset_turns=address(offset),
+            pairs=address(pairs),
+        )
+
+    def __call__(self, query: torch.Tensor) -> Partial:
+        """Attention of queries `[B, Q, t, D]`, on the CPU.
+
+        Raises:
+            KernelError: a code that names no codeword, a page number that names no block, pairs
+                that are not there, or no memory.
+        """
+        if query.dtype is not torch.float32 or not query.is_contiguous():
+            query = query.float().contiguous()
+        shape = query.shape
+        items = self._batch * self._heads
+        # Few rows and heads leave threads idle; then the tokens of each are shared as well.
+        parts = max(1, -(-torch.get_num_threads() // max(1, items)))
+        found = shape if parts == 1 else (parts, *shape)
+        output = torch.empty(found, dtype=torch.float32, device=query.device)
+        key_sums = torch.empty_like(output) if self._key_sums else None
+        lse = torch.empty(found[:-1], dtype=torch.float32, device=query.device)
+        task = _Attention.from_buffer_copy(self._task)  # other threads may have queries, too
+        task.rows, task.head_dim, task.parts = shape[1] // self._heads * shape[2], shape[3], parts
+        task.query, task.output = query.data_ptr(), output.data_ptr()
+        task.lse, task.key_mean = lse.data_ptr(), address(key_sums)
+
+        def run(begin: int, end: int) -> int:
+            failure: int = library().vqkv_attend(level_number(), ctypes.byref(task), begin, end)
+            return failure
+
+        failed = max(in_ranges(items * parts, 1, run), default=0)
+        if failed == BAD_PAIR and self._pairs is not None:
+            low, high = (int(end) for end in self._pairs.aminmax())
+            raise KernelError(f"pairs lie in 0 to {shape[3] // 2 - 1}, given {low} to {high}")
+        if failed:
+            raise KernelError(FAILURES[failed])
+        return Partial(output, lse, key_sums) if parts == 1 else _merged(output, lse, key_sums)
+
+
 def attend_codes(query: torch.Tensor, coded: Coded) -> Partial:
     """Attention of queries `[B, Q, t, D]` on coded tokens, all on the CPU.
 
     Raises:
-        KernelError: bounds beyond the tokens there are, a code that names no codeword, a page
-            number that names no block, or turns that are not there.
+        KernelError: where `Prepared` does.
     """
-    batch, _, length, head_dim = query.shape
-    heads = coded.keys.codewords.shape[0]
-    _check_bounds(coded)
-    # Few rows and heads leave threads idle; then the tokens of each are shared as well.
-    parts = max(1, -(-torch.get_num_threads() // max(1, batch * heads)))
-    # Shapes are changed by views here: a decoding step comes by once a layer, and einops takes as
-    # long as the kernel does on a short text.
-    rows = query.shape[1] // heads * length
-    q = query.float().reshape(batch, heads, rows, head_dim)
-    if coded.turns is not None:  # x of all pairs, then y
-        q = q.view(batch, heads, rows, head_dim // 2, 2).mT
-    q = q.contiguous()
-    output = query.new_empty(parts, batch, heads, rows, head_dim, dtype=torch.float32)
-    key_sums = torch.empty_like(output) if coded.key_sums else None
-    lse = output.new_empty(parts, batch, heads, rows)
+    return Prepared(coded)(query)
 
-    keys, values = (plane.codewords.float().contiguous() for plane in (coded.keys, coded.values))
-    start, stop = coded.start.contiguous(), coded.stop.contiguous()
-    pages = None if coded.pages is None else coded.pages.int().contiguous()
-    turns = None
-    if coded.turns is not None:
-        page, offset, pairs = coded.turns
-        turns = page.float().contiguous(), offset.float().contiguous(), pairs.contiguous()
-    task = _Attention(
-        _Plane.of(coded.keys.codes, keys),
-        _Plane.of(coded.values.codes, values),
-        *(batch, heads, rows, head_dim, parts),
-        *(q.data_ptr(), start.data_ptr(), stop.data_ptr(), address(pages)),
-        0 if pages is None else pages.shape[1],
-        min(len(coded.keys.codes), len(coded.values.codes)),
-        None if turns is None else turns[0].data_ptr(),
-        0 if turns is None or len(turns[0]) == 1 else turns[0].stride(0),
-        *((None, None) if turns is None else (turns[1].data_ptr(), turns[2].data_ptr())),
-        *(output.data_ptr(), lse.data_ptr(), address(key_sums)),
-    )
 
-    def run(begin: int, end: int) -> int:
-        failure: int = library().vqkv_attend(level_number(), ctypes.byref(task), begin, end)
-        return failure
-
-    failed = max(in_ranges(batch * heads * parts, 1, run), default=0)
-    if failed == BAD_PAIR and coded.turns is not None:
-        low, high = (int(end) for end in coded.turns.pairs.aminmax())
-        raise KernelError(f"pairs lie in 0 to {head_dim // 2 - 1}, given {low} to {high}")
-    if failed:
-        raise KernelError(FAILURES[failed])
-
-    if parts == 1:
-        means, sums, total = output[0], None if key_sums is None else key_sums[0], lse[0]
-    else:
-        total = lse.logsumexp(0)
-        share = torch.exp(lse - total).nan_to_num(0.0).unsqueeze(-1)  # no tokens: −inf − −inf
-        means = (output * share).sum(0)
-        sums = None if key_sums is None else (key_sums * share).sum(0)
-    rows_of = (batch, -1, length)
-    return Partial(
-        means.reshape(*rows_of, head_dim),
-        total.reshape(rows_of),
-        None if sums is None else sums.reshape(*rows_of, head_dim),
-    )
+def _merged(output: torch.Tensor, lse: torch.Tensor, key_sums: torch.Tensor | None) -> Partial:
+    """Of parts `[parts, B, Q, t, ..]`, the whole."""
+    total = lse.logsumexp(0)
+    share = torch.exp(lse - total).nan_to_num(0.0).unsqueeze(-1)  # no tokens: −inf − −inf
+    means = (output * share).sum(0)
+    return Partial(means, total, None if key_sums is None else (key_sums * share).sum(0))
 
 
 def _check_bounds(coded: Coded) -> None:

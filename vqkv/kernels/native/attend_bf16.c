@@ -133,7 +133,6 @@ static TARGET void turned_queries(struct work *w, int64_t page, const float *tur
     const int64_t half = a->head_dim / 2, real = a->head_dim / QUAD;
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    const float *query = a->query + (w->row * a->heads + w->head) * a->rows * a->head_dim;
     const int32_t *pairs = a->pairs + w->head * half;
     for (int64_t j = 0; j < half; j++)
         memcpy(w->decoded + 2 * j, turns + 2 * pairs[j], 2 * sizeof(float));
@@ -146,7 +145,7 @@ static TARGET void turned_queries(struct work *w, int64_t page, const float *tur
         const __m512 cosine = _mm512_permutex2var_ps(low, even, high);
         const __m512 sine = _mm512_permutex2var_ps(low, odd, high);
         for (int64_t r = 0; r < a->rows; r++) {
-            const float *given = query + r * a->head_dim + 2 * quad;
+            const float *given = w->given + r * a->head_dim + 2 * quad;
             const __m512 x = _mm512_maskz_loadu_ps(some, given);
             const __m512 y = _mm512_maskz_loadu_ps(some, given + half);
             const __m512 back_x = _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine));

@@ -50,7 +50,7 @@ TARGET void NAME(queries)(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
     const int64_t half = a->head_dim / 2, floats = a->rows * a->head_dim;
-    const float *given = a->query + (w->row * a->heads + w->head) * floats;
+    const float *given = w->given;
     float *query = w->query + page * floats;
     if (turns == NULL) {
         memcpy(query, given, floats * sizeof(float));

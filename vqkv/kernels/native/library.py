@@ -104,10 +104,10 @@ def in_ranges(count: int, least: int, work: Callable[[int, int], R]) -> list[R]:
         work: what to do with a range.
     """
     threads = max(1, min(torch.get_num_threads(), count // least))
+    if threads == 1:
+        return [work(0, count)] if count else []
     edges = [count * i // threads for i in range(threads + 1)]
     ranges = [(a, b) for a, b in pairwise(edges) if a < b]
-    if len(ranges) <= 1:
-        return [work(*each) for each in ranges]
     return list(_pool().map(lambda each: work(*each), ranges))
 
 

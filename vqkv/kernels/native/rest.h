@@ -17,8 +17,8 @@ struct exact {
 
 /* `_Rest` in rest.py is the same. */
 struct rest {
-    const struct exact *runs;
-    int64_t run_count, type;
+    struct exact runs[2];     /* before the coded tokens, and after them */
+    int64_t type;
     int64_t batch, heads, rows, head_dim;
     const float *query;       /* [B, H, R, D]: R rows of queries on one KV head */
     const float *means, *lse; /* [B, H, R, D] and [B, H, R]: of attention on codes */

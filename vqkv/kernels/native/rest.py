@@ -14,37 +14,30 @@ from vqkv.kernels.native.library import address, in_ranges, level_number, librar
 #: Of exact states, and `enum type` of rest.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_Strides = ctypes.c_int64 * 3
-
 
 class _Run(ctypes.Structure):
     """`struct exact` of rest.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, _Strides) for name in ("key_strides", "value_strides")),
+        *((f"key_{name}_stride", ctypes.c_int64) for name in ("row", "head", "token")),
+        *((f"value_{name}_stride", ctypes.c_int64) for name in ("row", "head", "token")),
         ("tokens", ctypes.c_int64),
     )
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> _Run:
         """Of tensors that outlive it."""
-        return cls(
-            *(keys.data_ptr(), values.data_ptr()),
-            *(_Strides(*each.stride()[:3]) for each in (keys, values)),
-            keys.shape[2],
-        )
+        key_strides, value_strides = keys.stride()[:3], values.stride()[:3]
+        return cls(keys.data_ptr(), values.data_ptr(), *key_strides, *value_strides, keys.shape[2])
 
 
 class _Rest(ctypes.Structure):
     """`struct rest` of rest.h."""
 
     _fields_ = (
-        ("runs", ctypes.POINTER(_Run)),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("run_count", "type", "batch", "heads", "rows", "head_dim")
-        ),
+        ("runs", _Run * 2),
+        *((name, ctypes.c_int64) for name in ("type", "batch", "heads", "rows", "head_dim")),
         *(
             (name, ctypes.c_void_p)
             for name in ("query", "means", "lse", "key_means", "map", "bias", "hidden", "output")
@@ -60,21 +53,19 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     """
     batch, queries, length, head_dim = query.shape
     heads = len(rest.output_map)
-    given = (query, *partial, rest.output_map, rest.output_bias)
-    floats = [None if each is None else each.float().contiguous() for each in given]
+    q, means, lse, key_means, output_map, bias = map(
+        _floats, (query, *partial, rest.output_map, rest.output_bias)
+    )
     dtype = state_type(rest)
-    states = [
-        tuple(_side_by_side(each.to(dtype)) for each in run) for run in (rest.sinks, rest.tail)
-    ]
-    runs = (_Run * 2)(*(_Run.of(*run) for run in states))
+    states = [_side_by_side(each, dtype) for each in (*rest.sinks, *rest.tail)]
+    runs = (_Run * 2)(_Run.of(*states[:2]), _Run.of(*states[2:]))
     hidden = rest.hidden
     if hidden is not None:
         hidden = hidden.expand(batch, queries, length, -1).contiguous()
-    output = torch.empty(query.shape, dtype=torch.float32)
-    q, means, lse, key_means, output_map, bias = floats
+    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     task = _Rest(
         runs,
-        *(2, TYPES[dtype]),
+        TYPES[dtype],
         *(batch, heads, queries // heads * length, head_dim),
         *map(address, (q, means, lse, key_means, output_map, bias, hidden, output)),
     )
@@ -89,5 +80,15 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     return output
 
 
-def _side_by_side(states: torch.Tensor) -> torch.Tensor:
+# A decoding step comes by once a layer, so torch is not asked to convert what needs no conversion.
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _side_by_side(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    states = states if states.dtype is dtype else states.to(dtype)
     return states if states.stride(3) == 1 else states.contiguous()
