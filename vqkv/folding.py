@@ -135,7 +135,7 @@ def _fold_stream(codec: Codec, units: torch.Tensor | None) -> FoldedStream:
     if len(found) < heads:
         if units is not None:
             raise NotFoldable("coded before RoPE behind a map that mixes channels of several codes")
-        return FoldedStream(codewords, matrix, mean, None)
+        return FoldedStream(codewords.contiguous(), matrix, mean, None)
     order = torch.stack(found)  # [H, D]
     # Rows of one subvector, and only the channels that they reach: [H, M, d, d].
     index = order[:, None].expand(-1, groups * dim, -1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from vqkv.cache import attach, fused
 from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
 from vqkv.cache.masks import visible_slots
+from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
 from vqkv.geometry import Geometry
@@ -85,6 +88,12 @@ def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
+compiled = pytest.mark.skipif(
+    not native.available(), reason="the package was built without a C compiler"
+)
+
+
+@compiled
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_steps_over_many_pages_are_decoded_reads(rope: str) -> None:
     """Where codes begin, end and lie changes from page to page; readers follow."""
@@ -97,6 +106,7 @@ def test_steps_over_many_pages_are_decoded_reads(rope: str) -> None:
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
 
 
+@compiled
 def test_a_kernel_asked_for_between_steps_is_used() -> None:
     model = tiny_model("llama")
     with attach(model, byte_compressor(model, "pre")) as attached, torch.no_grad():
@@ -108,19 +118,68 @@ def test_a_kernel_asked_for_between_steps_is_used() -> None:
             assert {name for name in ran if "attend_codes" in name} == {f"attend_codes.{kernel}"}
 
 
-def test_codes_that_moved_away_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    with attach(model, byte_compressor(model, "pre")) as attached, torch.no_grad():
+@contextmanager
+def read_cache(read: Any = "auto") -> Iterator[tuple[Any, VQCache]]:
+    """A model, and a cache of it whose codes a fused kernel has read."""
+    model = tiny_model("llama", max_position_embeddings=1024)
+    with attach(model, byte_compressor(model, "pre"), read=read) as attached, torch.no_grad():
         cache = attached.new_cache()
-        for tokens in (200, 1):
-            model(random_ids(1, tokens), past_key_values=cache)
-        layer = cache.coded_layers[0]
-        codes = weakref.ref(layer.stores[0].codes)
+        model(random_ids(2, 200), past_key_values=cache)
+        with recording() as ran:
+            model(random_ids(2, 1), past_key_values=cache)
+        assert "attend_codes.cpu" in ran
+        yield model, cache
+
+
+def codes_of(cache: VQCache) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(s.codes) for layer in cache.coded_layers.values() for s in layer.stores]
+
+
+def alive(codes: list[weakref.ref[torch.Tensor]]) -> int:
+    gc.collect()
+    return sum(each() is not None for each in codes)
+
+
+@compiled
+def test_codes_that_moved_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with read_cache() as (model, cache):
+        codes = codes_of(cache)
+        model(random_ids(2, 400), past_key_values=cache)  # too many rows for a fused kernel
+        assert alive(codes) == 0
+        model(random_ids(2, 1), past_key_values=cache)
+        codes = codes_of(cache)
+        for layer in cache.coded_layers.values():
+            layer.make_room(4096)
+        assert alive(codes) == 0
+        model(random_ids(2, 1), past_key_values=cache)
+        codes, layers = codes_of(cache), list(cache.coded_layers.values())
+        layers[0].reorder_cache(torch.tensor([1, 0]))
+        assert alive(codes) == len(codes) - 2  # one layer at a time
+        codes = codes_of(cache)
         # What another device would do.
         monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
-        layer.offload()
-        gc.collect()
-        assert codes() is None
+        for layer in layers:
+            layer.offload()
+        assert alive(codes) == 0
+
+
+@compiled
+def test_a_cache_that_leaves_its_model_forgets_how_it_was_read() -> None:
+    with read_cache() as (_, cache):
+        assert cache.rows.readings
+    assert not cache.rows.readings and not cache.rows.shared
+
+
+@compiled
+def test_caches_that_were_read_can_be_pickled() -> None:
+    with read_cache() as (model, cache):
+        loaded = pickle.loads(pickle.dumps(cache))
+        ids = random_ids(2, 1)
+        expected = model(ids, past_key_values=cache).logits
+        loaded.compressor = cache.compressor  # of which the attachment is
+        for layer in loaded.coded_layers.values():
+            layer._compressor = cache.compressor
+        torch.testing.assert_close(model(ids, past_key_values=loaded).logits, expected)
 
 
 def test_exact_states_may_differ_in_type() -> None:
@@ -266,7 +325,7 @@ def test_values_predicted_from_keys_are_decoded_where_no_fused_kernel_reads_them
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.skipif(not native.available(), reason="the package was built without a C compiler")
+@compiled
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("family", ["llama", "llama-yarn"])
 def test_compiled_reads_are_decoded_reads(family: str, rope: str) -> None:

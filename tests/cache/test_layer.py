@@ -380,6 +380,31 @@ def test_offload_and_prefetch_keep_everything(model: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_rows_are_selected_where_no_model_told_of_them(model: Any) -> None:
+    cache = VQCache(compressor_for(model, "post", window=WINDOW), model.config)
+    feed(model, cache, random_ids(3, 150), 150)
+    before = keys_of(cache, 150)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert torch.equal(keys_of(cache, 150), before[[2, 0]])
+
+
+def test_padding_that_came_in_chunks_leaves_the_tail(model: Any) -> None:
+    pads, ids = torch.tensor([120, 150]), random_ids(2, 200)
+    mask = (torch.arange(200) >= pads[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with attach(model, compressor_for(model, "pre", window=100)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        for stop, tail_start in ((100, 100), (200, 120)):
+            part = slice(stop - 100, stop)
+            model(
+                ids[:, part],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+            assert cache.coded_layers[0].tail_start == tail_start
+
+
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_rows_follow_reorder_repeat_and_select(model: Any, rope: str) -> None:
     compressor = compressor_for(model, rope, window=WINDOW, sinks=SINKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -252,6 +253,37 @@ def test_a_reader_takes_one_query_after_another(level: native.Level) -> None:
         assert_same(read(each), run("naive", case, each, coded), level)
     with pytest.raises(KernelError, match=r"codes are \[1, 2, T, 16\]"):
         read(query[:1])
+
+
+def test_a_reader_follows_tensors_that_move() -> None:
+    """As when they are sent to another process."""
+    case = Case()
+    query, coded = problem(case)
+    read = Reader(coded, case.layout)
+    expected = read(query)
+    for tensor in (*coded.keys, *coded.values, coded.start, coded.stop, *(coded.turns or ())):
+        before = tensor.data_ptr()
+        tensor.share_memory_()
+        assert tensor.data_ptr() != before
+    torch.testing.assert_close(tuple(read(query)[:2]), tuple(expected[:2]))
+
+
+def test_threads_may_use_one_reader_and_their_number_change() -> None:
+    case = Case(lengths=(2100, 600), heads=1)
+    query, coded = problem(case)
+    read, queries = Reader(coded, case.layout), [query * (i + 1) / 8 for i in range(8)]
+    expected = [run("cpu", case, each, coded).output for each in queries]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = [each.output for each in pool.map(read, queries)]
+            torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        found = [read(each).output for each in queries]
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
 
 
 def test_it_is_chosen_on_cpus() -> None:

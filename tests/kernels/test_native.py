@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.coded_cases import Case, problem
 from vqkv.errors import KernelError, StateError
 from vqkv.kernels import native
+from vqkv.kernels.native.attend import Prepared
+from vqkv.kernels.native.decode import decode
 from vqkv.kernels.native.library import check_sources, library
 
 pytestmark = pytest.mark.skipif(
@@ -141,6 +144,18 @@ def test_statistics(level: native.Level, weighting: str, vectors: int) -> None:
 def test_wrong_input(x: torch.Tensor, codewords: torch.Tensor, message: str) -> None:
     with pytest.raises(StateError, match=message):
         native.nearest(x, codewords)
+
+
+def test_torchs_default_type_does_not_matter() -> None:
+    codes, words = torch.randint(16, (100, 3, 2)), random(3, 2, 16, 4)
+    query, coded = problem(Case())
+    expected = decode(codes, words), *Prepared(coded)(query)[:2]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = decode(codes, words), *Prepared(coded)(query)[:2]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:

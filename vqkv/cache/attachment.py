@@ -91,6 +91,7 @@ class Attachment:
         """Caches outlive the attachment; what belongs to the model does not."""
         for rows in self._served:
             rows.rotary, rows.attend = None, False
+            rows.forget_readings()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 #: `Turns.page` and `Turns.offset`.
-Tables = tuple[torch.Tensor, torch.Tensor]
+TurnTables = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -41,18 +41,18 @@ class _Span:
     """Which tokens of the layers of a device are coded; another one after every page.
 
     Attributes:
-        rows: each row's coded tokens, and its padding.
+        coded: those of each row.
         start: `[B]` (int32): the first coded token that no sink stands for.
         stop: `[B]` (int32): coded tokens.
         tables: by kind of RoPE; None where positions are irregular.
     """
 
-    rows: tuple[list[int], list[int]]
+    coded: list[int]
     start: torch.Tensor
     stop: torch.Tensor
-    tables: dict[str, Tables | None] = field(default_factory=dict)
+    tables: dict[str, TurnTables | None] = field(default_factory=dict)
 
-    def tables_of(self, layer: VQLayer) -> Tables | None:
+    def tables_of(self, layer: VQLayer) -> TurnTables | None:
         """Of a layer whose keys are coded before RoPE."""
         assert layer.rows.rotary is not None  # the layer has seen to it
         kind = layer.rows.rotary.kind(layer.index)
@@ -80,33 +80,28 @@ class _View(NamedTuple):
 
 
 class _LayerReading:
-    """How a layer's codes are read, for as long as `select` chooses the same kernels.
+    """How a layer's codes are read where they lie, as long as `select` chooses the same kernels.
 
     Attributes:
         chosen: of `circumstances`.
-        folded: None where no fused kernel takes the codes.
+        folded: None where codes do not fold, or no fused kernel takes them.
     """
 
     def __init__(self, layer: VQLayer, chosen: object) -> None:
         self.chosen = chosen
+        self.folded: FoldedLayer | None = None
         self._layout = AttendLayout(layer.key_codec.layout, layer.value_codec.layout)
-        folded = layer.folded() if _unread(self._layout, layer.device) is None else ""
-        self.folded = None if isinstance(folded, str) else folded
+        if _unread(self._layout, layer.device) is None:
+            folded = layer.folded()
+            self.folded = None if isinstance(folded, str) else folded
         self._span: _Span | None = None
         self._reader: Reader | None = None
 
     def reader(self, layer: VQLayer, span: _Span) -> Reader | None:
-        """Of the codes of a span, where they lie now; None where positions are irregular."""
-        held = None if self._reader is None else self._reader.coded
-        keys, values = layer.stores
-        if (
-            held is not None
-            and self._span is span
-            and held.keys.codes is keys.codes
-            and held.values.codes is values.codes
-        ):
+        """Of the codes of a span; None where positions are irregular."""
+        if self._span is span:
             return self._reader
-        assert self.folded is not None
+        assert self.folded is not None  # else nobody asks
         tables = None if self.folded.pairs is None else span.tables_of(layer)
         if tables is None and self.folded.pairs is not None:
             return None
@@ -123,10 +118,10 @@ def fused_attention(
     None where codes have to be decoded first: no kernel but the naive one takes them, a mask hides
     coded tokens, or positions are not consecutive.
     """
-    chosen, key = circumstances(), (layer.index, layer.device)
-    reading: _LayerReading | None = layer.rows.shared.get(key)
+    chosen, readings = circumstances(), layer.rows.readings
+    reading: _LayerReading | None = readings.get(layer.index)
     if reading is None or reading.chosen != chosen:
-        layer.rows.shared[key] = reading = _LayerReading(layer, chosen)
+        readings[layer.index] = reading = _LayerReading(layer, chosen)
     folded = reading.folded
     if folded is None or not any(layer.coded):
         return None
@@ -143,7 +138,7 @@ def coded_states(
     folded: FoldedLayer,
     start: torch.Tensor,
     stop: torch.Tensor,
-    tables: Tables | None,
+    tables: TurnTables | None,
 ) -> Coded:
     """A layer's codes as kernels read them."""
     keys, values = layer.stores
@@ -168,7 +163,7 @@ def attend_folded(
     """Attention `[B, Q, t, D]` over coded tokens, by `read`, and exact ones."""
     scaled = query.float() * scaling
     part = read(folded.query(scaled))
-    # What reads the codes has seen to the query's shape, and all else is the cache's own.
+    # What reads the codes has seen to the query's shape; the rest is of the cache's own making.
     output = attend_rest_unchecked(scaled, folded.shifted(part, scaled), rest)
     return output.to(query.dtype)
 
@@ -177,10 +172,9 @@ def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
     """Made by the first layer of a forward, found again by the others."""
     slots = layer.get_seq_length()
     # The mask itself is part of it: compared by identity, and kept so that no other takes its id.
-    rows = (layer.coded, layer.pads)
-    state = (mask, queries, slots, layer.tail_start)
+    state = (mask, queries, slots, layer.tail_start, tuple(layer.pads))
     held: _View | None = layer.rows.shared.get(layer.device)
-    if held is not None and held.span.rows != rows:
+    if held is not None and held.span.coded != layer.coded:
         held = None
     if held is not None and held.state[0] is mask and held.state[1:] == state[1:]:
         return held
@@ -198,7 +192,7 @@ def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
 def _span(layer: VQLayer) -> _Span:
     coded = torch.tensor(layer.coded, dtype=torch.int32)
     return _Span(
-        (list(layer.coded), list(layer.pads)),
+        list(layer.coded),
         coded.clamp(max=layer.sinks).to(layer.device),
         coded.to(layer.device),
     )
@@ -257,7 +251,7 @@ def _exact_visible(
     return visible.gather(3, index.expand(*visible.shape[:3], -1)) & counts[:, None, None]
 
 
-def turn_tables(layer: VQLayer, pages: int) -> Tables | None:
+def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
     """`Turns.page` of so many pages, and `Turns.offset`; None where positions are irregular.
 
     Those of coded tokens are looked at; later ones will stand right after them.

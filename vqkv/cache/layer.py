@@ -306,6 +306,12 @@ class VQLayer(CacheLayerMixin):
         """Coded keys and values."""
         return self._keys, self._values
 
+    def make_room(self, tokens: int) -> None:
+        """Have room for so many coded tokens a row."""
+        self._forget_reading()
+        for store in self.stores:
+            store.make_room(tokens)
+
     @property
     def tail_start(self) -> int:
         """The slot of the tail's first entry, exact in some row."""
@@ -355,10 +361,6 @@ class VQLayer(CacheLayerMixin):
     def exact_from(self) -> int:
         """The slot from which on every row is exact; the tail of some rows starts earlier."""
         return max((pad + coded for _, pad, coded in self._groups()), default=0)
-
-    @functools.cached_property
-    def _pre_rope(self) -> bool:
-        return self.key_codec.layout.rope == "pre"
 
     @property
     def key_codec(self) -> Codec:
@@ -417,6 +419,10 @@ class VQLayer(CacheLayerMixin):
                 "reset it, or start a new one"
             )
 
+    @functools.cached_property
+    def _pre_rope(self) -> bool:
+        return self.key_codec.layout.rope == "pre"
+
     def _check(self, states: torch.Tensor) -> None:
         self._check_rows(states.shape[0])
         if self._pre_rope:
@@ -469,10 +475,11 @@ class VQLayer(CacheLayerMixin):
             self._tail_start = start
 
     def _code_rows(self, rows: torch.Tensor, pad: int, start: int, stop: int) -> None:
+        self._forget_reading()
         held = slice(pad + start - self._tail_start, pad + stop - self._tail_start)
         keys, values = self._tail_keys[rows, :, held], self._tail_values[rows, :, held]
         self._keep_sinks(rows, start, keys, values)
-        if self.key_codec.layout.rope == "pre":
+        if self._pre_rope:
             keys = self._rotary().unrotate(
                 self.index, keys, self._tables(rows, pad + start, pad + stop)
             )
@@ -554,7 +561,7 @@ class VQLayer(CacheLayerMixin):
         """Keys after RoPE, `[rows, H, n, D]` in fp32."""
         tokens = self._decoded("keys", rows, start, stop)
         keys = rearrange(tokens, "(b t) h d -> b h t d", b=len(rows))
-        if self.key_codec.layout.rope == "pre":
+        if self._pre_rope:
             tables = self._tables(rows, pad + start, pad + stop)
             return self._rotary().rotate(self.index, keys, tables)
         return keys
@@ -576,6 +583,7 @@ class VQLayer(CacheLayerMixin):
     def _select(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return
+        self._forget_reading()
         self.coded = [self.coded[row] for row in rows.tolist()]
         rows = rows.to(self._tail_keys.device)
         self._keys.select(rows)
@@ -583,11 +591,14 @@ class VQLayer(CacheLayerMixin):
         for name in self._TENSORS:
             setattr(self, name, getattr(self, name)[rows])
 
+    def _forget_reading(self) -> None:
+        """Codes are about to move, and must not lie in memory twice."""
+        self.rows.readings.pop(self.index, None)
+
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
-            # These hold what moves.
-            self.rows.steps.clear()
-            self.rows.shared.pop((self.index, self.device), None)
+            self.rows.steps.clear()  # they hold what moves
+            self._forget_reading()
             self._keys.to(device)
             self._values.to(device)
             for name in self._TENSORS:

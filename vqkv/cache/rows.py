@@ -23,6 +23,7 @@ class Rows:
         attend: the attached model's attention reads codes.
         decoded: reconstructions that the running forward shares.
         shared: what layers share that read codes, see `vqkv.cache.fused`.
+        readings: by layer, how its codes are read where they lie; it goes before they move.
         steps: what `vqkv.cache.steps` made for these rows; they survive a crop.
     """
 
@@ -32,6 +33,7 @@ class Rows:
     attend: bool = False
     decoded: Decoded = field(default_factory=Decoded)
     shared: dict[Any, Any] = field(default_factory=dict)
+    readings: dict[int, Any] = field(default_factory=dict)
     steps: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -68,13 +70,13 @@ class Rows:
 
     def crop(self, length: int) -> None:
         """Forget slots from `length` on."""
-        self.shared.clear()
+        self.forget_readings()
         if self.positions is not None:
             self.positions = self.positions[:, :length].clone()  # frees the rest's memory
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
-        self.shared.clear()
+        self.forget_readings()
         self.steps.clear()
         if self.positions is not None:
             self.positions = self.positions[rows.to(self.positions.device)]
@@ -85,14 +87,23 @@ class Rows:
         """Forget all rows."""
         self.pads, self.positions = [], None
         self.decoded.clear()
-        self.shared.clear()
+        self.forget_readings()
         self.steps.clear()
+
+    def forget_readings(self) -> None:
+        """Forget how codes were read."""
+        self.shared.clear()
+        self.readings.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the positions."""
         return 0 if self.positions is None else self.positions.nbytes
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
-        """A copy of the rows, without what an attached model lends: it will lend it again."""
-        return Rows(list(self.pads), None if self.positions is None else self.positions.clone())
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: not what an attached model lends, which it will lend again."""
+        return {"pads": self.pads, "positions": self.positions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        Rows.__init__(self, **state)

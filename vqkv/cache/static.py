@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vqkv.cache.fused import attend_folded, coded_states, turn_tables
+from vqkv.cache.fused import TurnTables, attend_folded, coded_states, turn_tables
 from vqkv.cache.layer import VQLayer
 from vqkv.folding import FoldedLayer
 from vqkv.kernels.attend.codes import AttendLayout, attend_codes
@@ -28,8 +28,8 @@ from vqkv.layouts import PAGE_TOKENS
 ROOM, ROOM_PART = 1024, 8
 
 
-#: By kind of RoPE, `Turns.page` and `Turns.offset`.
-StepTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
+#: By kind of RoPE.
+StepTables = dict[str, TurnTables]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class StaticLayer(CacheLayerMixin):
             (keys, values),
             self._state.hidden,
         )
-        # Not by a `Reader`: where codes begin and end changes.
+        # Not by a `Reader` that is kept: where codes begin and end changes.
         read = functools.partial(attend_codes, coded=self._coded, layout=self._layout)
         return attend_folded(query, scaling, self._folded, read, rest)
 
@@ -213,8 +213,7 @@ def make_room(layers: Sequence[VQLayer]) -> None:
     """Room for pages to come, so that codes stay where they are for a while."""
     for layer in layers:
         coded = max(layer.coded)
-        for store in layer.stores:
-            store.make_room(coded + max(ROOM, coded // ROOM_PART))
+        layer.make_room(coded + max(ROOM, coded // ROOM_PART))
 
 
 def step_tables(layers: Sequence[VQLayer]) -> StepTables | None:

@@ -215,7 +215,8 @@ static void trellis(int level, int64_t rows, int64_t pairs, int64_t memory)
     free(codes);
 }
 
-/* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page. */
+/* One call of attention. `spoil` 1 puts a code out of range into the last token, 2 a page, 3 a channel
+ * of a query. */
 static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, int64_t dim,
                    int64_t stages, uint32_t size, int turned, int paged, int spoil)
 {
@@ -235,9 +236,9 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     a.stop = &stop;
     int32_t *table = integers(pages, 1), *pairs = integers(heads * half, (uint32_t)half);
     int64_t *order = calloc((size_t)(heads * head_dim), sizeof *order);
-    for (int64_t i = 0; turned && i < heads * head_dim; i++)
+    for (int64_t i = 0; i < heads * head_dim; i++)
         order[i] = head_dim - 1 - i % head_dim;
-    a.order = order;
+    a.order = turned || spoil == 3 ? order : NULL;
     for (int64_t p = 0; p < pages; p++)
         table[p] = (int32_t)(pages - 1 - p);
     float *page_turns = floats(pages * head_dim), *offset_turns = floats(PAGE * head_dim);
@@ -257,7 +258,9 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
         codes[heads * room * columns - 1] = (uint8_t)size;
     if (spoil == 2)
         table[pages - 1] = (int32_t)pages;
-    const int expected = spoil == 1 ? BAD_CODE : spoil == 2 ? BAD_PAGE : 0;
+    if (spoil == 3)
+        order[heads * head_dim - 1] = head_dim;
+    const int expected = spoil == 1 ? BAD_CODE : spoil == 2 ? BAD_PAGE : spoil == 3 ? BAD_ORDER : 0;
     expect(vqkv_attend(level, &a, 0, heads * a.parts) == expected, "attention's return value");
     free(words);
     free(codes);
@@ -355,6 +358,7 @@ int main(void)
                 attend(level, 130, 4, s[0], s[1], s[2], (uint32_t)s[3], turns, 1, 2);
             }
         attend(level, 70, 4, 64, 4, 1, 100, 1, 0, 1);
+        attend(level, 70, 4, 64, 4, 1, 256, 0, 0, 3);
         for (int64_t tokens = 0; tokens < 18; tokens++)
             for (int type = FLOAT32; type <= BFLOAT16; type++)
                 rest(level, tokens, 1 + 4 * tokens, tokens % 3 ? 16 * (tokens % 5 + 1) : 7 + tokens,

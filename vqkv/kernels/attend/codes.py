@@ -111,7 +111,7 @@ def attend_codes(query: torch.Tensor, coded: Coded, layout: AttendLayout) -> Par
 
 
 class Reader:
-    """`attend_codes` for many queries on the same coded tokens, by the kernel chosen now.
+    """`attend_codes` for many queries on the same coded tokens, by the kernel that the first finds.
 
     What does not change from query to query is looked at and made ready once. The tensors must stay
     as they are meanwhile, but for codes from `stop` on.

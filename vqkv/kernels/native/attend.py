@@ -20,28 +20,19 @@ FAILURES = {
 }
 
 
-class _Plane(ctypes.Structure):
-    """`struct plane` of attend.h."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "token_stride")),
-        ("words", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("groups", "stages", "size", "dim")),
-    )
-
-    @classmethod
-    def of(cls, codes: torch.Tensor, words: torch.Tensor) -> _Plane:
-        """Of tensors that outlive it."""
-        return cls(codes.data_ptr(), *codes.stride()[:3], words.data_ptr(), *words.shape[1:])
+_PLANE: tuple[tuple[str, type[ctypes.c_void_p | ctypes.c_int64]], ...] = (
+    ("codes", ctypes.c_void_p),
+    *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "token_stride")),
+    ("words", ctypes.c_void_p),
+    *((name, ctypes.c_int64) for name in ("groups", "stages", "size", "dim")),
+)
 
 
 class _Attention(ctypes.Structure):
-    """`struct attention` of attend.h."""
+    """`struct attention` of attend.h, planes laid out flat."""
 
     _fields_ = (
-        ("keys", _Plane),
-        ("values", _Plane),
+        *((f"{plane}_{name}", kind) for plane in ("keys", "values") for name, kind in _PLANE),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim", "parts")),
         *((name, ctypes.c_void_p) for name in ("query", "order", "start", "stop", "pages")),
         *((name, ctypes.c_int64) for name in ("page_count", "blocks")),
@@ -65,33 +56,36 @@ class Prepared:
 
     def __init__(self, coded: Coded) -> None:
         _check_bounds(coded)
-        keys, values = (plane.codewords.float().contiguous() for plane in coded[:2])
-        start, stop = coded.start.contiguous(), coded.stop.contiguous()
-        pages = None if coded.pages is None else coded.pages.int().contiguous()
-        order = None if coded.order is None else coded.order.contiguous()
-        page, offset, pairs = coded.turns or (None, None, None)
+        tensors: dict[str, torch.Tensor | None] = {
+            "keys_codes": coded.keys.codes,
+            "keys_words": coded.keys.codewords.float().contiguous(),
+            "values_codes": coded.values.codes,
+            "values_words": coded.values.codewords.float().contiguous(),
+            "order": None if coded.order is None else coded.order.contiguous(),
+            "start": coded.start.contiguous(),
+            "stop": coded.stop.contiguous(),
+            "pages": None if coded.pages is None else coded.pages.int().contiguous(),
+        }
+        shared = True
         if coded.turns is not None:
-            page, offset = (turns.float().contiguous() for turns in coded.turns[:2])
-            pairs = coded.turns.pairs.contiguous()
-        self._batch, self._heads, self._key_sums = len(start), len(keys), coded.key_sums
-        self._pairs = pairs
-        self._held = (keys, values, start, stop, pages, order, page, offset, coded)
+            tensors["page_turns"] = coded.turns.page.float().contiguous()
+            tensors["offset_turns"] = coded.turns.offset.float().contiguous()
+            tensors["pairs"] = coded.turns.pairs.contiguous()
+            shared = len(coded.turns.page) == 1
+        self._tensors = {name: each for name, each in tensors.items() if each is not None}
+        self._coded = coded
+        self._batch, self._heads = len(coded.start), len(coded.keys.codewords)
         self._task = _Attention(
-            keys=_Plane.of(coded.keys.codes, keys),
-            values=_Plane.of(coded.values.codes, values),
             batch=self._batch,
             heads=self._heads,
-            order=address(order),
-            start=start.data_ptr(),
-            stop=stop.data_ptr(),
-            pages=address(pages),
-            page_count=0 if pages is None else pages.shape[1],
+            page_count=0 if coded.pages is None else coded.pages.shape[1],
             blocks=min(len(coded.keys.codes), len(coded.values.codes)),
-            page_turns=address(page),
-            turn_stride=0 if page is None or len(page) == 1 else page.stride(0),
-            offset_turns=address(offset),
-            pairs=address(pairs),
+            turn_stride=0 if shared else self._tensors["page_turns"].stride(0),
         )
+        for name, plane in (("keys", coded.keys), ("values", coded.values)):
+            numbers = (*plane.codes.stride()[:3], *plane.codewords.shape[1:])
+            for (field, _), number in zip(_PLANE[1:4] + _PLANE[5:], numbers, strict=True):
+                setattr(self._task, f"{name}_{field}", number)
 
     def __call__(self, query: torch.Tensor) -> Partial:
         """Attention of queries `[B, Q, t, D]`, on the CPU.
@@ -108,20 +102,22 @@ class Prepared:
         parts = max(1, -(-torch.get_num_threads() // max(1, items)))
         found = shape if parts == 1 else (parts, *shape)
         output = torch.empty(found, dtype=torch.float32, device=query.device)
-        key_sums = torch.empty_like(output) if self._key_sums else None
+        key_sums = torch.empty_like(output) if self._coded.key_sums else None
         lse = torch.empty(found[:-1], dtype=torch.float32, device=query.device)
         task = _Attention.from_buffer_copy(self._task)  # other threads may have queries, too
         task.rows, task.head_dim, task.parts = shape[1] // self._heads * shape[2], shape[3], parts
         task.query, task.output = query.data_ptr(), output.data_ptr()
         task.lse, task.key_mean = lse.data_ptr(), address(key_sums)
+        for name, tensor in self._tensors.items():  # a tensor may have moved, as to shared memory
+            setattr(task, name, tensor.data_ptr())
 
         def run(begin: int, end: int) -> int:
             failure: int = library().vqkv_attend(level_number(), ctypes.byref(task), begin, end)
             return failure
 
         failed = max(in_ranges(items * parts, 1, run), default=0)
-        if failed == BAD_PAIR and self._pairs is not None:
-            low, high = (int(end) for end in self._pairs.aminmax())
+        if failed == BAD_PAIR:
+            low, high = (int(end) for end in self._tensors["pairs"].aminmax())
             raise KernelError(f"pairs lie in 0 to {shape[3] // 2 - 1}, given {low} to {high}")
         if failed:
             raise KernelError(FAILURES[failed])

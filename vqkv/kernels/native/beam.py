@@ -18,7 +18,7 @@ def encode_beam(x: torch.Tensor, codewords: torch.Tensor, width: int) -> torch.T
     books, stages, size, dim = codewords.shape
     words = padded(-2 * codewords.mT, 0)  # [M, S, d, room]
     norms = padded(codewords.square().sum(-1), math.inf)  # [M, S, room]
-    codes = torch.empty(len(x), books, stages, dtype=torch.int32)
+    codes = torch.empty(len(x), books, stages, dtype=torch.int32, device="cpu")
 
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_beam(

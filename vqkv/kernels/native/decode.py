@@ -23,7 +23,7 @@ def decode(codes: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
             f"{list(codes.shape)} and {list(codewords.shape)}"
         )
     books, _, _, dim = codewords.shape
-    vectors = torch.empty(codes.shape[0], books, dim)
+    vectors = torch.empty(codes.shape[0], books, dim, dtype=torch.float32, device=codes.device)
     decode_into(vectors, codes.int().contiguous(), codewords.float().contiguous())
     return vectors
 

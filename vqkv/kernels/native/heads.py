@@ -17,7 +17,7 @@ def encode_heads(
     x, words, pushed = (each.float().contiguous() for each in (x, codewords[:, 0], coupling))
     books, size, dim = words.shape
     sets, heads = coupling.shape[:2]
-    codes = torch.empty(*x.shape[:2], 1, dtype=torch.int32)
+    codes = torch.empty(*x.shape[:2], 1, dtype=torch.int32, device="cpu")
 
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_heads(

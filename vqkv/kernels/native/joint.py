@@ -19,7 +19,7 @@ def encode_joint(
     x, words, metric, ahead = (tensor.float().contiguous() for tensor in given)
     books, size, dim = words.shape
     units = len(metric)
-    codes = torch.empty(*x.shape[:2], 1, dtype=torch.int32)
+    codes = torch.empty(*x.shape[:2], 1, dtype=torch.int32, device="cpu")
 
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_joint(

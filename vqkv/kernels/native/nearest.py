@@ -31,7 +31,7 @@ def nearest(x: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         StateError: wrong type, device or shape.
     """
     x, codewords = _prepared(x, codewords)
-    codes = torch.empty(x.shape[:2], dtype=torch.int32)
+    codes = torch.empty(x.shape[:2], dtype=torch.int32, device="cpu")
     in_ranges(
         x.shape[0],
         MIN_ROWS,
@@ -58,14 +58,14 @@ def assign_accumulate(
         if weights.ndim == 1:
             weights = weights.unsqueeze(1)
         weights = weights.float().expand(x.shape[:2]).contiguous()
-    codes = torch.empty(x.shape[:2], dtype=torch.int32)
+    codes = torch.empty(x.shape[:2], dtype=torch.int32, device="cpu")
     books = codewords.shape
 
     def step(begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         _search(x, codewords, codes, begin, end)
-        sums = torch.zeros(books, dtype=torch.float64)
-        counts = torch.zeros(books[:2], dtype=torch.float64)
-        inertia = torch.zeros(books[0], dtype=torch.float64)
+        sums = torch.zeros(books, dtype=torch.float64, device="cpu")
+        counts = torch.zeros(books[:2], dtype=torch.float64, device="cpu")
+        inertia = torch.zeros(books[0], dtype=torch.float64, device="cpu")
         library().vqkv_accumulate(
             *(x.data_ptr(), codewords.data_ptr(), codes.data_ptr()),
             None if weights is None else weights.data_ptr(),

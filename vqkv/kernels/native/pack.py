@@ -17,7 +17,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count = codes.shape[-1]
     size = -(-count * bits // 8)
     rows = codes.reshape(-1, count).int().contiguous() if codes.numel() else codes.new_empty(0, 0)
-    packed = torch.empty(*codes.shape[:-1], size, dtype=torch.uint8)
+    packed = torch.empty(*codes.shape[:-1], size, dtype=torch.uint8, device="cpu")
 
     def run(begin: int, end: int) -> None:
         library().vqkv_pack(rows.data_ptr(), count, bits, begin, end, packed.data_ptr())
@@ -31,7 +31,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Bytes `[..., ceil(n · bits / 8)]` to codes `[..., n]` (int32), n being `count`."""
     if bits == 8:
         return packed.to(torch.int32)
-    codes = torch.empty(*packed.shape[:-1], count, dtype=torch.int32)
+    codes = torch.empty(*packed.shape[:-1], count, dtype=torch.int32, device="cpu")
     if not packed.numel():
         return codes.zero_()
     rows = packed.reshape(-1, packed.shape[-1])  # a view where bytes of others lie between

@@ -10,7 +10,6 @@
 
 #define TOGETHER 8 /* tokens that are scored at a time */
 #define BLOCK 16   /* vectors that are read at a time */
-#define RUNS 2     /* of exact tokens */
 
 /* Rows of queries are lanes of scores, channels of outputs; made up to whole vectors of any level. */
 static int64_t padded(int64_t count)
@@ -21,7 +20,7 @@ static int64_t padded(int64_t count)
 static int64_t tokens_of(const struct rest *a)
 {
     int64_t tokens = 0;
-    for (int64_t i = 0; i < RUNS; i++)
+    for (int64_t i = 0; i < EXACT_RUNS; i++)
         tokens += a->runs[i].tokens;
     return tokens;
 }

@@ -7,8 +7,10 @@
 
 enum type { FLOAT32 = 0, BFLOAT16 = 1 };
 
+enum { EXACT_RUNS = 2 }; /* before the coded tokens, and after them */
+
 /* Exact tokens side by side: keys after RoPE and values [B, H, n, D] with strides in numbers, channels
- * side by side. `_Run` in rest.py is the same. */
+ * side by side. `_Run` in rest.py is laid out alike. */
 struct exact {
     const void *keys, *values;
     int64_t key_strides[3], value_strides[3]; /* of rows, heads and tokens */
@@ -17,7 +19,7 @@ struct exact {
 
 /* `_Rest` in rest.py is the same. */
 struct rest {
-    struct exact runs[2];     /* before the coded tokens, and after them */
+    struct exact runs[EXACT_RUNS];
     int64_t type;
     int64_t batch, heads, rows, head_dim;
     const float *query;       /* [B, H, R, D]: R rows of queries on one KV head */

@@ -10,7 +10,7 @@ static TARGET void NAME(score_exact)(const struct rest *a, const struct rest_wor
 {
     const int64_t rows = padded(a->rows), dim = a->head_dim;
     float *scores = w->scores;
-    for (const struct exact *run = a->runs; run < a->runs + RUNS; run++) {
+    for (const struct exact *run = a->runs; run < a->runs + EXACT_RUNS; run++) {
         const struct vectors keys = states_of(a, run->keys, run->key_strides, row, head);
         for (int64_t t = 0; t < run->tokens; t += TOGETHER) {
             const int64_t left = run->tokens - t < TOGETHER ? run->tokens - t : TOGETHER;
@@ -133,7 +133,7 @@ static TARGET void NAME(rest)(const struct rest *a, const struct rest_work *w, i
     if (a->key_means != NULL)
         NAME(add_mapped)(a, w, a->key_means + at, map + dim * dim);
     const float *weights = w->scores;
-    for (const struct exact *run = a->runs; run < a->runs + RUNS; run++) {
+    for (const struct exact *run = a->runs; run < a->runs + EXACT_RUNS; run++) {
         const struct vectors values = states_of(a, run->values, run->value_strides, row, head);
         NAME(add_vectors)(a, w, weights, values, run->tokens);
         weights += run->tokens * rows;

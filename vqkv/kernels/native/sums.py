@@ -16,7 +16,7 @@ def encode_sums(first: torch.Tensor, second: torch.Tensor, sizes: torch.Tensor) 
     """Codes `[N, M]` (int32), all on the CPU and in fp32."""
     first, second, sizes = first.contiguous(), padded(second, 0), padded(sizes, math.inf)
     books, size, room = sizes.shape
-    codes = torch.empty(first.shape[:2], dtype=torch.int32)
+    codes = torch.empty(first.shape[:2], dtype=torch.int32, device="cpu")
 
     def run(begin: int, end: int) -> None:
         library().vqkv_sums(

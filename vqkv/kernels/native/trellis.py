@@ -21,7 +21,7 @@ def encode_trellis(
     x, cost, table = (tensor.float().contiguous() for tensor in (x, cost, table))
     steps = torch.tensor(widths, dtype=torch.int32)
     memory = len(table).bit_length() - 1
-    codes = torch.empty(len(x), len(widths), dtype=torch.int32)
+    codes = torch.empty(len(x), len(widths), dtype=torch.int32, device="cpu")
 
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_trellis(
@@ -47,7 +47,7 @@ def decode_trellis(strings: Strings, units: torch.Tensor, table: torch.Tensor) -
     offsets, counts, ends = (t.long().contiguous() for t in strings[1:])
     units, table = units.float().contiguous(), table.float().contiguous()
     tokens, (sizes, pairs) = len(offsets), ends.shape
-    found = torch.empty(tokens, pairs, 2)
+    found = torch.empty(tokens, pairs, 2, dtype=torch.float32, device=codes.device)
 
     def run(begin: int, end: int) -> int:
         failure: int = library().vqkv_trellis_decode(
