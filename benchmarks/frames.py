@@ -8,7 +8,7 @@ the cost of errors of keys in groups of whole pairs (`pair_metric`, 2 bits a val
 where they were, in the loss's Fisher information by keys before RoPE, as a multiple of what those
 cost; on windows that were not fitted on. Frames are of all RoPE pairs, of all but the fastest, or
 of all with means taken off before they are turned, whose scores would then depend on positions
-alone.
+alone. Where what is turned and what is not are coded apart, no group has pairs of either kind.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Frames(NamedTuple):
         tokens: of a frame; of one token, nothing is turned.
         fastest: of P pairs so many, the first ones, are left as they are.
         centred: means are taken off first.
+        apart: the fastest pairs are in groups of their own.
     """
 
     tokens: int
     fastest: int = 0
     centred: bool = False
+    apart: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +64,12 @@ class Frames(NamedTuple):
         parts = [f"{self.tokens} tokens"]
         parts += [f"all but {self.fastest} pairs"] if self.fastest else []
         parts += ["means apart"] if self.centred else []
+        parts += ["groups apart"] if self.apart else []
         return ", ".join(parts)
+
+    def grouped(self, pairs: Pairs) -> list[Pairs]:
+        """Pairs that groups are made of."""
+        return [pairs[: self.fastest], pairs[self.fastest :]] if self.apart else [pairs]
 
 
 BEFORE_ROPE = Frames(1)
@@ -75,6 +82,8 @@ WAYS = (
     Frames(16, fastest=10),
     Frames(16, fastest=16),
     Frames(64, fastest=16),
+    Frames(1, fastest=16, apart=True),
+    Frames(64, fastest=16, apart=True),
 )
 
 
@@ -129,10 +138,23 @@ def cost(layer: Captured, way: Frames, pairs: Pairs, turns: torch.Tensor) -> flo
     """Mean of `eᵀ M e` over tokens and heads that were not fitted on, M of their gradients."""
     mean = torch.cat(layer.keys[:FITTED]).mean(0) if way.centred else 0
     keys = [turned(x - mean, way, pairs, turns) for x in layer.keys]
-    fitted = torch.cat(keys[:FITTED])
+    gradients = [turned(g, way, pairs, turns) for g in layer.gradients[:FITTED]]
+    error = torch.zeros_like(torch.cat(keys[FITTED:]))
+    for part in way.grouped(pairs):
+        channels = torch.tensor(part).flatten()
+        of_part = ([x[..., channels] for x in states] for states in (keys, gradients))
+        error[..., channels] = errors(*of_part)
+    windows = error.split([len(x) for x in keys[FITTED:]])
+    error = torch.cat([turned(e, way, pairs, turns, back=True) for e in windows]).double()
+    metric = fisher(layer.gradients[FITTED:])
+    return float(torch.einsum("nhd,hde,nhe->nh", error, metric, error).mean())
+
+
+def errors(keys: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Errors `[N, H, D]` of windows that were not fitted on; pairs lie side by side."""
+    fitted, channels = torch.cat(keys[:FITTED]), range(0, keys[0].shape[2], 2)
     transform = PairMetric(PairMetricConfig(metric="fisher", dim=DIM))
-    of_fitted = [turned(g, way, pairs, turns) for g in layer.gradients[:FITTED]]
-    transform.fit(States.of(fitted), fisher(of_fitted), pairs)
+    transform.fit(States.of(fitted), fisher(gradients), tuple((i, i + 1) for i in channels))
 
     def subvectors(x: torch.Tensor) -> torch.Tensor:
         return transform.forward(x)[0].flatten(1).unflatten(1, (-1, DIM))
@@ -140,15 +162,10 @@ def cost(layer: Captured, way: Frames, pairs: Pairs, turns: torch.Tensor) -> flo
     learner = KMeans(iterations=ITERATIONS)
     learner.fit(subvectors(fitted), CODEWORDS)
     words = learner.codewords_.float()
-    errors = []
-    for window in keys[FITTED:]:
-        codes = encode(subvectors(window), words)[:, :, 0].long()
-        decoded = words[torch.arange(len(words)), 0, codes].flatten(1).view(window.shape)
-        error = transform.inverse(decoded, None) - window
-        errors.append(turned(error, way, pairs, turns, back=True))
-    error = torch.cat(errors).double()
-    metric = fisher(layer.gradients[FITTED:])
-    return float(torch.einsum("nhd,hde,nhe->nh", error, metric, error).mean())
+    measured = torch.cat(keys[FITTED:])
+    codes = encode(subvectors(measured), words)[:, :, 0].long()
+    decoded = words[torch.arange(len(words)), 0, codes].flatten(1).view(measured.shape)
+    return transform.inverse(decoded, None) - measured
 
 
 def fisher(gradients: list[torch.Tensor]) -> torch.Tensor:
