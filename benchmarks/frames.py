@@ -8,7 +8,7 @@ the cost of errors of keys in groups of whole pairs (`pair_metric`, 2 bits a val
 where they were, in the loss's Fisher information by keys before RoPE, as a multiple of what those
 cost; on windows that were not fitted on. Frames are of all RoPE pairs, of all but the fastest, or
 of all with means taken off before they are turned, whose scores would then depend on positions
-alone. Where what is turned and what is not are coded apart, no group has pairs of either kind.
+alone. Apart means that no group has both pairs that are turned and pairs that are not.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import weakref
@@ -18,6 +19,7 @@ from vqkv.cache import attach, fused
 from vqkv.cache.coded_attention import coded_attention
 from vqkv.cache.layer import CodedStates
 from vqkv.cache.masks import visible_slots
+from vqkv.cache.rows import Rows
 from vqkv.cache.vqcache import VQCache
 from vqkv.compressor import KVCompressor
 from vqkv.errors import KernelError
@@ -174,12 +176,74 @@ def test_a_cache_that_leaves_its_model_forgets_how_it_was_read() -> None:
 def test_caches_that_were_read_can_be_pickled() -> None:
     with read_cache() as (model, cache):
         loaded = pickle.loads(pickle.dumps(cache))
-        ids = random_ids(2, 1)
-        expected = model(ids, past_key_values=cache).logits
-        loaded.compressor = cache.compressor  # of which the attachment is
-        for layer in loaded.coded_layers.values():
-            layer._compressor = cache.compressor
-        torch.testing.assert_close(model(ids, past_key_values=loaded).logits, expected)
+        one = random_ids(2, 1)
+        expected = model(one, past_key_values=cache).logits
+    with attach(model, loaded.compressor), torch.no_grad(), recording() as ran:
+        found = model(one, past_key_values=loaded).logits
+    assert "attend_codes.cpu" in ran
+    torch.testing.assert_close(found, expected)
+
+
+def test_pickled_rows_keep_padding_and_positions() -> None:
+    rows = Rows()
+    rows.note(0, torch.arange(3)[None].int(), [2])
+    loaded = pickle.loads(pickle.dumps(rows))
+    assert loaded.pads == [2] and loaded.positions.tolist() == [[0, 1, 2]]
+    assert not loaded.shared and not loaded.readings and loaded.rotary is None
+
+
+def positions(start: int, stop: int, firsts: tuple[int, int]) -> torch.Tensor:
+    """Of rows that begin at other positions."""
+    return torch.arange(start, stop) + torch.tensor(firsts)[:, None]
+
+
+@compiled
+def test_turns_follow_rows_that_are_reordered_or_come_after_a_reset() -> None:
+    with read_cache() as (model, cache):
+        cache.reset()
+        ids, one = random_ids(2, 205), random_ids(2, 1)
+        model(ids, past_key_values=cache, position_ids=positions(0, 205, (0, 300)))
+        model(one, past_key_values=cache, position_ids=positions(205, 206, (0, 300)))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        fresh = copy.deepcopy(cache)  # without what layers share
+        found, expected = (
+            model(one, past_key_values=each, position_ids=positions(206, 207, (300, 0))).logits
+            for each in (cache, fresh)
+        )
+        assert torch.equal(found, expected)
+        cache.reset()
+        other = VQCache(cache.compressor, model.config)
+        for each in (cache, other):
+            model(ids, past_key_values=each, position_ids=positions(0, 205, (100, 7)))
+        found, expected = (
+            model(one, past_key_values=each, position_ids=positions(205, 206, (100, 7))).logits
+            for each in (cache, other)
+        )
+        assert torch.equal(found, expected)
+
+
+@compiled
+def test_codes_that_are_loaded_are_read() -> None:
+    with read_cache() as (model, cache):
+        layer = cache.coded_layers[0]
+        tensors = {name: tensor.clone() for name, tensor in layer.tensors().items()}
+        tensors["key_codes"].zero_()
+        layer.load_tensors(tensors, list(layer.coded), layer.get_seq_length())
+        fresh, one = copy.deepcopy(cache), random_ids(2, 1)
+        found, expected = (model(one, past_key_values=each).logits for each in (cache, fresh))
+        assert torch.equal(found, expected)
+
+
+@compiled
+def test_torchs_default_device_does_not_matter() -> None:
+    with read_cache() as (_, cache):
+        layer = cache.coded_layers[0]
+        query = torch.randn(2, 4, 1, layer.key_codec.head_dim)
+        expected = fused.fused_attention(layer, query, 1.0, None)
+        cache.rows.forget_readings()
+        with torch.device("meta"):
+            found = fused.fused_attention(layer, query, 1.0, None)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_exact_states_may_differ_in_type() -> None:

@@ -8,7 +8,9 @@ import torch
 from tests.kernels.coded_cases import Case, problem, with_codes
 from vqkv.errors import KernelError
 from vqkv.kernels import native, recording, using
+from vqkv.kernels.attend import codes
 from vqkv.kernels.attend.codes import Coded, Partial, attend_codes
+from vqkv.kernels.select import Kernel, Selection, anywhere
 
 CASES = [
     Case(),
@@ -90,6 +92,15 @@ def test_room_for_pages_that_have_no_turns_yet_is_not_read(kernel: str) -> None:
     with using(attend_codes=kernel):
         expected, found = (attend_codes(query, each, case.layout) for each in (coded, roomy))
     torch.testing.assert_close(tuple(found), tuple(expected))
+
+
+def test_what_a_kernel_finds_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, coded = problem(Case())
+    found = Partial(query[:, :1], query[:, :1, :, 0])
+    wrong = Kernel("attend_codes", "wrong", lambda *_: found, anywhere, speed=0)
+    monkeypatch.setattr(codes, "selection", lambda *_: Selection(wrong))
+    with pytest.raises(KernelError, match=r"the kernel's output: \[1, 6, 1, 64\] on cpu"):
+        attend_codes(query, coded, Case().layout)
 
 
 def test_bounds_that_do_not_fit_are_refused() -> None:

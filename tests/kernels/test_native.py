@@ -16,6 +16,7 @@ from vqkv.kernels import native
 from vqkv.kernels.native.attend import Prepared
 from vqkv.kernels.native.decode import decode
 from vqkv.kernels.native.library import check_sources, library
+from vqkv.kernels.native.trellis import encode_trellis
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
@@ -146,16 +147,26 @@ def test_wrong_input(x: torch.Tensor, codewords: torch.Tensor, message: str) -> 
         native.nearest(x, codewords)
 
 
-def test_torchs_default_type_does_not_matter() -> None:
-    codes, words = torch.randint(16, (100, 3, 2)), random(3, 2, 16, 4)
-    query, coded = problem(Case())
-    expected = decode(codes, words), *Prepared(coded)(query)[:2]
+def test_torchs_default_type_and_device_do_not_matter() -> None:
+    x, words, table = random(100, 3, 4), random(3, 2, 16, 4, seed=1), random(16, 2, seed=2)
+    pairs, cost = random(9, 3, 2), torch.ones(3, 2)
+    codes, (query, coded) = torch.randint(16, (100, 3, 2)), problem(Case())
+
+    def found() -> tuple[torch.Tensor, ...]:
+        paths = encode_trellis(pairs, cost, table, [2, 1, 2])
+        return (
+            *(native.nearest(x, words[:, 0]), paths, decode(codes, words)),
+            *Prepared(coded)(query)[:2],
+        )
+
+    expected = found()
     torch.set_default_dtype(torch.float64)
     try:
-        found = decode(codes, words), *Prepared(coded)(query)[:2]
+        with torch.device("meta"):
+            given = found()
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    torch.testing.assert_close(given, expected, atol=0, rtol=0)
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:

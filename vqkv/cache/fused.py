@@ -163,7 +163,7 @@ def attend_folded(
     """Attention `[B, Q, t, D]` over coded tokens, by `read`, and exact ones."""
     scaled = query.float() * scaling
     part = read(folded.query(scaled))
-    # What reads the codes has seen to the query's shape; the rest is of the cache's own making.
+    # A `Reader` has looked at what it was given and found; the rest is of the cache's own making.
     output = attend_rest_unchecked(scaled, folded.shifted(part, scaled), rest)
     return output.to(query.dtype)
 
@@ -190,7 +190,7 @@ def _view(layer: VQLayer, queries: int, mask: torch.Tensor | None) -> _View:
 
 
 def _span(layer: VQLayer) -> _Span:
-    coded = torch.tensor(layer.coded, dtype=torch.int32)
+    coded = torch.tensor(layer.coded, dtype=torch.int32, device="cpu")
     return _Span(
         list(layer.coded),
         coded.clamp(max=layer.sinks).to(layer.device),
@@ -259,15 +259,17 @@ def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
     rotary, positions = layer.rows.rotary, layer.rows.positions
     assert rotary is not None and positions is not None
     head_dim = layer.key_codec.head_dim
-    firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64)
+    # By rows on the CPU, whatever torch's default device is.
+    firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64, device="cpu")
+    tokens = torch.arange(max(*layer.coded, pages), device="cpu")
     for row, (pad, coded) in enumerate(zip(layer.pads, layer.coded, strict=True)):
         mine = positions[row, pad : pad + coded].cpu().long()
         if not coded:
             continue
-        if not torch.equal(mine, mine[0] + torch.arange(coded)):
+        if not torch.equal(mine, mine[0] + tokens[:coded]):
             log.info("layer %d is decoded to be read: row %d skips positions", layer.index, row)
             return None
-        firsts[row] = mine[0] + PAGE_TOKENS * torch.arange(pages)
+        firsts[row] = mine[0] + PAGE_TOKENS * tokens[:pages]
     page = _with_rest(rotary.turns(layer.index, firsts.to(positions.device), head_dim), head_dim)
     # Where a model scales its tables (YaRN), the scale belongs to each key once.
     page = page / page.norm(dim=-1, keepdim=True)

@@ -193,6 +193,7 @@ class VQLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens, and free their memory."""
+        self._forget_reading()
         self.coded, self._length, self._tail_start = [], 0, 0
         self._recording = False
         if self.is_initialized:
@@ -397,6 +398,7 @@ class VQLayer(CacheLayerMixin):
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], coded: list[int], length: int) -> None:
         """Take over what `tensors` returned, with each row's coded count and the length."""
+        self._forget_reading()
         for name in self._TENSORS:
             setattr(self, name, tensors[name.lstrip("_")])
         self.dtype, self.device = self._tail_keys.dtype, self._tail_keys.device

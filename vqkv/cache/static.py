@@ -175,7 +175,7 @@ class StaticCache(Cache):
         first, state = layers[0], self._state
         for static, layer in self._pairs(layers):
             static.take(layer)
-        coded = torch.tensor(first.coded, dtype=torch.int32)
+        coded = torch.tensor(first.coded, dtype=torch.int32, device="cpu")
         state.start.copy_(coded.clamp(max=first.sinks))
         state.stop.copy_(coded)
         hidden = ~first.exact_slots()[1]

@@ -69,8 +69,8 @@ class VQCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
         super().batch_select_indices(indices)
-        if self.rows.known:  # else there is nothing to select from
-            self.rows.select(torch.arange(self.rows.known, device=indices.device)[indices])
+        known = torch.arange(self.rows.known, device=indices.device)
+        self.rows.select(known[indices] if len(known) else indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` slots of every layer, or of none where one refuses.

@@ -51,7 +51,8 @@ class Kernel:
     `only_asked_for_on` it has to be asked for by `using`.
 
     `prepare`, where there is one, is for many calls that differ in their first argument alone:
-    `run(x, *others)` is `prepare(*others)(x)`.
+    `run(x, *others)` is `prepare(*others)(x)`. Of tensors among the others it may take for granted
+    what `vqkv.kernels.attend.codes.Reader` says: not where they lie.
     """
 
     op: Op

@@ -238,7 +238,7 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
     int64_t *order = calloc((size_t)(heads * head_dim), sizeof *order);
     for (int64_t i = 0; i < heads * head_dim; i++)
         order[i] = head_dim - 1 - i % head_dim;
-    a.order = turned || spoil == 3 ? order : NULL;
+    a.order = (rows + turned) % 2 || spoil == 3 ? order : NULL;
     for (int64_t p = 0; p < pages; p++)
         table[p] = (int32_t)(pages - 1 - p);
     float *page_turns = floats(pages * head_dim), *offset_turns = floats(PAGE * head_dim);

@@ -113,8 +113,8 @@ def attend_codes(query: torch.Tensor, coded: Coded, layout: AttendLayout) -> Par
 class Reader:
     """`attend_codes` for many queries on the same coded tokens, by the kernel that the first finds.
 
-    What does not change from query to query is looked at and made ready once. The tensors must stay
-    as they are meanwhile, but for codes from `stop` on.
+    What does not change from query to query is looked at and made ready once. Shapes, strides and
+    contents stay as they are meanwhile, but for codes from `stop` on; where they lie may change.
     """
 
     def __init__(self, coded: Coded, layout: AttendLayout) -> None:
@@ -124,12 +124,16 @@ class Reader:
 
     def __call__(self, query: torch.Tensor) -> Partial:
         """Of queries `[B, Q, t, D]`. Raises KernelError where `attend_codes` does."""
-        if self._checked != (query.shape, query.device):
+        fresh = self._checked != (query.shape, query.device)
+        if fresh:
             check(query, self.coded)
-            self._checked = query.shape, query.device
         if self._read is None:
             self._read = selection(self.layout, query.device).kernel.prepared(self.coded)
-        return self._read(query)
+        found = self._read(query)
+        if fresh:
+            _check_found(found, query, self.coded.key_sums)
+            self._checked = query.shape, query.device
+        return found
 
 
 def selection(layout: AttendLayout, device: torch.device) -> Selection:
@@ -217,6 +221,19 @@ def check(query: torch.Tensor, coded: Coded) -> None:
     devices = {tensor.device for tensor in tensors} | {query.device}
     if len(devices) > 1:
         raise KernelError(f"all tensors lie on one device, given {sorted(map(str, devices))}")
+
+
+def _check_found(found: Partial, query: torch.Tensor, key_sums: bool) -> None:
+    """Of a kernel, which may be a plugin's: compiled ones go on with what it found."""
+    expected = {"output": query.shape, "lse": query.shape[:3]}
+    expected |= {"key_mean": query.shape} if key_sums else {}
+    for name, shape in expected.items():
+        tensor = getattr(found, name)
+        if tensor is None or tensor.shape != shape or tensor.device != query.device:
+            given = "nothing" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
+            raise KernelError(
+                f"the kernel's {name}: {list(shape)} on {query.device} expected, found {given}"
+            )
 
 
 def _check_turns(coded: Coded, head_dim: int) -> None:

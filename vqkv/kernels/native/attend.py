@@ -47,8 +47,7 @@ class Prepared:
     """Coded tokens as the compiled kernel takes them, for any number of queries.
 
     A decoding step comes by once a layer, and its queries are few: on a short text it would take
-    longer to describe the codes than to read them. The tensors must stay as they are meanwhile,
-    but for codes of tokens beyond `stop`.
+    longer to describe the codes than to read them. Meanwhile tensors stay as `Reader` says.
 
     Raises:
         KernelError: bounds beyond the tokens there are, or turns that are not there.
@@ -102,7 +101,9 @@ class Prepared:
         parts = max(1, -(-torch.get_num_threads() // max(1, items)))
         found = shape if parts == 1 else (parts, *shape)
         output = torch.empty(found, dtype=torch.float32, device=query.device)
-        key_sums = torch.empty_like(output) if self._coded.key_sums else None
+        key_sums = None
+        if self._coded.key_sums:
+            key_sums = torch.empty(found, dtype=torch.float32, device=query.device)
         lse = torch.empty(found[:-1], dtype=torch.float32, device=query.device)
         task = _Attention.from_buffer_copy(self._task)  # other threads may have queries, too
         task.rows, task.head_dim, task.parts = shape[1] // self._heads * shape[2], shape[3], parts

@@ -19,7 +19,7 @@ def encode_trellis(
 ) -> torch.Tensor:
     """Bits `[N, n]` (int32), all on the CPU."""
     x, cost, table = (tensor.float().contiguous() for tensor in (x, cost, table))
-    steps = torch.tensor(widths, dtype=torch.int32)
+    steps = torch.tensor(widths, dtype=torch.int32, device="cpu")
     memory = len(table).bit_length() - 1
     codes = torch.empty(len(x), len(widths), dtype=torch.int32, device="cpu")
 
