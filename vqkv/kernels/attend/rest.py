@@ -52,7 +52,7 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
 def attend_rest_unchecked(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
     """`attend_rest` of arguments that are known to fit each other.
 
-    A decoding step comes by once a layer; in a short context, checks take as long as kernels.
+    A decoding step comes by once a layer, so what checks would find nothing in goes without.
     """
     kernel = select("attend_rest", state_type(rest), query.device).kernel
     output: torch.Tensor = kernel(query, partial, rest)

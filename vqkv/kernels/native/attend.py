@@ -19,7 +19,7 @@ FAILURES = {
     5: "the order names a channel that is not there",
 }
 
-
+#: `struct plane` of attend.h.
 _PLANE: tuple[tuple[str, type[ctypes.c_void_p | ctypes.c_int64]], ...] = (
     ("codes", ctypes.c_void_p),
     *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "token_stride")),
@@ -46,8 +46,8 @@ class _Attention(ctypes.Structure):
 class Prepared:
     """Coded tokens as the compiled kernel takes them, for any number of queries.
 
-    A decoding step comes by once a layer, and its queries are few: on a short text it would take
-    longer to describe the codes than to read them. Meanwhile tensors stay as `Reader` says.
+    A decoding step comes by once a layer with few queries, so describing the codes anew each time
+    would count. Meanwhile tensors stay as `Reader` says.
 
     Raises:
         KernelError: bounds beyond the tokens there are, or turns that are not there.
@@ -55,31 +55,33 @@ class Prepared:
 
     def __init__(self, coded: Coded) -> None:
         _check_bounds(coded)
-        tensors: dict[str, torch.Tensor | None] = {
+        tensors = {
             "keys_codes": coded.keys.codes,
             "keys_words": coded.keys.codewords.float().contiguous(),
             "values_codes": coded.values.codes,
             "values_words": coded.values.codewords.float().contiguous(),
-            "order": None if coded.order is None else coded.order.contiguous(),
             "start": coded.start.contiguous(),
             "stop": coded.stop.contiguous(),
-            "pages": None if coded.pages is None else coded.pages.int().contiguous(),
         }
-        shared = True
+        turn_stride = 0
+        if coded.order is not None:
+            tensors["order"] = coded.order.contiguous()
+        if coded.pages is not None:
+            tensors["pages"] = coded.pages.int().contiguous()
         if coded.turns is not None:
-            tensors["page_turns"] = coded.turns.page.float().contiguous()
-            tensors["offset_turns"] = coded.turns.offset.float().contiguous()
-            tensors["pairs"] = coded.turns.pairs.contiguous()
-            shared = len(coded.turns.page) == 1
-        self._tensors = {name: each for name, each in tensors.items() if each is not None}
-        self._coded = coded
+            page, offset, pairs = coded.turns
+            tensors["page_turns"] = page.float().contiguous()
+            tensors["offset_turns"] = offset.float().contiguous()
+            tensors["pairs"] = pairs.contiguous()
+            turn_stride = 0 if len(page) == 1 else page[0].numel()
+        self._tensors, self._coded = tensors, coded
         self._batch, self._heads = len(coded.start), len(coded.keys.codewords)
         self._task = _Attention(
             batch=self._batch,
             heads=self._heads,
             page_count=0 if coded.pages is None else coded.pages.shape[1],
             blocks=min(len(coded.keys.codes), len(coded.values.codes)),
-            turn_stride=0 if shared else self._tensors["page_turns"].stride(0),
+            turn_stride=turn_stride,
         )
         for name, plane in (("keys", coded.keys), ("values", coded.values)):
             numbers = (*plane.codes.stride()[:3], *plane.codewords.shape[1:])
@@ -91,7 +93,7 @@ class Prepared:
 
         Raises:
             KernelError: a code that names no codeword, a page number that names no block, pairs
-                that are not there, or no memory.
+                or channels that are not there, or no memory.
         """
         if query.dtype is not torch.float32 or not query.is_contiguous():
             query = query.float().contiguous()
@@ -143,7 +145,7 @@ def _merged(output: torch.Tensor, lse: torch.Tensor, key_sums: torch.Tensor | No
 
 
 def _check_bounds(coded: Coded) -> None:
-    """Everything that says where to read but codes, pages and pairs: the kernel looks at those."""
+    """What says where to read, but for codes, pages, pairs and order: C looks at those."""
     if not len(coded.stop):
         return
     room = coded.keys.codes.shape[2], coded.values.codes.shape[2]
