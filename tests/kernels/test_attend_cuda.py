@@ -12,7 +12,7 @@ from vqkv.kernels.attend.codes import Coded, attend_codes
 from vqkv.kernels.attend.codes_op import Found
 from vqkv.kernels.cuda.attend_ops import attend
 from vqkv.kernels.cuda.configs import MOST_SHARED_BYTES, AttendVariant
-from vqkv.kernels.cuda.tables import as_read, key_table, value_table
+from vqkv.kernels.cuda.tables import as_read, key_table, offset_turns, value_table
 
 needs_a_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
@@ -112,19 +112,17 @@ def test_large_scores_late_in_a_context_scale_sums_down(emulator: Emulator) -> N
 
 
 @needs_a_compiler
-@pytest.mark.parametrize(
-    "head_dim, dim, rope, of_keys",
-    [(128, 4, False, 3.1), (128, 4, True, 3.4), (128, 8, False, 4), (64, 4, True, 2)],
-)
-def test_look_ups_meet_in_no_more_banks_than_planned(
-    emulator: Emulator, head_dim: int, dim: int, rope: bool, of_keys: float
+@pytest.mark.parametrize("head_dim, dim", [(128, 4), (128, 8), (64, 4), (64, 8)])
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("rope", [False, True])
+def test_look_ups_never_meet_in_a_bank(
+    emulator: Emulator, head_dim: int, dim: int, group: int, rope: bool
 ) -> None:
-    """32 of keys on random codes; 32 of values take the fewest there are, whatever the codes."""
-    case = Case(head_dim=head_dim, dim=dim, heads=1, group=4, lengths=(256,), rope=rope)
+    """So 32 take the fewest wavefronts there are, whatever the codes."""
+    case = Case(head_dim=head_dim, dim=dim, heads=1, group=group, lengths=(256,), rope=rope)
     query, coded = problem(case)
     attend(query, coded, 1, emulator.launch)
-    keys, values = emulator.wavefronts
-    assert keys <= of_keys and values == dim / 4
+    assert emulator.wavefronts == (dim / 4, dim / 4)
 
 
 def test_codewords_are_rounded_by_a_sixteenth_at_most() -> None:
@@ -148,6 +146,26 @@ def test_codewords_changed_in_place_change_their_tables_in_place() -> None:
         assert torch.equal(new.entries & 127, bits & 127) and not torch.equal(new.entries, bits)
 
 
+def test_turns_within_a_page_are_converted_once_of_each_pair_of_tensors() -> None:
+    offset, pairs = (
+        torch.randn(64, 32, 2),
+        torch.stack([torch.randperm(32) for _ in range(2)]).int(),
+    )
+    table = offset_turns(offset, pairs)
+    assert table.shape == (2, 4, 4, 32, 2, 2, 2)
+    # Lane 4 g + c of step 1 of tile 3, rows g and g + 8: tokens 4 (g % 2) + g // 2 and 8 more.
+    lane, first = 4 * 5 + 2, 2 * 8 + 2 * 1
+    for half, token in enumerate((3 * 16 + 6, 3 * 16 + 14)):
+        turns = offset[token, pairs[1, first : first + 2].long()].half()
+        assert torch.equal(table[1, 3, 1, lane, half], turns.T)
+    assert offset_turns(offset, pairs) is table
+    assert offset_turns(offset.clone(), pairs) is not table
+    assert offset_turns(offset, pairs) is table  # whoever keeps both tensors keeps it
+    before = table.clone()
+    offset.neg_()
+    assert offset_turns(offset, pairs) is table and torch.equal(table, -before)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dim", [4, 8])
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 16])
@@ -158,6 +176,7 @@ def test_every_variant_fits_into_shared_memory(
 ) -> None:
     variant = AttendVariant(head_dim, dim, rows, 32, 32, rope=rope, key_sums=key_sums)
     assert variant.shared_bytes <= MOST_SHARED_BYTES
+    assert (variant.chunk > 0) == rope and variant.chunk % (variant.tiles * variant.warps // 4) == 0
     assert rows <= variant.padded_rows and variant.warps % 4 == 0
 
 

@@ -182,9 +182,8 @@ class StaticCache(Cache):
         state.hidden.fill_(True)
         state.hidden[:, 0, 0, : hidden.shape[1]] = hidden
         state.slot.fill_(hidden.shape[1] - self._sinks)
-        for kind, new in tables.items():
-            for held, given in zip(state.tables[kind], new, strict=True):
-                held.copy_(given)
+        for kind, (page, _) in tables.items():  # within a page turns never change
+            state.tables[kind][0].copy_(page)
 
     def reads(self, layers: Sequence[VQLayer]) -> bool:
         """Whether the layers' codes and sinks are the tensors that they were."""

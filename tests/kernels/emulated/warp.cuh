@@ -247,19 +247,27 @@ DEVICE u32 load_word(u32 address, int constant) {
     return word;
 }
 
-DEVICE u32 add_scaled_byte(u32 start, u32 word, int which, u32 stride) {
-    if (stride > 255) emulation::fail("a stride of more than a byte");
-    return start + (word >> (8 * which) & 255) * stride;
+DEVICE u32 dot(u32 bytes, u32 others, u32 start) {
+    for (int n = 0; n < 32; n += 8) start += (bytes >> n & 255) * (others >> n & 255);
+    return start;
+}
+DEVICE u32 scaled_byte(int which, u32 scale) {
+    if (scale > 255) emulation::fail("a scale of more than a byte");
+    return scale << 8 * which;
 }
 DEVICE u32 interleave(u32 a, u32 b, bool high) {
     a >>= 16 * high, b >>= 16 * high;
     return (a & 255) | (b & 255) << 8 | (a >> 8 & 255) << 16 | (b >> 8 & 255) << 24;
 }
-DEVICE u32 interleave_halves(u32 word) { return interleave(word, word >> 16, false); }
+DEVICE u32 interleave_halves(u32 low, u32 high) { return interleave(low, high >> 16, false); }
+DEVICE void exchange(bool truly, u32 &a, u32 &b) {
+    if (truly) std::swap(a, b);
+}
 DEVICE u32 halves_of_e4m3(u32 word, bool high) {
     word >>= 16 * high;
     return emulation::both(emulation::float_of_e4m3(u8(word)), emulation::float_of_e4m3(u8(word >> 8)));
 }
+DEVICE u32 kept(u32 x) { return x; }
 DEVICE u32 halves(float low, float high) { return emulation::both(low, high); }
 DEVICE u32 product_plus(u32 a, u32 b, u32 c) {
     using namespace emulation;

@@ -5,21 +5,27 @@
 // same in every page and stays in registers.
 //
 // The way through shared memory takes a clock for each wavefront of look-ups, and for each `movmatrix`. So either
-// stream is looked up as fragments of the product it is for, and no codeword is transposed:
+// stream is looked up as fragments of the product it is for, no codeword is transposed, and lanes of a warp never meet
+// in a bank, whatever the codes are:
 //
-// Keys. Lane (g, c) looks up the c-th quarter of the subvectors of tokens g and g + 8, words of four channels
+// Values. Lane (g, c) looks up the g-th eighth of the subvectors of rows 2c, 2c + 1, 2c + 8 and 2c + 9 of a tile.
+// Interleaved by bytes, words of two tokens are fragments of V^T, whose product with weights gives the output. With four
+// copies of the table every lane has banks of its own.
+//
+// Keys. Lane (g, c) looks up the c-th quarter of the subvectors of rows g and g + 8, words of four channels
 // (x0, x1, y0, y1) of two pairs. A word's halves are fragments of K, whose product with q gives scores. Lanes of one
-// c read the same subvector; they meet in the banks that are theirs, less with two copies.
-//
-// Values. Lane (g, c) looks up the g-th eighth of the subvectors of tokens 2c, 2c + 1, 2c + 8 and 2c + 9. Interleaved
-// by bytes, words of two tokens are fragments of V^T, whose product with weights gives the output. With four copies
-// every lane has a bank of its own.
+// c are after the same subvector; were they to read it at once, they would need eight copies. So they read subvectors of
+// a SIDE of 16 / d in an order of their own, s ^ (g % SIDE), of two copies; then they put their words in order, by
+// exchanging those whose places differ in one bit after those that differ in another. Up to four query rows leave half
+// of a product's columns free, and these save the exchange of neighbours: in columns 0 to 3 queries have their order,
+// in 4 to 7 neighbours are exchanged, and even rows find their scores in the former, odd rows in the latter. Weights of
+// odd rows are zero in the former columns, and of even ones in the latter, so each counts once.
 //
 // Where sums of keys are asked for, words of keys, transposed as 8 x 8 blocks of byte pairs, are fragments of K^T.
 //
 // Given by the compiler's command line: HEAD_DIM (D), DIM (d), ROWS (query rows of a KV head, padded to 4, 8 or 16),
-// WARPS, TILES (that a warp reads at a time), KEY_COPIES, KEY_TOKEN and VALUE_TOKEN (bytes from one token to the
-// next), and 0 or 1 for ROPE, KEY_SUMS and PAGED.
+// WARPS, TILES (that a warp reads at a time), CHUNK (pages whose turned queries are made between two barriers),
+// KEY_TOKEN and VALUE_TOKEN (bytes from one token to the next), and 0 or 1 for ROPE, KEY_SUMS and PAGED.
 
 #include <warp.cuh>
 
@@ -39,20 +45,25 @@
 #define NOTHING (-3e38f)
 #define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
 
-// A code's entries of keys, of the four lanes c in each copy: [QUARTER, 256, KEY_COPIES, 4, d] bytes.
-#define KEY_ROW (KEY_COPIES * 4 * DIM)
-#define KEY_BYTES (QUARTER * 256 * KEY_ROW)
-// And of values, of a warp's lanes: [EIGHTH, d / 4, 256, 32, 4] bytes at d = 4, [EIGHTH, 2, 256, 16, 8] at d = 8.
-#define VALUE_ROW 128
-#define VALUE_BYTES (EIGHTH * WORDS * 256 * VALUE_ROW)
+#define SIDE (16 / DIM)                // subvectors that a lane reads in an order of its own
+#define COPIES 2                      // of an entry of keys
+#define BY_COLUMNS (ROWS == 4)        // whether columns of queries save the exchange of neighbours
+#define NEIGHBOUR (BY_COLUMNS * WORDS)  // a step ^ this is of the neighbour
+
+// Both tables have the entries of a code in a row over all banks: of keys [QUARTER / SIDE, 256, COPIES, SIDE, 4, d]
+// bytes, where the four lanes c are innermost; of values [EIGHTH, d / 4, 256, 32, 4] at d = 4 and
+// [EIGHTH, 2, 256, 16, 8] at d = 8.
+#define TABLE_ROW 128
+#define KEY_BYTES (QUARTER / SIDE * 256 * TABLE_ROW)
+#define VALUE_BYTES (EIGHTH * WORDS * 256 * TABLE_ROW)
 
 static_assert(WARPS % 4 == 0 && WARPS * COLUMNS <= ROWS * HEAD_DIM, "factors take the place of queries");
-static_assert(4 * (1 + KEY_SUMS) * WARPS * ROWS * HEAD_DIM <= KEY_BYTES + VALUE_BYTES, "sums take that of tables");
+static_assert(4 * (1 + KEY_SUMS) * WARPS * COLUMNS * (HEAD_DIM + 4) <= KEY_BYTES + VALUE_BYTES,
+              "sums take that of tables");
 
 #if ROPE
-#define CHUNK (64 / ROWS / BATCH * BATCH)    // pages whose turned queries are made between two barriers
 #define ITEMS (STEPS * ROWS * 4)              // fragments of turned queries of a page
-static_assert(CHUNK > 0, "too many pages at a time");
+static_assert(CHUNK > 0 && CHUNK % BATCH == 0, "warps read whole batches of a chunk");
 #endif
 
 #if QUARTER == 8
@@ -70,11 +81,14 @@ typedef u16 ValueCodes;
 typedef u8 ValueCodes;
 #endif
 
-// One lane's codes of tokens g and g + 8.
+// A row of a tile's products is this token of it: such that what a warp reads of values at a time is of consecutive ones.
+DEVICE int token_of(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
+
+// One lane's codes of rows g and g + 8.
 struct KeyRead {
     u32 token[2][(QUARTER + 3) / 4];
 };
-// And of tokens 2c, 2c + 1, 2c + 8 and 2c + 9.
+// And of rows 2c, 2c + 1, 2c + 8 and 2c + 9.
 struct ValueRead {
     u32 token[4];
 };
@@ -83,12 +97,25 @@ struct ValueRead {
 struct Keys {
     u32 of[STEPS][2];
 };
+// In which order a lane looks up those of a side.
+struct KeyOrder {
+    u32 entry[SIDE];  // where the table of the n-th begins for it
+    u32 byte[4];      // its code in a word of codes
+    bool swaps[SIDE];  // whether it exchanges words whose places differ in this bit
+
+    DEVICE KeyOrder(u32 table, int g, int c) {
+#pragma unroll
+        for (int n = 0; n < SIDE; n++)
+            entry[n] = kept(table + ((g / SIDE % COPIES * SIDE + (n ^ g % SIDE)) * 4 + c) * DIM), swaps[n] = g & n;
+#pragma unroll
+        for (int n = 0; n < 4; n++) byte[n] = kept(scaled_byte(n ^ g % SIDE, TABLE_ROW));
+    }
+};
 // Codewords of values, of the four tokens; at d = 4 the first word alone.
 struct Values {
     uint2 of[EIGHTH][4];
 };
-// The four tokens of dimension i of the u-th subvector, as a column of V^T: tokens 2c and 2c + 1, then 2c + 8 and
-// 2c + 9.
+// The four tokens of dimension i of the u-th subvector, as a column of V^T: rows 2c and 2c + 1, then 2c + 8 and 2c + 9.
 struct Columns {
     u32 of[STEPS][2][2];
 };
@@ -102,7 +129,7 @@ template <int COUNT> struct Share {
 
 // A thread's share of a table, all of it on its way at once.
 
-// [QUARTER, 256, 4, d] of fp8, each code's 4 d bytes copied.
+// [QUARTER / SIDE, 256, SIDE, 4, d] of fp8, two copies of each code's part.
 struct KeyTable : Share<QUARTER * 256> {
     uint4 words[OWN][WORDS];
 
@@ -114,14 +141,15 @@ struct KeyTable : Share<QUARTER * 256> {
                 if (has(own)) words[own][i] = ((const uint4 *)from)[item(own) * WORDS + i];
     }
     DEVICE void write(u8 *table) const {
-        constexpr int PARTS = KEY_COPIES * WORDS;  // of 16 bytes
+        constexpr int PARTS = COPIES * WORDS;  // of 16 bytes that an item becomes
 #pragma unroll
         for (int own = 0; own < OWN; own++)
 #pragma unroll
             for (int i = 0; i < PARTS; i++) {
-                const int place = (i + item(own) * PARTS / 8) % PARTS;  // so that eight lanes write to all banks
-                const uint4 part = WORDS == 2 && place % 2 ? words[own][WORDS - 1] : words[own][0];
-                if (has(own)) ((uint4 *)table)[item(own) * PARTS + place] = part;
+                const int row = item(own) / SIDE, part = (i + row) % PARTS;  // so that eight lanes write to all banks
+                const uint4 word = WORDS == 2 && part % 2 ? words[own][WORDS - 1] : words[own][0];
+                const int place = (part / WORDS * SIDE + item(own) % SIDE) * WORDS + part % WORDS;
+                if (has(own)) ((uint4 *)table)[row * (TABLE_ROW / 16) + place] = word;
             }
     }
 };
@@ -152,7 +180,7 @@ struct ValueTable : Share<EIGHTH * 256 * 8> {
             ((uint4 *)table)[item(own)] = copies;
 #else
             const int g = item(own) & 7, code = item(own) >> 3 & 255, u = item(own) >> 11;
-            uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * VALUE_ROW + g % 4 * 32);
+            uint4 *to = (uint4 *)(table + ((2 * u + g / 4) * 256 + code) * TABLE_ROW + g % 4 * 32);
             to[g / 4] = to[1 - g / 4] = copies;  // lanes of either half of g write to other banks
 #endif
         }
@@ -163,7 +191,7 @@ DEVICE KeyRead read_keys(const u8 *from) {
     KeyRead codes;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const KeyCodes word = read_once((const KeyCodes *)(from + j * 8 * KEY_TOKEN));
+        const KeyCodes word = read_once((const KeyCodes *)(from + token_of(j * 8) * KEY_TOKEN));
 #if QUARTER == 8
         codes.token[j][0] = word.x, codes.token[j][1] = word.y;
 #else
@@ -177,24 +205,32 @@ DEVICE ValueRead read_values(const u8 *from) {
     ValueRead codes;
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        codes.token[j] = read_once((const ValueCodes *)(from + ((j & 1) + (j >> 1) * 8) * VALUE_TOKEN));
+        codes.token[j] = read_once((const ValueCodes *)(from + token_of(j % 2 + j / 2 * 8) * VALUE_TOKEN));
     return codes;
 }
 
-DEVICE Keys look_up_keys(KeyRead codes, u32 entry) {
+// Of a side's words that differ in bit 0 of their place, a lane's are exchanged where columns of queries are.
+DEVICE Keys look_up_keys(KeyRead codes, const KeyOrder &order) {
     Keys keys;
 #pragma unroll
     for (int s = 0; s < QUARTER; s++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const u32 address = add_scaled_byte(entry, codes.token[j][s / 4], s % 4, KEY_ROW);
+            const u32 address = dot(codes.token[j][s / 4], order.byte[s % 4], order.entry[s % SIDE]);
 #if DIM == 4
-            keys.of[s][j] = load_word(address, s * (256 * KEY_ROW));
+            keys.of[s][j] = load_word(address, s / SIDE * (256 * TABLE_ROW));
 #else
-            const uint2 words = load_words(address, s * (256 * KEY_ROW));
+            const uint2 words = load_words(address, s / SIDE * (256 * TABLE_ROW));
             keys.of[2 * s][j] = words.x, keys.of[2 * s + 1][j] = words.y;
 #endif
         }
+#pragma unroll
+    for (int bit = BY_COLUMNS ? 2 : 1; bit < SIDE; bit *= 2)
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                if (!(step / WORDS & bit)) exchange(order.swaps[bit], keys.of[step][j], keys.of[step + bit * WORDS][j]);
     return keys;
 }
 
@@ -204,11 +240,11 @@ DEVICE Values look_up_values(ValueRead codes, u32 entry) {
     for (int u = 0; u < EIGHTH; u++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const u32 address = add_scaled_byte(entry, codes.token[j], u, VALUE_ROW);
+            const u32 address = dot(codes.token[j], scaled_byte(u, TABLE_ROW), entry);
 #if DIM == 4
-            values.of[u][j].x = load_word(address, u * (256 * VALUE_ROW));
+            values.of[u][j].x = load_word(address, u * (256 * TABLE_ROW));
 #else
-            values.of[u][j] = load_words(address, u * (512 * VALUE_ROW));
+            values.of[u][j] = load_words(address, u * (512 * TABLE_ROW));
 #endif
         }
     return values;
@@ -232,15 +268,21 @@ DEVICE Columns columns_of(const Values &values) {
 }
 
 #if KEY_SUMS
-// Of words whose byte pairs are channels of K, columns of K^T: either byte of the pair that the lane's g names.
+// Of words whose byte pairs are channels of K, columns of K^T: either byte of the pair that the lane's g names. Of odd
+// rows a step has the neighbour's.
 DEVICE Columns columns_of(const Keys &keys) {
     Columns columns;
+    Keys pairs;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            pairs.of[step][k] = transposed(keys.of[step][k]);  // of rows 2c and 2c + 1
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const u32 pairs = transposed(keys.of[step][k]);  // of tokens 2c and 2c + 1
-            const u32 bytes = interleave_halves(pairs);
+            const u32 bytes = interleave_halves(pairs.of[step][k], pairs.of[step ^ NEIGHBOUR][k]);
 #pragma unroll
             for (int i = 0; i < 2; i++) columns.of[step][i][k] = halves_of_e4m3(bytes, i);
         }
@@ -275,46 +317,39 @@ DEVICE float4 turned_back(float4 query, float2 first, float2 second) {
     return turned;
 }
 
-// What a thread turns of queries [ROWS, D], once for BATCH pages: fragments [BATCH, STEPS, ROWS, 4].
-struct Turning : Share<BATCH * ITEMS> {
+// What a thread turns of queries [ROWS, D], once for BATCH pages: fragments [BATCH, STEPS, ROWS, 4], of some rows alike.
+constexpr int TURNED_ALIKE = BATCH * ITEMS > THREADS ? BATCH * ITEMS / THREADS : 1;
+struct Turning : Share<BATCH * ITEMS / TURNED_ALIKE> {
     // By which it turns them.
     struct Turns {
-        float2 of[OWN][2];
+        float2 first, second;
     };
     const float2 *page_turns;
-    float4 query[OWN];
-    int first[OWN], second[OWN];  // pairs in the tables
+    float4 query[TURNED_ALIKE];
+    int page, place, first, second;  // of its fragments among a batch's pages, in one, and of their pairs in the tables
 
     DEVICE Turning(const float *turns, const int *pairs) : page_turns((const float2 *)turns) {
-#pragma unroll
-        for (int own = 0; own < OWN; own++) {
-            const int c = item(own) & 3, step = item(own) / (4 * ROWS) % STEPS;
-            first[own] = pairs[pair_of(step, c)], second[own] = pairs[pair_of(step, c) + 1];
-        }
+        static_assert(OWN == 1 && ROWS % TURNED_ALIKE == 0, "threads have rows of one step and lane");
+        const int c = item(0) % 4, at = item(0) / 4 * TURNED_ALIKE;
+        page = at / (STEPS * ROWS), place = at % (STEPS * ROWS) * 4 + c;
+        first = pairs[pair_of(step(), c)], second = pairs[pair_of(step(), c) + 1];
     }
+    DEVICE int step() const { return place / (4 * ROWS); }
     DEVICE void take(const float *queries) {
 #pragma unroll
-        for (int own = 0; own < OWN; own++) {
-            const int c = item(own) & 3, row = item(own) / 4 % ROWS, step = item(own) / (4 * ROWS) % STEPS;
-            query[own] = *(const float4 *)(queries + row * HEAD_DIM + 2 * pair_of(step, c));
-        }
+        for (int n = 0; n < TURNED_ALIKE; n++)
+            query[n] = *(const float4 *)(queries + (place / 4 % ROWS + n) * HEAD_DIM + 2 * pair_of(step(), place % 4));
     }
-    // Of the pages from `page` on; past the last one it is read again, and what becomes of it is not.
-    DEVICE Turns read(int page, int end) const {
-        Turns turns = {};
-#pragma unroll
-        for (int own = 0; own < OWN; own++)
-            if (has(own)) {
-                const int at = page + item(own) / ITEMS;
-                const float2 *const from = page_turns + (i64)(at < end ? at : end - 1) * HALF;
-                turns.of[own][0] = read_early(from + first[own]), turns.of[own][1] = read_early(from + second[own]);
-            }
-        return turns;
+    // Of the pages from `from` on; past the last one it is read again, and what becomes of it is not.
+    DEVICE Turns read(int from, int end) const {
+        if (!has(0)) return {};
+        const float2 *const turn = page_turns + (i64)(from + page < end ? from + page : end - 1) * HALF;
+        return {read_early(turn + first), read_early(turn + second)};
     }
     DEVICE void write(uint2 *fragments, const Turns &turns) const {
 #pragma unroll
-        for (int own = 0; own < OWN; own++)
-            if (has(own)) fragments[item(own)] = fragment(turned_back(query[own], turns.of[own][0], turns.of[own][1]));
+        for (int n = 0; n < TURNED_ALIKE; n++)
+            if (has(0)) fragments[page * ITEMS + place + n * 4] = fragment(turned_back(query[n], turns.first, turns.second));
     }
 };
 #endif
@@ -323,35 +358,38 @@ struct Turning : Share<BATCH * ITEMS> {
 DEVICE int value_channel(int step, int g, int i) { return g * (HEAD_DIM / 8) + step * 2 + i; }
 DEVICE int key_channel(int step, int g, int i) { return 2 * (pair_of(step, g / 2) + i) + g % 2; }
 
-// A warp's sums, scaled by its own factor of a row, to its own rows of D among those of all warps.
-DEVICE void put_rows(float *room, const float *factors, float sums[STEPS][BLOCKS][4], int warp, int lane,
-                     int (*channel)(int, int, int)) {
+// Columns of sums in shared memory: side by side what lanes g have at a time, and four words from one column's end to
+// the next, so that lanes of a warp meet in no bank.
+#define COLUMN_STRIDE (HEAD_DIM + 4)
+
+// A warp's sums, scaled by its own factor of a column, to its own columns among those of all warps.
+DEVICE void put_columns(float *room, const float *factors, float sums[STEPS][BLOCKS][4], int warp, int g, int c) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int row = block * 8 + 2 * (lane & 3) + (i & 1);
-                if (row < ROWS)
-                    room[(warp * ROWS + row) * HEAD_DIM + channel(step, lane >> 2, i >> 1)] =
-                        sums[step][block][i] * factors[warp * COLUMNS + row];
+                const int column = warp * COLUMNS + block * 8 + 2 * c + i % 2;
+                room[column * COLUMN_STRIDE + (step * 2 + i / 2) * 8 + g] = sums[step][block][i] * factors[column];
             }
 }
-// Rows of D: sums of all warps.
-DEVICE void add_rows(float *to, const float *room, int rows) {
-    for (int place = thread_index(); place < rows * HEAD_DIM; place += THREADS) {
+// Rows of D: sums of all columns that are theirs.
+DEVICE void add_columns(float *to, const float *room, int rows, int (*channel)(int, int, int)) {
+    for (int item = thread_index(); item < rows * HEAD_DIM; item += THREADS) {
+        const int row = item / HEAD_DIM, place = item % HEAD_DIM;
         float total = 0;
 #pragma unroll
-        for (int other = 0; other < WARPS; other++) total += room[other * ROWS * HEAD_DIM + place];
-        to[place] = total;
+        for (int other = 0; other < WARPS * COLUMNS / ROWS; other++)
+            total += room[(other * ROWS + row) * COLUMN_STRIDE + place];
+        to[row * HEAD_DIM + channel(place / 16, place % 8, place / 8 % 2)] = total;
     }
 }
 
 KERNEL(THREADS)
 attend(const float *query, const u8 *key_codes, const u8 *key_table, const float *key_scale, const u8 *value_codes,
        const u8 *value_table, const float *value_scale, const int *start, const int *stop, const int *pages,
-       const float *page_turns, const float *offset_turns, const int *pairs, float *output, float *lse, float *key_mean,
+       const float *page_turns, const uint4 *offset_turns, const int *pairs, float *output, float *lse, float *key_mean,
        i64 key_row, i64 key_head, i64 value_row, i64 value_head, i64 pages_row,
        i64 turns_row, int batches, int heads, int rows, int splits) {
     SHARED(shared);
@@ -381,10 +419,6 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     pages += batch * pages_row, page_turns += batch * turns_row, pairs += head * HALF;
 #if ROPE
     Turning turning(page_turns, pairs);
-    int turned_pair[STEPS][2];
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-        turned_pair[step][0] = pairs[pair_of(step, c)], turned_pair[step][1] = pairs[pair_of(step, c) + 1];
 #endif
     key_entries.write(keys_at);
     value_entries.write(values_at);
@@ -395,8 +429,8 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 
     key_codes += head * key_head + (PAGED ? 0 : batch * key_row);
     value_codes += head * value_head + (PAGED ? 0 : batch * value_row);
-    key_codes += (tile + g) * KEY_TOKEN + c * QUARTER;
-    value_codes += (tile + 2 * c) * VALUE_TOKEN + g * EIGHTH;
+    key_codes += (tile + token_of(g)) * KEY_TOKEN + c * QUARTER;
+    value_codes += (tile + token_of(2 * c)) * VALUE_TOKEN + g * EIGHTH;
     KeyRead key_read[TILES] = {};
     ValueRead value_read[TILES] = {};
     // Past the last page it is read again, and its tokens are masked.
@@ -416,15 +450,13 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
     for (int i = 0; i < CHUNK / BATCH; i++)
         if (low + i * BATCH < high) first_turns[i] = turning.read(low + i * BATCH, high);
-    u32 cosine[STEPS][2], sine[STEPS][2];  // of tokens g and g + 8 of the tile
+    u32 cosine[STEPS][2], sine[STEPS][2];  // of rows g and g + 8 of the tile
+    offset_turns += (head * 4 + warp % 4) * (STEPS * 32) + lane;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const float2 *const turn = (const float2 *)(offset_turns + (tile + g + 8 * k) * HEAD_DIM);
-            const float2 one = turn[turned_pair[step][0]], other = turn[turned_pair[step][1]];
-            cosine[step][k] = halves(one.x, other.x), sine[step][k] = halves(one.y, other.y);
-        }
+    for (int step = 0; step < STEPS; step++) {
+        const uint4 turn = offset_turns[(step ^ g % 2 * NEIGHBOUR) * 32];
+        cosine[step][0] = turn.x, sine[step][0] = turn.y, cosine[step][1] = turn.z, sine[step][1] = turn.w;
+    }
 #endif
 #pragma unroll
     for (int own = 0; own < OWN_QUERIES; own++) {
@@ -433,10 +465,10 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     }
     barrier();
 
-    const u32 key_entry = address_of(keys_at) + (g % KEY_COPIES * 4 + c) * DIM;
-    const u32 value_entry = address_of(values_at) + (DIM == 4 ? lane * 4 : g / 4 * (256 * VALUE_ROW) + lane % 16 * 8);
+    const KeyOrder key_order(address_of(keys_at), g, c);
+    const u32 value_entry = address_of(values_at) + (DIM == 4 ? lane * 4 : g / 4 * (256 * TABLE_ROW) + lane % 16 * 8);
     const float scale = key_scale[head];
-    const int lane_row = g % ROWS;  // where there are four, columns beside them are the same again, and not written
+    const int lane_row = g % ROWS, exchanged = g / ROWS % 2 * NEIGHBOUR;  // of the lane's column of queries
 #if ROPE
     uint2 *const fragments = (uint2 *)(maxima + 2 * WARPS * COLUMNS);  // [2 CHUNK, STEPS, ROWS, 4]
     turning.take(queries);
@@ -450,16 +482,19 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
-            q[step][block] = fragment(*(const float4 *)(queries + (block * 8 + lane_row) * HEAD_DIM + 2 * pair_of(step, c)));
+            q[step][block] = fragment(*(const float4 *)(queries + (block * 8 + lane_row) * HEAD_DIM +
+                                                        2 * pair_of(step ^ exchanged, c)));
 #endif
 
     float sums[STEPS][BLOCKS][4] = {};
 #if KEY_SUMS
     float key_sums[STEPS][BLOCKS][4] = {};
 #endif
+    // Where columns of queries are exchanged, half of what a lane finds are no scores; above all their top, they weigh 0.
+    const bool counts = !BY_COLUMNS || g % 2 == c / 2;
     float top[BLOCKS][2], weight[BLOCKS][2] = {};
 #pragma unroll
-    for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = NOTHING;
+    for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = counts ? NOTHING : -NOTHING;
 
     const int limit = high * PAGE < end ? high * PAGE : end;
     for (int first_page = low; first_page < high; first_page += BATCH) {
@@ -473,13 +508,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
             Values values[TILES];
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                keys[t] = look_up_keys(key_read[t], key_entry);
+                keys[t] = look_up_keys(key_read[t], key_order);
                 values[t] = look_up_values(value_read[t], value_entry);
             }
             if (page + BATCH < high) read_pages(page + BATCH);
 
 #if ROPE
             const u32 turned_at = address_of(fragments) + ((turned + warp / 4) * ITEMS + lane_row * 4 + c) * 8;
+            constexpr int STEP_BYTES = ROWS * 4 * 8;
+            const u32 turned_in[2] = {turned_at + exchanged * STEP_BYTES, turned_at - exchanged * STEP_BYTES};
 #endif
             float score[TILES][BLOCKS][4] = {};
 #pragma unroll
@@ -500,7 +537,8 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++) {
 #if ROPE
-                    const uint2 b = load_words(turned_at, (t * STRIDE * ITEMS + (step * ROWS + block * 8) * 4) * 8);
+                    const uint2 b = load_words(turned_in[step / WORDS % 2],
+                                               t * STRIDE * ITEMS * 8 + step * STEP_BYTES + block * 8 * 4 * 8);
 #else
                     const uint2 b = q[step][block];
 #endif
@@ -508,12 +546,12 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                 }
             }
 
-            // Tokens g and g + 8 of a tile, query rows 2c and 2c + 1, in powers of two above what is the top so far.
+            // Rows g and g + 8 of a tile, columns 2c and 2c + 1, in powers of two above what is the top so far.
             const int slot = page * PAGE + tile;
             if (SELDOM(slot < begin || slot + (TILES - 1) * STRIDE * PAGE + TILE > limit)) {
 #pragma unroll
                 for (int i = 0; i < 4 * BLOCKS * TILES; i++) {
-                    const int token = slot + i / (4 * BLOCKS) * STRIDE * PAGE + g + (i & 2 ? 8 : 0);
+                    const int token = slot + i / (4 * BLOCKS) * STRIDE * PAGE + token_of(g + (i & 2 ? 8 : 0));
                     if (token < begin || token >= limit) score[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] = -INFINITY;
                 }
             }
@@ -527,12 +565,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                     float most = NOTHING;
 #pragma unroll
                     for (int t = 0; t < TILES; t++)
-                        most = fmaxf(most, fmaxf(score[t][i / 2][i % 2], score[t][i / 2][i % 2 + 2]) * scale);
+                        if (counts) most = fmaxf(most, fmaxf(score[t][i / 2][i % 2], score[t][i / 2][i % 2 + 2]) * scale);
 #pragma unroll
                     for (int distance = 4; distance < 32; distance *= 2) most = fmaxf(most, from_lane(most, distance));
-                    most = fmaxf(most, top[i / 2][i % 2]);
-                    const float factor = power_of_2(top[i / 2][i % 2] - most);
-                    top[i / 2][i % 2] = most, weight[i / 2][i % 2] *= factor;
+                    // That of a column is with one of two neighbours.
+                    const float old = fminf(top[i / 2][i % 2], from_lane(top[i / 2][i % 2], 4));
+                    most = fmaxf(most, old);
+                    const float factor = power_of_2(old - most);
+                    weight[i / 2][i % 2] *= factor;
+                    if (counts) top[i / 2][i % 2] = most;
 #pragma unroll
                     for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -578,19 +619,19 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
         for (int distance = 4; distance < 32; distance *= 2) all += from_lane(all, distance);
         const int place = warp * COLUMNS + i / 2 * 8 + 2 * c + i % 2;
-        if (lane < 4) maxima[place] = top[i / 2][i % 2], maxima[WARPS * COLUMNS + place] = all;
+        if (g == (BY_COLUMNS ? c / 2 : 0)) maxima[place] = top[i / 2][i % 2], maxima[WARPS * COLUMNS + place] = all;
     }
     barrier();
     float *const factors = queries;  // [WARPS, COLUMNS]
     const i64 place = ((split * (i64)batches + batch) * heads + head) * rows;
-    if (thread_index() < COLUMNS) {
-        const int row = thread_index();
+    if (thread_index() < ROWS) {
+        const int row = thread_index();  // whose columns are every ROWS-th
         float most = NOTHING, total = 0;
-        for (int other = 0; other < WARPS; other++) most = fmaxf(most, maxima[other * COLUMNS + row]);
-        for (int other = 0; other < WARPS; other++)
-            total += maxima[(WARPS + other) * COLUMNS + row] * power_of_2(maxima[other * COLUMNS + row] - most);
-        for (int other = 0; other < WARPS; other++)
-            factors[other * COLUMNS + row] = power_of_2(maxima[other * COLUMNS + row] - most) / (total > 0 ? total : 1);
+        for (int column = row; column < WARPS * COLUMNS; column += ROWS) most = fmaxf(most, maxima[column]);
+        for (int column = row; column < WARPS * COLUMNS; column += ROWS)
+            total += maxima[WARPS * COLUMNS + column] * power_of_2(maxima[column] - most);
+        for (int column = row; column < WARPS * COLUMNS; column += ROWS)
+            factors[column] = power_of_2(maxima[column] - most) / (total > 0 ? total : 1);
         if (row < rows) lse[place + row] = total > 0 ? (most + log2f(total)) * LN_2 : -INFINITY;
     }
     barrier();
@@ -603,15 +644,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
         key_sums[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] *= scale;
 #endif
     }
-    float *const room = (float *)shared;  // [WARPS, ROWS, D], where the tables were
-    put_rows(room, factors, sums, warp, lane, value_channel);
+    float *const room = (float *)shared;  // [WARPS, COLUMNS], where the tables were
+    put_columns(room, factors, sums, warp, g, c);
 #if KEY_SUMS
-    float *const key_room = room + WARPS * ROWS * HEAD_DIM;
-    put_rows(key_room, factors, key_sums, warp, lane, key_channel);
+    float *const key_room = room + WARPS * COLUMNS * COLUMN_STRIDE;
+    put_columns(key_room, factors, key_sums, warp, g, c);
 #endif
     barrier();
-    add_rows(output + place * HEAD_DIM, room, rows);
+    add_columns(output + place * HEAD_DIM, room, rows, value_channel);
 #if KEY_SUMS
-    add_rows(key_mean + place * HEAD_DIM, key_room, rows);
+    add_columns(key_mean + place * HEAD_DIM, key_room, rows, key_channel);
 #endif
 }

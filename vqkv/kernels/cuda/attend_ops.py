@@ -13,7 +13,7 @@ from vqkv.kernels.attend.codes import Coded, Plane, Turns
 from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.cuda import build
 from vqkv.kernels.cuda.configs import MOST_ROWS, AttendVariant, MergeVariant, Variant
-from vqkv.kernels.cuda.tables import key_table, value_table
+from vqkv.kernels.cuda.tables import key_table, offset_turns, value_table
 from vqkv.kernels.gpu.configs import split_count
 from vqkv.layouts import PAGE_TOKENS
 
@@ -96,8 +96,10 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     lse = query.new_empty((splits, *query.shape[:3]))
     means = query.new_empty((splits, *query.shape[:3], head_dim if coded.key_sums else 0))
     # What a variant does not read may be any tensor.
-    page, offset, pairs = coded.turns or (query, query, coded.start)
-    page = page.contiguous()
+    page, offset, pairs = query, query, coded.start
+    if coded.turns is not None:
+        page, pairs = coded.turns.page.contiguous(), coded.turns.pairs.contiguous()
+        offset = offset_turns(coded.turns.offset, coded.turns.pairs)
     pages = coded.start if coded.pages is None else coded.pages.contiguous()
     arguments: list[Argument] = [
         query,
@@ -109,8 +111,8 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
         coded.stop.contiguous(),
         pages,
         page,
-        offset.contiguous(),
-        pairs.contiguous(),
+        offset,
+        pairs,
         output,
         lse,
         means,

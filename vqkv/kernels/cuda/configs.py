@@ -13,8 +13,8 @@ HEAD_DIMS, DIMS = (64, 128), (4, 8)
 CODEWORDS = 256
 #: Query rows that a launch reads codes for; more need another.
 MOST_ROWS = 16
-#: Of every entry of values: each lane of a warp has a bank of its own.
-VALUE_COPIES = 4
+#: Of every entry in shared memory: no lanes of a warp meet in a bank.
+KEY_COPIES, VALUE_COPIES = 2, 4
 #: The first GPU whose blocks may have so much shared memory; consumer GPUs after it have less.
 HOPPER, MOST_SHARED_BYTES = 90, 227 * 1024
 
@@ -46,14 +46,6 @@ class AttendVariant:
         return max(4, 1 << (self.rows - 1).bit_length())
 
     @property
-    def key_copies(self) -> int:
-        """Of every entry of keys: the more, the fewer lanes meet in a bank.
-
-        One at D = 128, where turns of queries need what else is left of L1.
-        """
-        return 4 if self.head_dim <= 64 else 1 if self.rope else 2
-
-    @property
     def warps(self) -> int:
         """Of a block, which has a multiprocessor for itself.
 
@@ -67,10 +59,10 @@ class AttendVariant:
     def tiles(self) -> int:
         """That a warp reads at a time: one's instructions fill waits of the other's.
 
-        Two, where there are registers for both; at D = 64 by their number alone, not by times.
+        Two, where there are registers for both.
         """
-        full = self.padded_rows > 8 or (self.key_sums and self.dim == 4 and self.head_dim > 64)
-        return 1 if full else 2
+        most = 4 if self.key_sums and self.dim == 4 and self.head_dim > 64 else 8
+        return 2 if self.padded_rows <= most else 1
 
     @property
     def threads(self) -> int:
@@ -78,15 +70,27 @@ class AttendVariant:
         return 32 * self.warps
 
     @property
+    def chunk(self) -> int:
+        """Pages whose turned queries are made between two barriers.
+
+        The more, the fewer barriers; two chunks of them have to fit.
+        """
+        if not self.rope:
+            return 0
+        batch, page = self.tiles * self.warps // 4, 2 * self.padded_rows * self.head_dim
+        fitting = (MOST_SHARED_BYTES - self._tables_and_rows) // (2 * page)
+        return min(64 // self.padded_rows, fitting) // batch * batch
+
+    @property
     def shared_bytes(self) -> int:
         """Tables of both streams, queries, what warps found, and two chunks of turned queries."""
-        tables = (self.key_copies + VALUE_COPIES) * CODEWORDS * self.head_dim
+        return self._tables_and_rows + 4 * self.chunk * self.padded_rows * self.head_dim
+
+    @property
+    def _tables_and_rows(self) -> int:
+        tables = (KEY_COPIES + VALUE_COPIES) * CODEWORDS * self.head_dim
         columns = max(8, self.padded_rows)
-        small = 4 * self.padded_rows * self.head_dim + 8 * self.warps * columns
-        batch = self.tiles * self.warps // 4
-        chunk = 64 // self.padded_rows // batch * batch
-        turned = 4 * chunk * self.padded_rows * self.head_dim if self.rope else 0
-        return tables + small + turned
+        return tables + 4 * self.padded_rows * self.head_dim + 8 * self.warps * columns
 
     def macros(self) -> tuple[tuple[str, int], ...]:
         """What the source is compiled with."""
@@ -96,7 +100,7 @@ class AttendVariant:
             "ROWS": self.padded_rows,
             "WARPS": self.warps,
             "TILES": self.tiles,
-            "KEY_COPIES": self.key_copies,
+            "CHUNK": self.chunk,
             "KEY_TOKEN": self.key_token,
             "VALUE_TOKEN": self.value_token,
             "ROPE": self.rope,

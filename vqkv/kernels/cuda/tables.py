@@ -1,4 +1,7 @@
-"""Codebooks as the kernel reads them: in fp8, what lanes look up together side by side."""
+"""Codebooks and turns as the kernel reads them: what lanes take together side by side.
+
+Made once of the tensors they are of, and kept as long as these are.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ class Table(NamedTuple):
     """Codewords of a layer's stream are about `entries * scale`.
 
     Attributes:
-        entries: `[H, M / n, 256, n, d]` (uint8, bits of e4m3): the s-th subvectors of `n` parts,
-            quarters of keys and eighths of values. Of keys, the even channels of two pairs stand
-            before the odd ones.
+        entries: uint8, bits of e4m3; of values `[H, M / 8, 256, 8, d]`, the s-th subvectors of
+            eight parts side by side. Of keys `[H, D / 64, 256, 16 / d, 4, d]`, of four parts,
+            `16 / d` subvectors of each, whose even channels of two pairs stand before the odd ones.
         scale: `[H]` (fp32), powers of two.
     """
 
@@ -38,7 +41,18 @@ class _Tables(NamedTuple):
     values: Table
 
 
+class _OffsetTurns(NamedTuple):
+    """Of offsets and pairs of these versions."""
+
+    versions: tuple[int, int]
+    table: Tensor
+
+
 _held: MutableMapping[Tensor, _Tables] = WeakTensorKeyDictionary()
+#: By offsets, then by pairs: whoever keeps both, as one who has captured a graph, keeps the table.
+_held_turns: MutableMapping[Tensor, MutableMapping[Tensor, _OffsetTurns]] = (
+    WeakTensorKeyDictionary()
+)
 
 
 def key_table(codewords: Tensor) -> Table:
@@ -63,12 +77,43 @@ def as_read(codewords: Tensor) -> Tensor:
     return scaled.to(FP8).float() * scale[:, None, None, None, None]
 
 
+def offset_turns(offset: Tensor, pairs: Tensor) -> Tensor:
+    """`Turns.offset` and `Turns.pairs` as `[H, 4, D / 16, 32, 2, 2, 2]` (fp16).
+
+    By tile of 16 tokens, step and lane: of rows g and g + 8 of the tile, the cosines of two pairs
+    and their sines.
+
+    Raises:
+        KernelError: they would be converted while a CUDA graph is captured.
+    """
+    by_pairs = _held_turns.setdefault(offset, WeakTensorKeyDictionary())
+    versions = _version(offset), _version(pairs)
+    held = by_pairs.get(pairs)
+    if held is None or held.versions != versions:
+        _refuse_in_a_capture(offset)
+        # The g-th row is token 4 (g % 2) + g // 2, see `token_of` in attend.cu.
+        by_row = offset.half()[:, pairs.long()].unflatten(0, (4, 2, 2, 4)).unflatten(5, (4, -1, 2))
+        table = by_row.permute(4, 0, 6, 3, 2, 5, 1, 8, 7).flatten(3, 5).contiguous()
+        if held is not None:
+            table = held.table.copy_(table)
+        by_pairs[pairs] = held = _OffsetTurns(versions, table)
+    return held.table
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference has none
+
+
+def _refuse_in_a_capture(tensor: Tensor) -> None:
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelError("tables are converted at a first call, before a graph is captured")
+
+
 def _tables(codewords: Tensor) -> _Tables:
-    version = 0 if codewords.is_inference() else codewords._version  # inference has none
+    version = _version(codewords)
     held = _held.get(codewords)
     if held is None or held.version != version:
-        if codewords.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise KernelError("codebooks are converted at a first call, before a graph is captured")
+        _refuse_in_a_capture(codewords)
         fresh = _converted(codewords, version)
         if held is not None:
             for old, new in zip(
@@ -94,6 +139,8 @@ def _converted(codewords: Tensor, version: int) -> _Tables:
     words = pad(scaled, (0, 0, 0, CODEWORDS - codewords.shape[3])).to(FP8).view(torch.uint8)
     even_first = words.unflatten(4, (-1, 2, 2)).transpose(5, 6).flatten(4)
     keys, values = _side_by_side(even_first, 4), _side_by_side(words, 8)
+    # `SIDE` in attend.cu; the code comes before the subvector there.
+    keys = keys.unflatten(1, (-1, 16 // codewords.shape[4])).transpose(2, 3).contiguous()
     return _Tables(version, Table(keys, scale), Table(values, scale))
 
 

@@ -69,15 +69,26 @@ DEVICE uint2 load_words(u32 address, int constant) {
     return words;
 }
 
-// start + stride * byte `which` of word, in one instruction; stride < 256.
-DEVICE u32 add_scaled_byte(u32 start, u32 word, int which, u32 stride) {
-    return __dp4a(word, stride << (8 * which), start);
-}
+// start and the dot product of four bytes each, in one instruction.
+DEVICE u32 dot(u32 bytes, u32 others, u32 start) { return __dp4a(bytes, others, start); }
+
+// With which a dot product is one byte of the other operand, scaled; scale < 256.
+DEVICE u32 scaled_byte(int which, u32 scale) { return scale << 8 * which; }
 
 // Bytes (a0, b0, a1, b1), or with `high` (a2, b2, a3, b3).
 DEVICE u32 interleave(u32 a, u32 b, bool high) { return __byte_perm(a, b, high ? 0x7362 : 0x5140); }
-// Of one word's halves (a0, a1) and (b0, b1).
-DEVICE u32 interleave_halves(u32 word) { return __byte_perm(word, word, 0x3120); }
+// In a register, not reckoned anew where it is needed.
+DEVICE u32 kept(u32 x) {
+    asm volatile("mov.u32 %0, %0;" : "+r"(x));
+    return x;
+}
+
+// Of the low half of one word (a0, a1) and the high half of another (b0, b1).
+DEVICE u32 interleave_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x7160); }
+DEVICE void exchange(bool truly, u32 &a, u32 &b) {
+    const u32 first = a;
+    a = truly ? b : a, b = truly ? first : b;
+}
 
 // Two fp16 numbers of the two e4m3 numbers in a half of a word; all of them have an exact one.
 DEVICE u32 halves_of_e4m3(u32 word, bool high) {
