@@ -12,17 +12,15 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"
 
 import json
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.kernels.sass import Disassembly
+from tests.kernels.sass import Disassembly, nvidia_tool
 from vqkv.kernels.gpu.attend import attend_split, merge_splits
 from vqkv.kernels.gpu.configs import (
     AttendConfig,
@@ -42,7 +40,6 @@ from vqkv.kernels.gpu.shipped import SHIPPED, Config
 from vqkv.layouts import PAGE_TOKENS
 
 CAPABILITIES = (80, 90)
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 KERNELS: dict[type, Any] = {
     AttendConfig: attend_split,
@@ -182,14 +179,9 @@ def disassembled(cubin: bytes) -> tuple[Disassembly, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = Disassembly(_tool("nvdisasm", "-c", file.name))
+        usage = nvidia_tool("cuobjdump", "-res-usage", file.name)
+        sass = Disassembly(nvidia_tool("nvdisasm", "-c", file.name))
     return sass, int(usage.split("REG:")[1].split()[0])
-
-
-def _tool(name: str, *arguments: str) -> str:
-    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return run.stdout
 
 
 def main() -> None:

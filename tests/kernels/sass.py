@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
@@ -110,3 +113,14 @@ class Disassembly:
         loads = (i.opcode for i in self.main_loop if i.starts("LDG"))
         widths = (_WIDTH.search(opcode) for opcode in loads)
         return Counter(4 if width is None else _BYTES[width[1]] for width in widths)
+
+
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """What one of the tools that come with Triton prints.
+
+    Triton itself is not imported, as that fixes whether its kernels are interpreted.
+    """
+    triton = find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    tool = Path(triton.origin).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -84,6 +84,8 @@ def test_variants_in_cuda_keep_their_budgets() -> None:
         budget = BUDGETS_CUDA["sm_90"][name]
         for what in ("instructions", "registers", "shared_bytes", "spills_in_loop"):
             assert report[what] <= budget[what], (name, what)
+        # The compiler's order comes out otherwise after any change; what is seen is a bad one.
+        assert report["clocks"] <= 1.15 * budget["clocks"], name
         assert report["unset_uniforms"] == 0
         assert (report["matrix"], report["look_ups"]) == (budget["matrix"], budget["look_ups"])
         assert report["shared_bytes"] <= MOST_SHARED_BYTES

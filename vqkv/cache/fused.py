@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -273,9 +273,20 @@ def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
     page = _with_rest(rotary.turns(layer.index, firsts.to(positions.device), head_dim), head_dim)
     # Where a model scales its tables (YaRN), the scale belongs to each key once.
     page = page / page.norm(dim=-1, keepdim=True)
-    offsets = torch.arange(PAGE_TOKENS, device=positions.device)[None]
-    offset = _with_rest(rotary.turns(layer.index, offsets, head_dim), head_dim)
-    return page.to(layer.device), offset[0].to(layer.device)
+    return page.to(layer.device), _offset_turns(layer)
+
+
+def _offset_turns(layer: VQLayer) -> torch.Tensor:
+    """`Turns.offset`, always the same tensor, so that what kernels make of it is made once."""
+    rotary, positions, shared = layer.rows.rotary, layer.rows.positions, layer.rows.shared
+    assert rotary is not None and positions is not None
+    head_dim = layer.key_codec.head_dim
+    key = ("offset", rotary.kind(layer.index), head_dim, layer.device)
+    if key not in shared:
+        offsets = torch.arange(PAGE_TOKENS, device=positions.device)[None]
+        turns = _with_rest(rotary.turns(layer.index, offsets, head_dim), head_dim)
+        shared[key] = turns[0].to(layer.device)
+    return cast(torch.Tensor, shared[key])
 
 
 def _with_rest(turns: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -182,7 +182,8 @@ class StaticCache(Cache):
         state.hidden.fill_(True)
         state.hidden[:, 0, 0, : hidden.shape[1]] = hidden
         state.slot.fill_(hidden.shape[1] - self._sinks)
-        for kind, (page, _) in tables.items():  # within a page turns never change
+        for kind, (page, _) in tables.items():
+            # Within a page turns never change: a `RotaryAdapter` refuses frequencies that do.
             state.tables[kind][0].copy_(page)
 
     def reads(self, layers: Sequence[VQLayer]) -> bool:

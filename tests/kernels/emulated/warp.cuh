@@ -5,10 +5,12 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -96,12 +98,17 @@ static inline void run_lane(int thread) {
     swapcontext(&scheduler, &fibers[thread].context);
 }
 
-// Until every thread of the block is done.
+// Until every thread of the block is done. Warps take turns in any order, as on a GPU, so that what one reads before
+// another has written it, for want of a barrier, is found.
 static inline void schedule() {
+    static std::minstd_rand any;
+    std::vector<size_t> first_threads;
+    for (size_t thread = 0; thread < fibers.size(); thread += LANES) first_threads.push_back(thread);
     for (;;) {
         bool moved = false;
-        for (size_t thread = 0; thread < fibers.size(); thread++)
-            for (bool warp_moved = thread % LANES == 0; warp_moved;) {
+        std::shuffle(first_threads.begin(), first_threads.end(), any);
+        for (size_t thread : first_threads)
+            for (bool warp_moved = true; warp_moved;) {
                 warp_moved = false;
                 for (int lane = 0; lane < LANES; lane++)
                     if (fibers[thread + lane].wait == RUNS) {
@@ -275,6 +282,10 @@ DEVICE u32 product_plus(u32 a, u32 b, u32 c) {
 }
 DEVICE u32 product_minus(u32 a, u32 b, u32 c) { return product_plus(a, b, c ^ 0x80008000u); }
 DEVICE u32 product(u32 a, u32 b) { return product_plus(a, b, 0); }
+DEVICE u32 larger(u32 a, u32 b) {
+    using namespace emulation;
+    return both(std::fmax(low(a), low(b)), std::fmax(high(a), high(b)));
+}
 DEVICE float power_of_2(float x) { return std::exp2(x); }
 
 #define SELDOM(condition) (condition)
@@ -296,6 +307,15 @@ DEVICE float from_lane(float x, int distance) {
         for (int lane = 0; lane < 32; lane++) warp[lane].sums[1] = warp[lane ^ distance].sums[0];
     });
     return fiber.sums[1];
+}
+DEVICE int uniform(int x) {
+    emulation::Fiber &fiber = emulation::fibers[emulation::current];
+    fiber.given[0] = x;
+    emulation::together(102, [](emulation::Fiber *warp) {
+        for (int lane = 0; lane < 32; lane++)
+            if (warp[lane].given[0] != warp[0].given[0]) emulation::fail("lanes differ in what is said to be uniform");
+    });
+    return x;
 }
 DEVICE u32 transposed(u32 block) {
     emulation::Fiber &fiber = emulation::fibers[emulation::current];

@@ -19,7 +19,9 @@
 // exchanging those whose places differ in one bit after those that differ in another. Up to four query rows leave half
 // of a product's columns free, and these save the exchange of neighbours: in columns 0 to 3 queries have their order,
 // in 4 to 7 neighbours are exchanged, and even rows find their scores in the former, odd rows in the latter. Weights of
-// odd rows are zero in the former columns, and of even ones in the latter, so each counts once.
+// odd rows are zero in the former columns, and of even ones in the latter, so each counts once. At d = 4, row g = 3
+// reads subvectors 3, 2, 1, 0, 7, .. of its quarter; after the exchange of places 0 and 2, 1 and 3, .. it has
+// 1, 0, 3, 2, 5, ..: neighbours are still exchanged, as they are for every odd row.
 //
 // Where sums of keys are asked for, words of keys, transposed as 8 x 8 blocks of byte pairs, are fragments of K^T.
 //
@@ -42,8 +44,9 @@
 #define STRIDE (WARPS / 4)            // pages that the warps read at a time, TILES times
 #define BATCH (TILES * STRIDE)
 #define OWN_QUERIES ((ROWS * HEAD_DIM + THREADS - 1) / THREADS)
-#define NOTHING (-3e38f)
-#define ROOM 8.0f                     // weights may grow to 2^8 before sums are scaled down
+#define NOTHING (-3e38f)              // a score that no token has
+#define UNREACHED 3e38f               // and one that none comes near: codewords and queries are finite fp16 numbers
+#define ROOM 0x5c005c00u              // two of 2^8, to which weights may grow before sums are scaled down
 
 #define SIDE (16 / DIM)                // subvectors that a lane reads in an order of its own
 #define COPIES 2                      // of an entry of keys
@@ -101,12 +104,12 @@ struct Keys {
 struct KeyOrder {
     u32 entry[SIDE];  // where the table of the n-th begins for it
     u32 byte[4];      // its code in a word of codes
-    bool swaps[SIDE];  // whether it exchanges words whose places differ in this bit
+    bool exchanges[SIDE];  // [n]: whether words whose places differ in bit n are exchanged
 
     DEVICE KeyOrder(u32 table, int g, int c) {
 #pragma unroll
         for (int n = 0; n < SIDE; n++)
-            entry[n] = kept(table + ((g / SIDE % COPIES * SIDE + (n ^ g % SIDE)) * 4 + c) * DIM), swaps[n] = g & n;
+            entry[n] = kept(table + ((g / SIDE % COPIES * SIDE + (n ^ g % SIDE)) * 4 + c) * DIM), exchanges[n] = g & n;
 #pragma unroll
         for (int n = 0; n < 4; n++) byte[n] = kept(scaled_byte(n ^ g % SIDE, TABLE_ROW));
     }
@@ -230,7 +233,8 @@ DEVICE Keys look_up_keys(KeyRead codes, const KeyOrder &order) {
         for (int step = 0; step < STEPS; step++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                if (!(step / WORDS & bit)) exchange(order.swaps[bit], keys.of[step][j], keys.of[step + bit * WORDS][j]);
+                if (!(step / WORDS & bit))
+                    exchange(order.exchanges[bit], keys.of[step][j], keys.of[step + bit * WORDS][j]);
     return keys;
 }
 
@@ -268,8 +272,8 @@ DEVICE Columns columns_of(const Values &values) {
 }
 
 #if KEY_SUMS
-// Of words whose byte pairs are channels of K, columns of K^T: either byte of the pair that the lane's g names. Of odd
-// rows a step has the neighbour's.
+// Of words whose byte pairs are channels of K, columns of K^T: either byte of the pair that the lane's g names. A
+// transposed word has an even row in its low half and an odd row in its high one, whose neighbours are exchanged.
 DEVICE Columns columns_of(const Keys &keys) {
     Columns columns;
     Keys pairs;
@@ -397,7 +401,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     float *const queries = (float *)(values_at + VALUE_BYTES);  // [ROWS, D]
     float *const maxima = queries + ROWS * HEAD_DIM;            // [WARPS, COLUMNS], and behind it as many weights
 
-    const int warp = thread_index() / 32, lane = thread_index() % 32, tile = warp % 4 * TILE;
+    const int warp = uniform(thread_index() / 32), lane = thread_index() % 32, tile = warp % 4 * TILE;
     const int split = block_index() % splits, head = block_index() / splits % heads;
     const i64 batch = block_index() / splits / heads;
     let_later_begin();
@@ -433,7 +437,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     value_codes += (tile + token_of(2 * c)) * VALUE_TOKEN + g * EIGHTH;
     KeyRead key_read[TILES] = {};
     ValueRead value_read[TILES] = {};
-    // Past the last page it is read again, and its tokens are masked.
+    // Past the last page it is read again, and its tokens are masked: no branch keeps what is around from being mixed.
     const auto read_pages = [&](int page) {
 #pragma unroll
         for (int t = 0; t < TILES; t++, page += STRIDE) {
@@ -475,7 +479,10 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #pragma unroll
     for (int i = 0; i < CHUNK / BATCH; i++)
         if (low + i * BATCH < high) turning.write(fragments + i * BATCH * ITEMS, first_turns[i]);
-    int turned = 0;  // place of the pages at hand among the fragments
+    // Of the fragments, passes read one chunk and write the other; a barrier at each chunk's first pass is between.
+    int turned = 0;  // place of the pages at hand among them
+    Turning::Turns turns = {};  // of the next pages whose queries are to be turned, a chunk ahead
+    if (low < high) turns = turning.read(low + CHUNK, high);
 #else
     uint2 q[STEPS][BLOCKS];
 #pragma unroll
@@ -490,18 +497,20 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #if KEY_SUMS
     float key_sums[STEPS][BLOCKS][4] = {};
 #endif
-    // Where columns of queries are exchanged, half of what a lane finds are no scores; above all their top, they weigh 0.
+    // Where columns of queries are exchanged, half of the lanes find no scores; under a top that is never reached, what
+    // they find weighs nothing.
     const bool counts = !BY_COLUMNS || g % 2 == c / 2;
     float top[BLOCKS][2], weight[BLOCKS][2] = {};
 #pragma unroll
-    for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = counts ? NOTHING : -NOTHING;
+    for (int block = 0; block < BLOCKS; block++) top[block][0] = top[block][1] = counts ? NOTHING : UNREACHED;
 
     const int limit = high * PAGE < end ? high * PAGE : end;
     for (int first_page = low; first_page < high; first_page += BATCH) {
         const int page = first_page + warp / 4;
 #if ROPE
         if (turned % CHUNK == 0) barrier();
-        const Turning::Turns turns = turning.read(first_page + CHUNK, high);
+        turning.write(fragments + (turned < CHUNK ? turned + CHUNK : turned - CHUNK) * ITEMS, turns);
+        turns = turning.read(first_page + CHUNK + BATCH, high);
 #endif
         if (page < high) {
             Keys keys[TILES];
@@ -511,7 +520,7 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                 keys[t] = look_up_keys(key_read[t], key_order);
                 values[t] = look_up_values(value_read[t], value_entry);
             }
-            if (page + BATCH < high) read_pages(page + BATCH);
+            read_pages(page + BATCH);
 
 #if ROPE
             const u32 turned_at = address_of(fragments) + ((turned + warp / 4) * ITEMS + lane_row * 4 + c) * 8;
@@ -555,10 +564,25 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
                     if (token < begin || token >= limit) score[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] = -INFINITY;
                 }
             }
-            bool higher = false;
+            float power[TILES][BLOCKS][4];
+            u32 packed[TILES][BLOCKS][2];
+            // Two of the largest of them.
+            const auto find_powers = [&] {
+                u32 largest = 0;
 #pragma unroll
-            for (int i = 0; i < 4 * BLOCKS * TILES; i++)
-                higher |= score[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] * scale - top[i / 4 % BLOCKS][i & 1] > ROOM;
+                for (int i = 0; i < 4 * BLOCKS * TILES; i++) {
+                    const int t = i / (4 * BLOCKS), block = i / 4 % BLOCKS;
+                    power[t][block][i % 4] = power_of_2(score[t][block][i % 4] * scale - top[block][i & 1]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2 * BLOCKS * TILES; i++) {
+                    const int t = i / (2 * BLOCKS), block = i / 2 % BLOCKS, k = i % 2;
+                    packed[t][block][k] = halves(power[t][block][2 * k], power[t][block][2 * k + 1]);
+                    largest = larger(largest, packed[t][block][k]);
+                }
+                return largest;
+            };
+            const bool higher = larger(find_powers(), ROOM) != ROOM;
             if (SELDOM(any_lane(higher))) {
 #pragma unroll
                 for (int i = 0; i < 2 * BLOCKS; i++) {
@@ -584,19 +608,15 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
 #endif
                         }
                 }
+                find_powers();
             }
             u32 weights[TILES][BLOCKS][2];
 #pragma unroll
-            for (int t = 0; t < TILES; t++)
-#pragma unroll
-                for (int block = 0; block < BLOCKS; block++)
-#pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        const float p = power_of_2(score[t][block][2 * k] * scale - top[block][0]);
-                        const float r = power_of_2(score[t][block][2 * k + 1] * scale - top[block][1]);
-                        weight[block][0] += p, weight[block][1] += r;
-                        weights[t][block][k] = transposed(halves(p, r));
-                    }
+            for (int i = 0; i < 2 * BLOCKS * TILES; i++) {
+                const int t = i / (2 * BLOCKS), block = i / 2 % BLOCKS, k = i % 2;
+                weight[block][0] += power[t][block][2 * k], weight[block][1] += power[t][block][2 * k + 1];
+                weights[t][block][k] = transposed(packed[t][block][k]);
+            }
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
 #if KEY_SUMS
@@ -606,8 +626,6 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
             }
         }
 #if ROPE
-        const int ahead = turned < CHUNK ? turned + CHUNK : turned - CHUNK;
-        turning.write(fragments + ahead * ITEMS, turns);
         turned = turned + BATCH < 2 * CHUNK ? turned + BATCH : 0;
 #endif
     }
@@ -625,13 +643,20 @@ attend(const float *query, const u8 *key_codes, const u8 *key_table, const float
     float *const factors = queries;  // [WARPS, COLUMNS]
     const i64 place = ((split * (i64)batches + batch) * heads + head) * rows;
     if (thread_index() < ROWS) {
-        const int row = thread_index();  // whose columns are every ROWS-th
-        float most = NOTHING, total = 0;
-        for (int column = row; column < WARPS * COLUMNS; column += ROWS) most = fmaxf(most, maxima[column]);
-        for (int column = row; column < WARPS * COLUMNS; column += ROWS)
-            total += maxima[WARPS * COLUMNS + column] * power_of_2(maxima[column] - most);
-        for (int column = row; column < WARPS * COLUMNS; column += ROWS)
-            factors[column] = power_of_2(maxima[column] - most) / (total > 0 ? total : 1);
+        constexpr int SHARED_BY = WARPS * COLUMNS / ROWS;  // columns of a row, which are every ROWS-th
+        const int row = thread_index();
+        const float *const tops = maxima + row, *const weights = tops + WARPS * COLUMNS;
+        float most = NOTHING, total = 0, parts[SHARED_BY];
+#pragma unroll
+        for (int n = 0; n < SHARED_BY; n++) most = fmaxf(most, tops[n * ROWS]);
+#pragma unroll
+        for (int n = 0; n < SHARED_BY; n++) {
+            parts[n] = power_of_2(tops[n * ROWS] - most);
+            total += weights[n * ROWS] * parts[n];
+        }
+        const float whole = 1 / (total > 0 ? total : 1);
+#pragma unroll
+        for (int n = 0; n < SHARED_BY; n++) factors[row + n * ROWS] = parts[n] * whole;
         if (row < rows) lse[place + row] = total > 0 ? (most + log2f(total)) * LN_2 : -INFINITY;
     }
     barrier();

@@ -12,7 +12,13 @@ from torch.nn.functional import pad
 from vqkv.kernels.attend.codes import Coded, Plane, Turns
 from vqkv.kernels.attend.codes_op import Found, fake
 from vqkv.kernels.cuda import build
-from vqkv.kernels.cuda.configs import MOST_ROWS, AttendVariant, MergeVariant, Variant
+from vqkv.kernels.cuda.configs import (
+    MOST_ROWS,
+    AttendVariant,
+    MergeVariant,
+    Variant,
+    most_pages,
+)
 from vqkv.kernels.cuda.tables import key_table, offset_turns, value_table
 from vqkv.kernels.gpu.configs import split_count
 from vqkv.layouts import PAGE_TOKENS
@@ -82,6 +88,7 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     """What each split found for queries `[B, H, rows, D]`."""
     batch, heads, rows, head_dim = query.shape
     keys, values = coded.keys.codes, coded.values.codes
+    count = -(-keys.shape[2] // PAGE_TOKENS) if coded.pages is None else coded.pages.shape[1]
     variant = AttendVariant(
         head_dim,
         coded.keys.codewords.shape[4],
@@ -91,6 +98,7 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
         rope=coded.turns is not None,
         key_sums=coded.key_sums,
         paged=coded.pages is not None,
+        most_pages=most_pages(-(-count // splits)),
     )
     output = query.new_empty((splits, *query.shape))
     lse = query.new_empty((splits, *query.shape[:3]))

@@ -17,13 +17,23 @@ MOST_ROWS = 16
 KEY_COPIES, VALUE_COPIES = 2, 4
 #: The first GPU whose blocks may have so much shared memory; consumer GPUs after it have less.
 HOPPER, MOST_SHARED_BYTES = 90, 227 * 1024
+#: Pages that eight warps read at once, a tile each: on an H200 a second tile, which then has no
+#: tokens, took up to a twelfth longer in `fast-2bit`. And pages up to which what more warps take to
+#: begin is guessed to outweigh how fast they are then.
+FEW_PAGES, SOME_PAGES = 2, 15
+
+
+def most_pages(pages: int) -> int | None:
+    """For a block of so many: `FEW_PAGES`, `SOME_PAGES`, or None, as there may be any number."""
+    return next((most for most in (FEW_PAGES, SOME_PAGES) if pages <= most), None)
 
 
 @dataclass(frozen=True)
 class AttendVariant:
     """One compiled variant of `attend.cu`.
 
-    `key_token` and `value_token` are the bytes from one token's codes to the next's.
+    `key_token` and `value_token` are the bytes from one token's codes to the next's; `most_pages`,
+    of `most_pages`, those that a block has at most.
     """
 
     head_dim: int
@@ -34,6 +44,7 @@ class AttendVariant:
     rope: bool = False
     key_sums: bool = False
     paged: bool = False
+    most_pages: int | None = None
 
     @property
     def name(self) -> str:
@@ -49,20 +60,22 @@ class AttendVariant:
     def warps(self) -> int:
         """Of a block, which has a multiprocessor for itself.
 
-        As measured on an H200: more of them are slower to begin and to add up, and hardly faster
-        between. For d = 8 after RoPE 8 have not been measured with the loop as it is.
+        As measured on an H200: more of them are slower to begin and to add up, and where keys are
+        turned hardly faster between. After RoPE 12 were faster than 16 for d = 8; for d = 4 they
+        have not been measured.
         """
-        few = self.padded_rows > 8 or self.key_sums or self.rope or self.dim == 4
+        few = self.padded_rows > 8 or self.key_sums or self.rope or self.most_pages is not None
         return 8 if few else 12
 
     @property
     def tiles(self) -> int:
         """That a warp reads at a time: one's instructions fill waits of the other's.
 
-        Two, where there are registers for both.
+        Two, where there are registers for both, and pages. With key sums of d = 4 one was a tenth
+        faster on an H200, in a kernel that took more registers; two are the choice of the tests'
+        model of a multiprocessor.
         """
-        most = 4 if self.key_sums and self.dim == 4 and self.head_dim > 64 else 8
-        return 2 if self.padded_rows <= most else 1
+        return 2 if self.padded_rows <= 8 and self.most_pages != FEW_PAGES else 1
 
     @property
     def threads(self) -> int:

@@ -41,18 +41,9 @@ class _Tables(NamedTuple):
     values: Table
 
 
-class _OffsetTurns(NamedTuple):
-    """Of offsets and pairs of these versions."""
-
-    versions: tuple[int, int]
-    table: Tensor
-
-
 _held: MutableMapping[Tensor, _Tables] = WeakTensorKeyDictionary()
 #: By offsets, then by pairs: whoever keeps both, as one who has captured a graph, keeps the table.
-_held_turns: MutableMapping[Tensor, MutableMapping[Tensor, _OffsetTurns]] = (
-    WeakTensorKeyDictionary()
-)
+_held_turns: MutableMapping[Tensor, MutableMapping[Tensor, Tensor]] = WeakTensorKeyDictionary()
 
 
 def key_table(codewords: Tensor) -> Table:
@@ -81,27 +72,21 @@ def offset_turns(offset: Tensor, pairs: Tensor) -> Tensor:
     """`Turns.offset` and `Turns.pairs` as `[H, 4, D / 16, 32, 2, 2, 2]` (fp16).
 
     By tile of 16 tokens, step and lane: of rows g and g + 8 of the tile, the cosines of two pairs
-    and their sines.
+    and their sines. Neither tensor may change afterwards. Kernels wait for what runs before them
+    in their stream until they read it, so nothing is synchronized here.
 
     Raises:
         KernelError: they would be converted while a CUDA graph is captured.
     """
     by_pairs = _held_turns.setdefault(offset, WeakTensorKeyDictionary())
-    versions = _version(offset), _version(pairs)
-    held = by_pairs.get(pairs)
-    if held is None or held.versions != versions:
+    table = by_pairs.get(pairs)
+    if table is None:
         _refuse_in_a_capture(offset)
         # The g-th row is token 4 (g % 2) + g // 2, see `token_of` in attend.cu.
         by_row = offset.half()[:, pairs.long()].unflatten(0, (4, 2, 2, 4)).unflatten(5, (4, -1, 2))
         table = by_row.permute(4, 0, 6, 3, 2, 5, 1, 8, 7).flatten(3, 5).contiguous()
-        if held is not None:
-            table = held.table.copy_(table)
-        by_pairs[pairs] = held = _OffsetTurns(versions, table)
-    return held.table
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference has none
+        by_pairs[pairs] = table
+    return table
 
 
 def _refuse_in_a_capture(tensor: Tensor) -> None:
@@ -110,7 +95,7 @@ def _refuse_in_a_capture(tensor: Tensor) -> None:
 
 
 def _tables(codewords: Tensor) -> _Tables:
-    version = _version(codewords)
+    version = 0 if codewords.is_inference() else codewords._version  # inference has none
     held = _held.get(codewords)
     if held is None or held.version != version:
         _refuse_in_a_capture(codewords)

@@ -123,6 +123,13 @@ DEVICE u32 product_minus(u32 a, u32 b, u32 c) {
     return both;
 }
 
+// The larger of either two.
+DEVICE u32 larger(u32 a, u32 b) {
+    u32 both;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+    return both;
+}
+
 DEVICE float power_of_2(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -138,6 +145,8 @@ DEVICE float power_of_2(float x) {
 
 // All lanes of a warp together.
 DEVICE bool any_lane(bool here) { return __any_sync(0xffffffffu, here); }
+// What all lanes have alike, as the compiler sees then.
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 
 // An 8 x 8 block of fp16 numbers, transposed.
