@@ -199,8 +199,8 @@ def test_kernels_choose_the_same_codes_up_to_near_ties(
         codes = quantizer.encode(x)
     distances = squared_distances(x, quantizer.codewords_[:, 0])
     lost = distances.gather(2, codes.long()) - distances.gather(2, expected.long())
+    # How many differ is not bounded: 128 codewords on a line have many near ties.
     assert float(lost.abs().max()) <= slack(x, quantizer.codewords_[:, 0])
-    assert float((codes != expected).float().mean()) < 0.01
 
 
 def test_a_kernel_was_chosen_for_encoding() -> None:
