@@ -51,10 +51,9 @@ def attend_codes(
         turns = Turns(page_turns, offset_turns, pairs)
     keys, values = Plane(key_codes, key_books), Plane(value_codes, value_books)
     coded = Coded(keys, values, start, stop, turns, key_sums, pages)
-    count = -(-key_codes.shape[2] // PAGE_TOKENS) if pages is None else pages.shape[1]
     programs = query.shape[0] * key_books.shape[0]
     # A block has a multiprocessor's shared memory for itself.
-    splits = split_count(programs, count, multiprocessors(query.device), resident=1)
+    splits = split_count(programs, _page_count(coded), multiprocessors(query.device), resident=1)
     return attend(query, coded, splits, on_gpu)
 
 
@@ -79,6 +78,13 @@ def attend(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     )
 
 
+def _page_count(coded: Coded) -> int:
+    """Of a row, by shapes alone."""
+    if coded.pages is not None:
+        return coded.pages.shape[1]
+    return -(-coded.keys.codes.shape[2] // PAGE_TOKENS)
+
+
 def _joined(blocks: Sequence[Tensor]) -> Tensor:
     """Blocks `[B, H, rows, ..]` of rows."""
     return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), 2)
@@ -88,7 +94,6 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
     """What each split found for queries `[B, H, rows, D]`."""
     batch, heads, rows, head_dim = query.shape
     keys, values = coded.keys.codes, coded.values.codes
-    count = -(-keys.shape[2] // PAGE_TOKENS) if coded.pages is None else coded.pages.shape[1]
     variant = AttendVariant(
         head_dim,
         coded.keys.codewords.shape[4],
@@ -98,7 +103,7 @@ def _parts(query: Tensor, coded: Coded, splits: int, launch: Launch) -> Found:
         rope=coded.turns is not None,
         key_sums=coded.key_sums,
         paged=coded.pages is not None,
-        most_pages=most_pages(-(-count // splits)),
+        most_pages=most_pages(-(-_page_count(coded) // splits)),
     )
     output = query.new_empty((splits, *query.shape))
     lse = query.new_empty((splits, *query.shape[:3]))
