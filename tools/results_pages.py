@@ -284,17 +284,25 @@ def _ratios(run: dict[str, Any]) -> dict[str, float]:
 
 
 def with_gpu_kernels(page: str) -> str:
-    """The page with the instructions that attention issues at D = 128, and spilled registers."""
+    """The page with what attention issues at D = 128, spilled registers, and modelled clocks."""
     triton, cuda = (
         json.loads((ROOT / "tests" / "kernels" / name).read_text(encoding="utf-8"))
         for name in ("budgets.json", "budgets-cuda.json")
     )
     gpus = [triton["sm_90"], triton["sm_80"], cuda["sm_90"]]
-    lines = [("", "Triton, `sm_90`", "Triton, `sm_80`", "CUDA C++, `sm_90`"), ("---",) * 4]
+    head = (
+        "",
+        "Triton, `sm_90`",
+        "Triton, `sm_80`",
+        "CUDA C++, `sm_90`",
+        "its clocks, by the model",
+    )
+    lines = [head, ("---",) * len(head)]
     names = dict.fromkeys(name for gpu in gpus for name in gpu if name.startswith("attend/128/"))
     for name in names:
         found = [gpu.get(name) for gpu in gpus]
-        lines.append((name.removeprefix("attend/128/"), *map(_issued, found)))
+        clocks = str(found[2]["clocks"]) if found[2] else ""
+        lines.append((name.removeprefix("attend/128/"), *map(_issued, found), clocks))
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = f"<!-- gpu-kernels -->\n\n{rows}\n\n{END}"
     pattern = rf"<!-- gpu-kernels -->{UP_TO_END}"
