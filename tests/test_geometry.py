@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.tiny_models import ROPE_FAMILIES, tiny_config, tiny_model
+from tests.tiny_models import MULTIMODAL_FAMILIES, ROPE_FAMILIES, tiny_config, tiny_model
 from vqkv.errors import ModelError
 from vqkv.geometry import Geometry
 
@@ -27,7 +27,14 @@ def test_config_and_model_agree_on_what_the_cache_holds(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", [*ROPE_FAMILIES, "gpt2"])
+@pytest.mark.parametrize("family", MULTIMODAL_FAMILIES)
+def test_config_and_model_agree_where_a_model_sees(family: str) -> None:
+    config = tiny_config(family)
+    seeing = AutoModelForImageTextToText.from_config(config)
+    assert Geometry.from_config(config) == Geometry.from_model(seeing)
+
+
+@pytest.mark.parametrize("family", [*ROPE_FAMILIES, *MULTIMODAL_FAMILIES, "gpt2"])
 def test_survives_json(family: str) -> None:
     geometry = Geometry.from_config(tiny_config(family))
     assert Geometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry

@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from tests.tiny_checkpoint import save_tiny_checkpoint
 from vqkv import models
 from vqkv.errors import ModelError
 from vqkv.models import conversion_folder, load_config, load_model, resolve_model
@@ -108,6 +109,12 @@ def tiny_folder(tmp_path: Path) -> Path:
 
 def leftovers(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "models").glob("*") if path.suffix != ".lock")
+
+
+def test_a_model_that_sees_is_loaded_whole(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "seeing", "qwen3_vl")
+    model, _ = load_model(str(folder))
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
 
 
 # --- resolving ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def test_codebooks_that_more_subvectors_fill() -> None:
 def test_check_refuses_layers_that_the_model_lacks(geometry: Geometry) -> None:
     fewer = {"values": {"quantizer": {"code_bits": 3}}}
     scheme(layers=[{"layers": [0, -1], **fewer}]).check(geometry)
-    with pytest.raises(SchemeError, match=r"test: layers: \[7, -3\] are not in a model of 2 la"):
+    with pytest.raises(SchemeError, match=r"layers: \[7, -3\] are not in a model of 2 compressed"):
         scheme(layers=[{"layers": [0, 7, -3], **fewer}]).check(geometry)
 
 
@@ -254,6 +255,15 @@ def test_check_sees_through_negative_layers(geometry: Geometry) -> None:
     with pytest.raises(SchemeError, match=r"overridden once; \[1, -1\] name \[1\] twice"):
         again = {"layers": [-1], "values": {"quantizer": {"code_bits": 4}}}
         scheme(layers=[{**FEWER_BITS, "layers": [1]}, again]).check(geometry)
+
+
+def test_overrides_count_the_layers_that_are_compressed(geometry: Geometry) -> None:
+    hybrid = replace(geometry, layers=9, compressed=(2, 4, 6, 8))
+    preset = KVCompressor(load_scheme("recommended-2bit"), hybrid)
+    assert [len(preset.sources(layer, "keys")) for layer in hybrid.compressed] == [0, 2, 4, 6]
+    fewer = KVCompressor(scheme(layers=[{**FEWER_BITS, "layers": [0, -1]}]), hybrid)
+    bits = {key: codec.layout.bits_per_value for key, codec in fewer.codecs()}
+    assert [bits[layer, "values"] for layer in hybrid.compressed] == [1, 2, 2, 1]
 
 
 # -- overrides and merging ---------------------------------------------------------------------

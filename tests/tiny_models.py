@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from vqkv.models import auto_class
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -83,9 +85,44 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 ROPE_FAMILIES = tuple(name for name in _FAMILIES if name != "gpt2")
 
+#: Families whose positions count along axes, as images have several.
+_AXES = {"rope_theta": 10000.0, "rope_type": "default"}
+_TEXT_OF_SEVERAL: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"rope_parameters": _AXES | {"mrope_section": [4, 2, 2]}},
+    "qwen2_5_vl": {"rope_parameters": _AXES | {"mrope_section": [2, 3, 3]}},
+    # Most layers have linear attention, which keeps a state instead of a cache.
+    "qwen3_5": {
+        "rope_parameters": _AXES | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+MULTIMODAL_FAMILIES = tuple(_TEXT_OF_SEVERAL)
+#: Stands for a patch of four of an image, which `IMAGE_START` comes before.
+IMAGE_TOKEN, IMAGE_START = 90, 91
+_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 2,
+    "temporal_patch_size": 1,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """The config of `tiny_model`."""
+    if family in MULTIMODAL_FAMILIES:
+        text = _COMMON | _TEXT_OF_SEVERAL[family] | overrides
+        tokens = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": IMAGE_START}
+        return AutoConfig.for_model(family, text_config=text, vision_config=_VISION, **tokens)
     model_type, own = _FAMILIES[family]
     common = {} if family == "gpt2" else _COMMON
     settings = {"vocab_size": 97, "eos_token_id": None} | common | own | overrides
@@ -98,14 +135,14 @@ def tiny_model(
     """A seeded model of 2 or 3 layers, head dim 16, in eval mode.
 
     Args:
-        family: a key of `_FAMILIES`.
+        family: of `ROPE_FAMILIES` or `MULTIMODAL_FAMILIES`, or gpt2.
         dtype: of the weights.
-        **overrides: config fields.
+        **overrides: fields of its text's config.
     """
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
         # Fresh norms and biases are ones and zeros, which hides mistakes in what comes after them.
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -131,7 +131,10 @@ def rotary_tables(
     positions: torch.Tensor,
     dtype: torch.dtype,
 ) -> Tables:
-    """Cosines and sines `[B, T, W]` of one layer at integer positions `[B, T]`.
+    """Cosines and sines `[B, T, W]` of one layer at integer positions.
+
+    Positions are `[B, T]`; `[B, T, A]` where a multimodal model counts along A axes (time, height,
+    width).
 
     Raises:
         ModelError: the module computes none for that layer.
@@ -139,6 +142,8 @@ def rotary_tables(
     like = torch.empty(0, device=positions.device, dtype=dtype)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     kind = {"layer_type": config.layer_types[layer]} if by_type else {}
+    if positions.ndim == 3:
+        positions = positions.movedim(2, 0)
     try:
         # `forward`, not the module: hooks are for real forwards.
         cos, sin = rotary.forward(like, positions, **kind)

@@ -141,13 +141,13 @@ class KVCompressor:
         self.provenance = provenance or Provenance()
         self._codecs: dict[StreamKey, Codec] = {
             (layer, stream): Codec(
-                scheme.stream(layer, stream, geometry.layers),
+                scheme.stream(place, stream, len(geometry.compressed)),
                 geometry.kv_heads,
                 geometry.head_dim,
                 geometry.pairs if stream == "keys" else (),
                 where=f"{stream} of layer {layer}",
             )
-            for layer in geometry.compressed
+            for place, layer in enumerate(geometry.compressed)
             for stream in STREAMS
         }
         for codec in self._codecs.values():

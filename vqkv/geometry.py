@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from vqkv.attention import (
@@ -22,6 +22,7 @@ from vqkv.attention import (
     text_config,
 )
 from vqkv.errors import ModelError
+from vqkv.models import auto_class
 from vqkv.rotation import Pairing, Pairs, Rotation, rope_pairs, rotary_function
 
 Scalar = str | int | float | bool | None
@@ -83,10 +84,12 @@ class Geometry:
         Raises:
             ModelError: transformers cannot build the model, or layers differ in KV geometry.
         """
-        text = copy.deepcopy(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        # Of some families the text decoder is no model of its own.
+        own = copy.deepcopy(text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config)
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(text, attn_implementation="eager")
+                model = auto_class(own).from_config(own, attn_implementation="eager")
         except Exception as error:
             raise ModelError(
                 f"{text.model_type}: transformers cannot build this model from its config alone "

@@ -23,14 +23,17 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging as transformers_logging
 
 from vqkv.errors import ModelError
@@ -116,11 +119,18 @@ def load_model(
     source = resolve_model(spec)
     location = _loadable_folder(source) if source.is_gguf else source.location
     with _loading(source, location):
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        model = auto_class(config).from_pretrained(location, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+        model.to(device)
     return model.eval(), tokenizer
+
+
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
+    """The class of transformers that makes a model of `config`; of text alone where it can."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def _check_device(device: torch.device | str) -> None:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from vqkv.attention import most_positions
 from vqkv.compressor import EXACT_BYTES, KVCompressor
 from vqkv.errors import SchemeError, VQKVError
 from vqkv.geometry import Geometry
 from vqkv.layouts import PAGE_TOKENS, coded_tokens
+from vqkv.models import auto_class
 from vqkv.scheme import Scheme
 
 #: Bytes of a weight of a 16-bit model.
@@ -136,5 +137,5 @@ def _idle_tokens(coded: int) -> int:
 
 def _parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())

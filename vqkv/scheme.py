@@ -268,7 +268,11 @@ class CalibrationConfig(Config):
 class LayerOverride(Config):
     """Other settings for some layers; what is left out stays as in the scheme."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="Layer indices; -1 is the last.")
+    layers: tuple[int, ...] = Field(
+        min_length=1,
+        description="Indices among a model's compressed layers, those with full attention; -1 is "
+        "the last.",
+    )
     keys: KeysConfig | None = None
     values: StreamConfig | None = None
 
@@ -397,50 +401,48 @@ class Scheme(Config):
         """Some layer's keys are coded before RoPE, so the model has to be attached."""
         return any(isinstance(c, KeysConfig) and c.rope == "pre" for c in self._streams())
 
-    def stream(self, layer: int, stream: Stream, layers: int) -> StreamConfig:
-        """The config of one stream of one layer, in a model of `layers` layers."""
+    def stream(self, place: int, stream: Stream, count: int) -> StreamConfig:
+        """The config of one stream of the compressed layer at `place` among `count`."""
         for override in self.layers:
             config = getattr(override, stream)
-            if config is not None and layer in (i % layers for i in override.layers):
+            if config is not None and place in (i % count for i in override.layers):
                 chosen: StreamConfig = config
                 return chosen
         return self.keys if stream == "keys" else self.values
 
     def check(self, geometry: Geometry) -> None:
         """Refuse a model that the scheme cannot code. Raises SchemeError with the path in it."""
-        last = geometry.layers - 1
-        named = [layer for override in self.layers for layer in override.layers]
-        outside = [layer for layer in named if not -geometry.layers <= layer <= last]
+        count = len(geometry.compressed)
+        named = [place for override in self.layers for place in override.layers]
+        outside = [place for place in named if not -count <= place < count]
         if outside:
             raise SchemeError(
-                f"{self.name}: layers: {outside} are not in a model of {geometry.layers} layers "
-                f"(0 to {last}, or -{geometry.layers} to -1)"
+                f"{self.name}: layers: {outside} are not in a model of {count} compressed layers "
+                f"(0 to {count - 1}, or -{count} to -1)"
             )
         for place, layer in enumerate(geometry.compressed):
             for stream in STREAMS:
                 self._check_sources(place, layer, stream, geometry)
         self._check_distillation(geometry)
-        meant = [layer % geometry.layers for layer in named]
-        twice = sorted({layer for layer in meant if meant.count(layer) > 1})
+        meant = [place % count for place in named]
+        twice = sorted({place for place in meant if meant.count(place) > 1})
         if twice:
             raise SchemeError(
                 f"{self.name}: layers: each layer is overridden once; {named} name {twice} twice "
-                f"in a model of {geometry.layers} layers"
+                f"in a model of {count} compressed layers"
             )
 
     def _check_distillation(self, geometry: Geometry) -> None:
         """Some layer of this very model has codewords to distil."""
         if self.calibration.distillation:
-            used = (
-                self.stream(layer, stream, geometry.layers)
-                for layer in geometry.compressed
-                for stream in STREAMS
-            )
+            count = len(geometry.compressed)
+            used = (self.stream(p, stream, count) for p in range(count) for stream in STREAMS)
             _check_codewords(used, f"{self.name}: calibration.distillation")
 
     def _check_sources(self, place: int, layer: int, stream: Stream, geometry: Geometry) -> None:
         """The sources of the compressed layer at `place` exist."""
-        config = self.stream(layer, stream, geometry.layers)
+        count = len(geometry.compressed)
+        config = self.stream(place, stream, count)
         for source in config.predictor.sources if config.predictor else ():
             if source.back > place:
                 raise SchemeError(
@@ -449,7 +451,7 @@ class Scheme(Config):
                     "this layer with `predictor: null` or nearer sources"
                 )
             origin = geometry.compressed[place - source.back]
-            before = self.stream(origin, source.stream, geometry.layers)
+            before = self.stream(place - source.back, source.stream, count)
             both_keys = isinstance(config, KeysConfig) and isinstance(before, KeysConfig)
             alike = both_keys or isinstance(config.predictor, CopyConfig)
             if alike and _rotated(config) != _rotated(before):

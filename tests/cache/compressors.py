@@ -50,7 +50,7 @@ class ModelStates(StateSource):
         self, model: PreTrainedModel, geometry: Geometry, rope: str, tokens: int = 200
     ) -> None:
         self.rope = rope
-        cache = DynamicCache()
+        cache = DynamicCache(config=model.config.get_text_config())
         with torch.no_grad():
             model(random_ids(1, tokens, seed=9), past_key_values=cache)
         self.layers = cache.layers

@@ -258,6 +258,9 @@ def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
     """
     rotary, positions = layer.rows.rotary, layer.rows.positions
     assert rotary is not None and positions is not None
+    if positions.ndim > 2:
+        log.info("layer %d is decoded to be read: positions count along axes", layer.index)
+        return None
     head_dim = layer.key_codec.head_dim
     # By rows on the CPU, whatever torch's default device is.
     firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64, device="cpu")

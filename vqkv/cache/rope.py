@@ -50,7 +50,7 @@ class RotaryAdapter:
 
         Raises:
             ModelError: the family has no `apply_rotary_pos_emb`, its frequencies change with
-                length, its positions are not one per token, or its keys do not un-rotate.
+                length, or its keys do not un-rotate.
         """
         self._family = model_type(model)
         self._config = text_config(model)
@@ -85,7 +85,9 @@ class RotaryAdapter:
         return "all" if types is None else str(types[layer])
 
     def tables(self, layer: int, positions: torch.Tensor) -> Tables:
-        """Cosines and sines `[B, T, W]` at integer positions `[B, T]`, as the model rounds them.
+        """Cosines and sines `[B, T, W]` at integer positions, as the model rounds them.
+
+        Positions are those of `ForwardCapture.positions`.
 
         The same tables must rotate and un-rotate: a bf16 model rotates by rounded angles, and
         finer ones would not undo that.
@@ -104,7 +106,7 @@ class RotaryAdapter:
         return self._rotations[layer].unrotate(keys, *tables)
 
     def turns(self, layer: int, positions: torch.Tensor, head_dim: int) -> torch.Tensor:
-        """(c, s) of every pair at positions `[B, T]`, `[B, T, P, 2]` in fp32, not rounded further.
+        """(c, s) of every pair, `[B, T, P, 2]` in fp32, at positions as for `tables`, not rounded.
 
         A pair (x, y) becomes (c x − s y, c y + s x), in whichever direction the model turns. Unlike
         `tables` they multiply: turning by p and then by o is turning by p + o. A bf16 model's
@@ -126,10 +128,6 @@ class RotaryAdapter:
                     f"{self._family}: the frequencies of {name} RoPE change with the length of the "
                     f"text, so keys cannot be rotated again later; {_ADVICE}"
                 )
-        if "mrope_section" in (getattr(self._config, "rope_parameters", None) or {}):
-            raise ModelError(
-                f"{self._family}: multimodal RoPE has several positions per token; {_ADVICE}"
-            )
 
     @torch.no_grad()
     def _turns(self, layer: int, module: nn.Module) -> bool:
@@ -207,18 +205,20 @@ class ForwardCapture:
     def positions(self) -> torch.Tensor:
         """Positions `[B, T]` (int32) of the running forward's tokens.
 
+        `[B, T, A]` where a multimodal model counts along A axes and they differ, as they do in
+        images; of text they are alike.
+
         Raises:
             CacheError: no forward is running.
-            ModelError: the model was given several positions per token.
         """
         if self._positions is None or self._batch is None:
             raise self._nothing("positions")
-        if self._positions.ndim != 2:
-            raise ModelError(
-                f"{model_type(self._model)}: positions {tuple(self._positions.shape)} are not one "
-                f"per token; {_ADVICE}"
-            )
-        return self._positions.expand(self._batch, -1).to(torch.int32)
+        found = self._positions.to(torch.int32)
+        if found.ndim == 2:
+            return found.expand(self._batch, -1)
+        first = found[0]
+        axes = first if (found == first).all() else found.movedim(0, 2)
+        return axes.expand(self._batch, *axes.shape[1:])
 
     @property
     def left_padding(self) -> torch.Tensor | None:

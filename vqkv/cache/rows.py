@@ -18,7 +18,7 @@ class Rows:
 
     Attributes:
         pads: padded slots at the start of each row; empty until a row is known, meaning none.
-        positions: position of each slot, `[B, T]` (int32); None while no attached model said.
+        positions: of each slot, as `ForwardCapture.positions`; None while no attached model said.
         rotary: the attached model's rotary embedding; None while no model is attached.
         attend: the attached model's attention reads codes.
         decoded: reconstructions that the running forward shares.
@@ -46,7 +46,7 @@ class Rows:
         return self.pads if len(self.pads) == batch else [0] * batch
 
     def note(self, start: int, positions: torch.Tensor | None, pads: list[int] | None) -> None:
-        """Take in the positions `[B, t]` of the slots from `start` on, and the padding so far.
+        """Take in the positions of the slots from `start` on, and the padding so far.
 
         A forward that failed may have left positions behind; they give way. A forward that came
         without a mask says nothing of padding: what earlier ones said stays.
@@ -66,7 +66,7 @@ class Rows:
                 "or start a new one"
             )
         else:
-            self.positions = torch.cat([self.positions[:, :start], positions], 1)
+            self.positions = _after(self.positions[:, :start], positions)
 
     def crop(self, length: int) -> None:
         """Forget slots from `length` on."""
@@ -107,3 +107,13 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""
         Rows.__init__(self, **state)
+
+
+def _after(before: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Positions after others; those of text are the same along all axes, where others have some."""
+    axes = before.shape[2:] or positions.shape[2:]
+    both = (
+        each if each.shape[2:] == axes else each[..., None].expand(*each.shape, *axes)
+        for each in (before, positions)
+    )
+    return torch.cat([*both], 1)

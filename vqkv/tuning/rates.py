@@ -106,31 +106,28 @@ def with_steps(
         SchemeError: a stream is not coded by one quantizer of the steps' kind.
     """
 
-    def stepped(layer: int, stream: Stream) -> Plain:
-        config = scheme.stream(layer, stream, geometry.layers)
+    def stepped(place: int, stream: Stream) -> Plain:
+        config, layer = scheme.stream(place, stream, len(layers)), layers[place]
         where = f"{scheme.name}: {stream} of layer {layer}"
-        return _stepped(config, layers.index(layer), steps[layer, stream], where)
+        return _stepped(config, place, steps[layer, stream], where)
 
     layers = geometry.compressed
+    places = range(len(layers))
     usual: dict[Stream, Plain] = {
-        s: _commonest([stepped(layer, s) for layer in layers]) for s in STREAMS
+        s: _commonest([stepped(place, s) for place in places]) for s in STREAMS
     }
     overrides: list[dict[str, Any]] = []
-    rootless = {str(s): {**c, "predictor": None} for s, c in usual.items() if _reaches_back(c)}
-    if rootless and 0 not in layers:
-        # A scheme has to be whole without a model too, where nothing comes before layer 0.
-        overrides.append({"layers": [0], **rootless})
-    for layer in layers:
-        found: dict[Stream, Plain] = {s: stepped(layer, s) for s in STREAMS}
+    for place in places:
+        found: dict[Stream, Plain] = {s: stepped(place, s) for s in STREAMS}
         own = {str(s): config for s, config in found.items() if config != usual[s]}
         if not own:
             continue
         for override in overrides:
             if {key: value for key, value in override.items() if key != "layers"} == own:
-                override["layers"].append(layer)
+                override["layers"].append(place)
                 break
         else:
-            overrides.append({"layers": [layer], **own})
+            overrides.append({"layers": [place], **own})
     named: Plain = {str(stream): config for stream, config in usual.items()}
     bits = sum(step.rate for step in steps.values()) / len(steps)
     told = {"name": name, "description": f"{scheme.name} at {bits:.4g} bits per value."}
@@ -157,11 +154,6 @@ def _stepped(config: StreamConfig, place: int, step: Step, where: str) -> Plain:
 def _quantizer(stream: Plain) -> str:
     kind: str = (stream["quantizer"] or {"type": "segments"})["type"]
     return kind
-
-
-def _reaches_back(config: Plain) -> bool:
-    predictor = config["predictor"] or {"sources": []}
-    return any(source["back"] for source in predictor["sources"])
 
 
 def _commonest(configs: list[Plain]) -> Plain:
