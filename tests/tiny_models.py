@@ -145,7 +145,7 @@ def tiny_model(
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
         # Fresh norms and biases are ones and zeros, which hides mistakes in what comes after them.
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "sinks")):
                 parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.pad_token_id = 0
     model.eval()

@@ -74,7 +74,9 @@ def logits(
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
-@pytest.mark.parametrize("family", ["llama", "llama-mqa", "llama-yarn", "glm", "smollm3", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-mqa", "llama-yarn", "glm", "smollm3", "qwen3", "gpt_oss"]
+)
 def test_fused_reads_are_decoded_reads(family: str, rope: str) -> None:
     model = tiny_model(family, max_position_embeddings=1024)
     compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))
@@ -391,7 +393,7 @@ def test_values_predicted_from_keys_are_decoded_where_no_fused_kernel_reads_them
 
 @compiled
 @pytest.mark.parametrize("rope", ["pre", "post"])
-@pytest.mark.parametrize("family", ["llama", "llama-yarn"])
+@pytest.mark.parametrize("family", ["llama", "llama-yarn", "gpt_oss"])
 def test_compiled_reads_are_decoded_reads(family: str, rope: str) -> None:
     model = tiny_model(family, max_position_embeddings=1024)
     compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))

@@ -97,9 +97,10 @@ def warmed(batch: int, pad: int = 0) -> Iterator[tuple[Any, VQCache, torch.Tenso
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("pads", [(0,), (10, 0, 80)])
-@pytest.mark.parametrize("family", ["llama", "llama-yarn", "smollm3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama-yarn", "smollm3", "qwen3", "gpt_oss"])
 def test_steps_give_what_forwards_give(family: str, pads: tuple[int, ...], rope: str) -> None:
-    model = tiny_model(family, max_position_embeddings=1024)
+    own: Any = {"layer_types": ["full_attention"] * 2} if family == "gpt_oss" else {}
+    model = tiny_model(family, max_position_embeddings=1024, **own)
     compressor = byte_compressor(model, rope, **(PREDICTED if family == "llama" else {}))
     expected, cache, _ = decoded(model, compressor, pads, 140, fixed=False)
     found, other, taken = decoded(model, compressor, pads, 140, fixed=True)

@@ -61,7 +61,7 @@ POINTERS = {
     **dict.fromkeys(
         ("units", "query", "page_turns", "offset_turns", "output", "lse", "key_mean"), "*fp32"
     ),
-    **dict.fromkeys(("key_means", "bias"), "*fp32"),
+    **dict.fromkeys(("key_means", "bias", "null"), "*fp32"),
     "hidden": "*u8",
     **dict.fromkeys(("means", "maps", "source_maps", "offsets", "source"), "*fp32"),
     **dict.fromkeys(("merged", "merged_lse", "merged_key_mean", "decoded"), "*fp32"),

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     masked: str = ""  # by "query", or by "head" and query
     dtype: torch.dtype = torch.float32
     others: torch.dtype | None = None  # of all but the keys of the tail
+    null: bool = False
 
 
 CASES = [
@@ -46,6 +47,8 @@ CASES = [
     Case(tokens=(0, 0)),
     Case(head_dim=33, tokens=(5, 7), predicts=True),
     Case(batch=0),
+    Case(null=True),
+    Case(batch=2, length=5, group=4, masked="head", null=True, dtype=torch.bfloat16),
     # As under autocast, and after a cache changed its model's type.
     Case(dtype=torch.float32, others=torch.bfloat16),
     Case(dtype=torch.float16, others=torch.float32),
@@ -90,6 +93,7 @@ def problem(case: Case) -> tuple[torch.Tensor, Partial, Rest]:
         sinks=(states(tokens[0], "bhtd"), states(tokens[0], "bthd")),
         tail=(states(tokens[1], "bthd", case.dtype), states(tokens[1], "bhdt")),
         hidden=hidden,
+        null_scores=2 * random(queries) + 5 if case.null else None,
     )
     return random(*rows, head_dim) * head_dim**-0.5, partial, rest
 
@@ -116,6 +120,8 @@ def truth(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
     share = torch.exp(partial.lse.double().unsqueeze(3))
     weights = torch.exp(scores)
     total = share + weights.sum(3, keepdim=True)
+    if rest.null_scores is not None:
+        total += rest.null_scores.double().exp()[:, None, None]
     return ((share * coded + weights @ values) / total).nan_to_num(0.0)  # nothing seen: 0 / 0
 
 
@@ -177,6 +183,7 @@ def test_states_of_other_types_are_read_by_torch() -> None:
         ({"sinks": (torch.zeros(1, 3, 9, 64), torch.zeros(1, 3, 9, 64))}, "keys of sinks"),
         ({"hidden": torch.zeros(1, 1, 1, 133, dtype=torch.bool)}, "the mask .* 134"),
         ({"hidden": torch.zeros(1, 1, 1, 134)}, "hidden is bool"),
+        ({"null_scores": torch.zeros(2)}, r"null scores: \[6\] expected, given \[2\]"),
         ({"output_bias": torch.zeros(2, 64, device="meta")}, "on meta, queries are on cpu"),
     ],
 )

@@ -37,7 +37,7 @@ from vqkv.kernels.attend import Block, Reading, attend
 BLOCK_TOKENS = 1024
 
 #: What no kernel here computes: arguments of attention, and the module's attribute for each.
-VARIANTS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks", "position_bias": "position_bias"}
+VARIANTS = {"softcap": "attn_logit_softcapping", "position_bias": "position_bias"}
 
 #: Mask functions of transformers whose masks `visible_slots` can read.
 _MASKS = (sdpa_mask, eager_mask, flash_attention_mask)
@@ -91,9 +91,12 @@ def coded_attention(
     mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention `[B, t, Q, D]` of queries `[B, Q, t, D]` over all slots of a layer.
+
+    `s_aux` is what transformers calls null scores, see `Rest`.
 
     Raises:
         KernelError: the model asks for a variant of attention that no kernel here computes.
@@ -103,15 +106,15 @@ def coded_attention(
             raise _not_computed(type(module).__name__, variant)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(states, StaticStates):
-        return states.layer.read(query, scale).transpose(1, 2).contiguous(), None
+        return states.layer.read(query, scale, s_aux).transpose(1, 2).contiguous(), None
     layer = states.layer
-    output = fused_attention(layer, query, scale, mask)
+    output = fused_attention(layer, query, scale, mask, s_aux)
     if output is None:
         layer.share_history()
         visible = visible_slots(mask, query.shape[2], layer.get_seq_length(), query.device)
         reading = Reading(layer.key_codec.layout, query.shape[1] // layer.key_codec.heads)
         blocks = _blocks(layer, visible, query.shape[2] * reading.readers)
-        output = attend(query, blocks, scale, reading)
+        output = attend(query, blocks, scale, reading, s_aux)
     layer.finish()
     return output.transpose(1, 2).contiguous(), None
 

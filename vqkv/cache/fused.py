@@ -111,9 +111,15 @@ class _LayerReading:
 
 
 def fused_attention(
-    layer: VQLayer, query: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    layer: VQLayer,
+    query: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    null_scores: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Attention `[B, Q, t, D]` of queries `[B, Q, t, D]` over all of a layer's tokens.
+
+    Null scores are those of `Rest`.
 
     None where codes have to be decoded first: no kernel but the naive one takes them, a mask hides
     coded tokens, or positions are not consecutive.
@@ -129,7 +135,8 @@ def fused_attention(
     reader = None if view.hides else reading.reader(layer, view.span)
     if reader is None:
         return None
-    rest = Rest(folded.output_map, folded.output_bias, *layer.exact_states(), view.hidden)
+    exact = layer.exact_states()
+    rest = Rest(folded.output_map, folded.output_bias, *exact, view.hidden, null_scores)
     return attend_folded(query, scaling, folded, reader, rest)
 
 

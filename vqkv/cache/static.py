@@ -101,7 +101,9 @@ class StaticLayer(CacheLayerMixin):
         tail = layer.exact_states()[1]
         return all(a.data_ptr() == b.data_ptr() for a, b in zip(self._tail, tail, strict=True))
 
-    def read(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def read(
+        self, query: torch.Tensor, scaling: float, null_scores: torch.Tensor | None
+    ) -> torch.Tensor:
         """Attention `[B, Q, 1, D]` of queries `[B, Q, 1, D]` over all tokens."""
         keys, values = self._tail
         rest = Rest(
@@ -110,6 +112,7 @@ class StaticLayer(CacheLayerMixin):
             self._sinks,
             (keys, values),
             self._state.hidden,
+            null_scores,
         )
         # Not by a `Reader` that is kept: where codes begin and end changes.
         read = functools.partial(attend_codes, coded=self._coded, layout=self._layout)

@@ -276,7 +276,7 @@ static void attend(int level, int64_t tokens, int64_t rows, int64_t head_dim, in
 }
 
 /* Two runs of states, of 2 rows of the batch on 2 heads: of keys tokens lie side by side, of values heads
- * do. `extras` are bits: means of keys, a bias, a mask. */
+ * do. `extras` are bits: means of keys, a bias, a mask, scores without a value. */
 static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int type, int extras)
 {
     const int64_t batch = 2, heads = 2, counts[2] = {3, tokens}, items = batch * heads;
@@ -303,6 +303,7 @@ static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int 
     a.map = floats(heads * (1 + extras % 2) * head_dim * head_dim);
     a.bias = extras & 2 ? floats(heads * head_dim) : NULL;
     a.hidden = extras & 4 ? bytes(items * rows * (tokens + 3), 2) : NULL;
+    a.null = extras & 8 ? floats(heads * rows) : NULL;
     a.output = floats(items * rows * head_dim);
     expect(vqkv_rest(level, &a, 0, items) == 0, "the return value of what follows attention");
     for (int i = 0; i < 2; i++) {
@@ -314,6 +315,7 @@ static void rest(int level, int64_t tokens, int64_t rows, int64_t head_dim, int 
     free((void *)a.map);
     free((void *)a.bias);
     free((void *)a.hidden);
+    free((void *)a.null);
     free(a.output);
 }
 
@@ -362,7 +364,7 @@ int main(void)
         for (int64_t tokens = 0; tokens < 18; tokens++)
             for (int type = FLOAT32; type <= BFLOAT16; type++)
                 rest(level, tokens, 1 + 4 * tokens, tokens % 3 ? 16 * (tokens % 5 + 1) : 7 + tokens,
-                     type, (int)tokens % 8);
+                     type, (int)tokens % 16);
     }
     return 0;
 }

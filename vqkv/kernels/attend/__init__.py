@@ -36,13 +36,19 @@ class Reading(NamedTuple):
 
 
 def attend(
-    query: torch.Tensor, blocks: Iterable[Block], scaling: float, reading: Reading
+    query: torch.Tensor,
+    blocks: Iterable[Block],
+    scaling: float,
+    reading: Reading,
+    null_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention output `[B, Q, t, D]` of queries `[B, Q, t, D]` over all blocks together.
+
+    Null scores `[Q]` take part in each query head's softmax and have no value.
 
     Raises:
         KernelError: no kernel attends on this layout; the message gives the reasons.
     """
     kernel = select("attend", reading, query.device).kernel
-    output: torch.Tensor = kernel(query, blocks, scaling)
+    output: torch.Tensor = kernel(query, blocks, scaling, null_scores)
     return output

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from vqkv.kernels.attend import Block, Reading
 
 
-def attend(query: torch.Tensor, blocks: Iterable[Block], scaling: float) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    blocks: Iterable[Block],
+    scaling: float,
+    null_scores: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Output `[B, Q, t, D]`, in the query's type; rows that see no token get zeros.
 
     Coded keys of all blocks have the same units, so one table serves all of them.
@@ -37,7 +42,7 @@ def attend(query: torch.Tensor, blocks: Iterable[Block], scaling: float) -> torc
             table = product_table(q, keys)
         return from_table(table, keys)
 
-    return attend_by(query, blocks, scaling, score)
+    return attend_by(query, blocks, scaling, null_scores, score)
 
 
 def product_table(q: torch.Tensor, keys: CommutingKeys) -> torch.Tensor:

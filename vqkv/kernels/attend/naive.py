@@ -27,13 +27,19 @@ def products(q: torch.Tensor, keys: torch.Tensor | CommutingKeys) -> torch.Tenso
 
 
 def attend(
-    query: torch.Tensor, blocks: Iterable[Block], scaling: float, score: Score = products
+    query: torch.Tensor,
+    blocks: Iterable[Block],
+    scaling: float,
+    null_scores: torch.Tensor | None = None,
+    score: Score = products,
 ) -> torch.Tensor:
     """Output `[B, Q, t, D]`, in the query's type; rows that see no token get zeros."""
     batch, queries, length, head_dim = query.shape
     q = query.float() * scaling
     output = torch.zeros(batch, queries, length, head_dim, device=query.device)
     lse = torch.full((batch, queries, length, 1), -torch.inf, device=query.device)
+    if null_scores is not None:
+        lse = lse.maximum(null_scores.float()[:, None, None])
     for block in blocks:
         output, lse = merged((output, lse), partial(q, block, score))
     return output.to(query.dtype)

@@ -26,6 +26,8 @@ class Rest(NamedTuple):
         tail: exact tokens after them.
         hidden: of sinks, then tail, those that a query does not see, `[B, Q or 1, t, n of both]`
             (bool); None where each query sees all of them.
+        null_scores: `[Q]`, a learned score of each query head that takes part in its softmax and
+            has no value (GPT-OSS calls it a sink); None where there are none.
     """
 
     output_map: torch.Tensor
@@ -33,6 +35,14 @@ class Rest(NamedTuple):
     sinks: tuple[torch.Tensor, torch.Tensor]
     tail: tuple[torch.Tensor, torch.Tensor]
     hidden: torch.Tensor | None = None
+    null_scores: torch.Tensor | None = None
+
+    def null_by_row(self, length: int) -> torch.Tensor | None:
+        """Null scores `[H, R]` (fp32) of a KV head's rows, which are t queries of each head."""
+        if self.null_scores is None:
+            return None
+        by_head = self.null_scores.float().view(len(self.output_map), -1, 1)
+        return by_head.expand(-1, -1, length).flatten(1)
 
 
 def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tensor:
@@ -86,6 +96,7 @@ def check(query: torch.Tensor, partial: Partial, rest: Rest) -> None:
         ("keys of the tail", rest.tail[0], (batch, heads, counts[1], head_dim)),
         ("values of the tail", rest.tail[1], (batch, heads, counts[1], head_dim)),
         ("the mask by query head", hidden_of_all, (batch, queries, length, sum(counts))),
+        ("null scores", rest.null_scores, (queries,)),
     )
     for name, tensor, shape in fits:
         if tensor is not None and tensor.shape != shape:

@@ -32,8 +32,11 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     if rest.hidden is not None:
         by_query = scores.view(batch, queries, length, -1)
         by_query[..., 1:].masked_fill_(rest.hidden, -torch.inf)
+    null = rest.null_by_row(length)
+    if null is not None:
+        scores = torch.cat([scores, null.repeat(batch, 1)[..., None]], 2)
     weights = scores.softmax(2)
-    if rest.hidden is not None:
+    if rest.hidden is not None and null is None:
         unseeing = (scores == -torch.inf).all(2, keepdim=True)
         weights = weights.masked_fill(unseeing, 0.0)
     output = weights[..., :1] * coded.flatten(0, 1)

@@ -29,6 +29,7 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
         rest.output_bias,
         *(states.to(dtype) for states in (*rest.sinks, *rest.tail)),
         rest.hidden,
+        rest.null_by_row(query.shape[2]),
     )
     return output
 

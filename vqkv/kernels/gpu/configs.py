@@ -214,6 +214,7 @@ class RestConfig:
     key_sums: bool = False
     bias: bool = True
     hidden: bool = False
+    null: bool = False  # scores without a value
 
     def constants(self) -> dict[str, int]:
         """Compile-time arguments of `attend_rest`."""
@@ -226,6 +227,7 @@ class RestConfig:
             "KEY_SUMS": self.key_sums,
             "BIAS": self.bias,
             "HIDDEN": self.hidden,
+            "NULL": self.null,
         }
 
     def options(self) -> dict[str, int]:

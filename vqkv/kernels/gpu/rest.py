@@ -62,13 +62,14 @@ def add_exact(
 # Neither is worth another variant: one of them changes with every token.
 @triton.jit(do_not_specialize=["sinks", "tail"])
 def attend_rest(
-    query, means, lse, key_means, maps, bias, hidden, output,
+    query, means, lse, key_means, maps, bias, hidden, null, output,
     sink_keys, sink_values, sinks, tail_keys, tail_values, tail,
     sink_key_row, sink_key_head, sink_key_token, sink_value_row, sink_value_head, sink_value_token,
     tail_key_row, tail_key_head, tail_key_token, tail_value_row, tail_value_head, tail_value_token,
     rows,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, KEY_SUMS: tl.constexpr, BIAS: tl.constexpr, HIDDEN: tl.constexpr,
+    NULL: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, H, R, D]` of R rows of queries on a KV head.
 
@@ -95,6 +96,13 @@ def attend_rest(
     if BIAS:
         sums += tl.load(bias + head * D + channel, mask=channel < D, other=0.0)[None, :]
     sums *= total[:, None]
+    if NULL:
+        score = tl.load(null + head * rows + row, mask=there, other=0.0)
+        higher = tl.maximum(best, score)
+        shrink = tl.exp(best - higher)
+        sums *= shrink[:, None]
+        total = total * shrink + tl.exp(score - higher)
+        best = higher
 
     hidden += item * (sinks + tail)
     sink_keys += batch * sink_key_row + head.to(tl.int64) * sink_key_head

@@ -23,6 +23,7 @@ def attend_rest(
     tail_keys: Tensor,
     tail_values: Tensor,
     hidden: Tensor | None,
+    null: Tensor | None,
 ) -> Tensor:
     """Attention `[B, Q, t, D]` (fp32), as `vqkv.kernels.attend.rest` says."""
     batch, queries, length, head_dim = query.shape
@@ -41,6 +42,7 @@ def attend_rest(
         key_sums=key_means is not None,
         bias=output_bias is not None,
         hidden=hidden is not None,
+        null=null is not None,
     )
     # What a launch does not read may be any tensor.
     attend_rest_kernel[-(-rows // ROWS), heads, batch](
@@ -51,6 +53,7 @@ def attend_rest(
         _single(output_map),
         output_map if output_bias is None else _single(output_bias),
         lse if hidden is None else hidden,
+        lse if null is None else null,
         output,
         *(*states[:2], sinks, *states[2:], tail),
         *(stride for each in states for stride in each.stride()[:3]),

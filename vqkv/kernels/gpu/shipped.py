@@ -68,6 +68,7 @@ SHIPPED: dict[str, Config] = {
     "encode-heads/128/d8": HeadsConfig(8, SearchConfig(16, 256, 8, 32)),
     "decode/128/d4": DecodeConfig(128, words(128, 4, 1)),
     "rest/64/key-sums": RestConfig(64, key_sums=True),
+    "rest/64/key-sums/null": RestConfig(64, key_sums=True, null=True),
     "rest/128": RestConfig(128),
     "rest/128/key-sums": RestConfig(128, key_sums=True),
     "rest/128/key-sums/hidden": RestConfig(128, key_sums=True, hidden=True),

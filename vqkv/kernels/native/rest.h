@@ -27,6 +27,7 @@ struct rest {
     const float *key_means;   /* like means, or NULL */
     const float *map, *bias;  /* [H, D or 2 D, D]: of means, then key means; [H, D] or NULL */
     const uint8_t *hidden;    /* [B, H, R, n of all runs] or NULL */
+    const float *null;        /* [H, R], scores that have no value, or NULL */
     float *output;            /* [B, H, R, D] */
 };
 

@@ -40,8 +40,9 @@ class _Rest(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("type", "batch", "heads", "rows", "head_dim")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("query", "means", "lse", "key_means", "map", "bias", "hidden", "output")
+            for name in ("query", "means", "lse", "key_means", "map", "bias", "hidden", "null")
         ),
+        ("output", ctypes.c_void_p),
     )
 
 
@@ -62,12 +63,13 @@ def attend_rest(query: torch.Tensor, partial: Partial, rest: Rest) -> torch.Tens
     hidden = rest.hidden
     if hidden is not None:
         hidden = hidden.expand(batch, queries, length, -1).contiguous()
+    null = rest.null_by_row(length)
     output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     task = _Rest(
         runs,
         TYPES[dtype],
         *(batch, heads, queries // heads * length, head_dim),
-        *map(address, (q, means, lse, key_means, output_map, bias, hidden, output)),
+        *map(address, (q, means, lse, key_means, output_map, bias, hidden, null, output)),
     )
 
     def run(begin: int, end: int) -> int:

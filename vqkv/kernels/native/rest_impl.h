@@ -43,15 +43,19 @@ static TARGET void NAME(weigh)(const struct rest *a, const struct rest_work *w, 
     enum { LANES = 16 };
     const int64_t rows = padded(a->rows);
     const float *lse = a->lse + item * a->rows;
+    const float *null = a->null == NULL ? NULL : a->null + item % a->heads * a->rows;
     const uint8_t *hidden = a->hidden == NULL ? NULL : a->hidden + item * a->rows * tokens;
     for (int64_t r = 0; r < a->rows && hidden != NULL; r++)
         for (int64_t t = 0; t < tokens; t++)
             if (hidden[r * tokens + t])
                 w->scores[t * rows + r] = -INFINITY;
     for (int64_t first = 0; first < rows; first += LANES) {
-        float best[LANES], total[LANES];
-        for (int i = 0; i < LANES; i++)
+        float best[LANES], total[LANES], without[LANES];
+        for (int i = 0; i < LANES; i++) {
             best[i] = first + i < a->rows ? lse[first + i] : 0.0f;
+            without[i] = null != NULL && first + i < a->rows ? null[first + i] : -INFINITY;
+            best[i] = without[i] > best[i] ? without[i] : best[i];
+        }
         for (int64_t t = 0; t < tokens; t++)
             for (int i = 0; i < LANES; i++) {
                 const float score = w->scores[t * rows + first + i];
@@ -60,7 +64,8 @@ static TARGET void NAME(weigh)(const struct rest *a, const struct rest_work *w, 
         for (int i = 0; i < LANES; i++) {
             best[i] = best[i] == -INFINITY ? 0.0f : best[i]; /* a row that sees nothing */
             const float own = first + i < a->rows ? lse[first + i] : -INFINITY;
-            w->coded[first + i] = total[i] = NAME(exponential)(own - best[i]);
+            w->coded[first + i] = NAME(exponential)(own - best[i]);
+            total[i] = w->coded[first + i] + NAME(exponential)(without[i] - best[i]);
         }
         for (int64_t t = 0; t < tokens; t++)
             for (int i = 0; i < LANES; i++) {
