@@ -330,12 +330,6 @@ def test_naming_segments_drops_the_quantizer_and_back() -> None:
 # -- what a scheme knows of itself -------------------------------------------------------------
 
 
-def test_pre_rope_in_one_layer_is_enough() -> None:
-    assert scheme().pre_rope
-    assert not scheme(keys__rope="post").pre_rope
-    assert scheme(keys__rope="post", layers=[{"layers": [0], "keys": {"rope": "pre"}}]).pre_rope
-
-
 def test_data_free_needs_every_part_to_be() -> None:
     fixed = {
         f"{stream}__{name}": value

@@ -167,23 +167,8 @@ def cached_states(
     Raises:
         ModelError: the module never gets that far.
     """
-    name = cache_parameter(module)
-    assert name is not None, "attention_modules only lists modules that take a cache"
-    first, *others = inspect.signature(module.forward).parameters.values()
-    # What a family demands beside these (an ALiBi bias, a residual) is used after the cache, if
-    # at all.
-    call: dict[str, Any] = {
-        p.name: None
-        for p in others
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
-    call |= {first.name: hidden, name: _Recorder()}
-    if "position_ids" in call:
-        call["position_ids"] = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    if takes_tables(module):
-        call["position_embeddings"] = tables
     try:
-        module.forward(**call)
+        run_alone(module, hidden, tables, _Recorder())
     except _Recorded as record:
         return record.keys, record.values
     except Exception as error:
@@ -191,6 +176,41 @@ def cached_states(
             f"{type(module).__name__}: could not find out what it caches: {error}"
         ) from error
     raise ModelError(f"{type(module).__name__} never hands keys and values to the cache")
+
+
+def run_alone(
+    module: nn.Module, hidden: torch.Tensor, tables: Tables | None, cache: StandIn
+) -> None:
+    """Run an attention module on hidden states `[B, T, E]`, beside its model."""
+    name = cache_parameter(module)
+    assert name is not None, "attention_modules only lists modules that take a cache"
+    parameters = inspect.signature(module.forward).parameters
+    first, *others = parameters.values()
+    # What a family demands beside these (an ALiBi bias, a residual) is used after the cache, if
+    # at all.
+    call: dict[str, Any] = {
+        p.name: None
+        for p in others
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    call |= {first.name: hidden, name: cache}
+    if "position_ids" in parameters:
+        call["position_ids"] = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    if takes_tables(module):
+        call["position_embeddings"] = tables
+    module.forward(**call)
+
+
+class StandIn:
+    """Stands in for an empty cache, for one update."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """What is said in place of keys and values."""
+        raise NotImplementedError
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before."""
+        return 0
 
 
 class _Recorded(BaseException):
@@ -202,14 +222,9 @@ class _Recorded(BaseException):
         self.values = values
 
 
-class _Recorder:
-    """Stands in for a cache, up to its first update."""
-
+class _Recorder(StandIn):
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
         raise _Recorded(keys, values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 def _inside(module: nn.Module, outer: nn.Module | None) -> bool:

@@ -22,7 +22,7 @@ from vqkv.errors import ModelError, NotFittedError, SchemeError, StateError
 from vqkv.folding import FoldedLayer, NotFoldable, fold
 from vqkv.geometry import Geometry
 from vqkv.layouts import ACROSS_LAYERS, Stream, coded_tokens
-from vqkv.scheme import STREAMS, Scheme, StreamConfig, check_samples
+from vqkv.scheme import STREAMS, KeysConfig, Scheme, StreamConfig, check_samples
 from vqkv.states import States
 from vqkv.transforms import Metric
 
@@ -141,7 +141,7 @@ class KVCompressor:
         self.provenance = provenance or Provenance()
         self._codecs: dict[StreamKey, Codec] = {
             (layer, stream): Codec(
-                scheme.stream(place, stream, len(geometry.compressed)),
+                _stream_config(scheme, geometry, place, stream),
                 geometry.kv_heads,
                 geometry.head_dim,
                 geometry.pairs if stream == "keys" else (),
@@ -440,9 +440,14 @@ class KVCompressor:
         return 2 * self.geometry.kv_heads * self.geometry.head_dim * len(self.geometry.compressed)
 
     @property
+    def pre_rope(self) -> bool:
+        """Some layer's keys are coded before RoPE, so the model has to be attached."""
+        return any(codec.layout.rope == "pre" for codec in self._codecs.values())
+
+    @property
     def position_bytes(self) -> int:
         """Bytes of a token's position, which a cache keeps where history has to be rotated."""
-        return torch.int32.itemsize if self.scheme.pre_rope else 0
+        return torch.int32.itemsize if self.pre_rope else 0
 
     def row_bytes(self, tokens: int) -> int:
         """Cache bytes of one row of `tokens` tokens: codes, exact sinks and tail, positions.
@@ -623,6 +628,14 @@ class Reconstructions:
             decoded = States(states.tokens, lambda: states.beside(sources, codec.there_and_back))
             self._kept[key] = self._source.kept(layer, stream, decoded)
         return self._kept[key]
+
+
+def _stream_config(scheme: Scheme, geometry: Geometry, place: int, stream: Stream) -> StreamConfig:
+    """Of a compressed layer. Without RoPE keys are after it what they are before it."""
+    config = scheme.stream(place, stream, len(geometry.compressed))
+    if geometry.rope is None and isinstance(config, KeysConfig):
+        return config.model_copy(update={"rope": "post"})
+    return config
 
 
 def _check_samples(codec: Codec, scheme: Scheme) -> None:

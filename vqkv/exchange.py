@@ -24,6 +24,9 @@ class AttentionExchange:
         model: a causal language model of transformers.
         attention: takes what attention functions of transformers take.
         consequence: what a model whose attention stays cannot do, for the error.
+
+    Raises:
+        ModelError: transformers does not tell of the model's decoder.
     """
 
     def __init__(
@@ -31,6 +34,11 @@ class AttentionExchange:
     ) -> None:
         self._family = model_type(model)
         self._base: PreTrainedModel = model.get_decoder()
+        if not isinstance(self._base, PreTrainedModel):
+            raise ModelError(
+                f"{self._family}: the decoder of {type(model).__name__} is said to be a "
+                f"{type(self._base).__name__}, whose attention cannot be exchanged: {consequence}"
+            )
         self._attention = attention
         self._consequence = consequence
         self._name = f"vqkv_{id(self)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from vqkv.errors import ModelError
 from vqkv.models import auto_class
 from vqkv.rotation import Pairing, Pairs, Rotation, rope_pairs, rotary_function
 
+#: Of a model whose attention rotates keys in ways of its own, which cannot be undone.
+INSIDE = "inside attention"
+
 Scalar = str | int | float | bool | None
 
 
@@ -33,9 +37,9 @@ class RopeForm:
     """Rotary embedding of the compressed layers.
 
     Attributes:
-        type: as transformers names it: default, linear, yarn, llama3, ...
-        theta: base of the frequencies.
-        rotary_dim: channels of a head that rotate.
+        type: as transformers names it: default, linear, yarn, llama3, ...; `INSIDE`.
+        theta: base of the frequencies; 0 for `INSIDE`.
+        rotary_dim: channels of a head that are known to rotate.
         pairing: which of them rotate together.
         scaling: the other parameters of the type, sorted by name.
     """
@@ -65,7 +69,7 @@ class Geometry:
         query_heads: Q.
         head_dim: D.
         qk_norm: whether keys are normed before they rotate.
-        rope: None without position embeddings in attention.
+        rope: None where keys do not depend on positions.
     """
 
     model_type: str
@@ -130,9 +134,7 @@ class Geometry:
             query_heads=config.num_attention_heads,
             head_dim=head_dim,
             qk_norm=_has_key_norm(modules[first]),
-            rope=None
-            if width is None
-            else _rope_form(config, layer_types[first], Rotation(modules[first], width, head_dim)),
+            rope=_rope_of(config, layer_types[first], modules[first], width, head_dim),
         )
 
     @property
@@ -201,6 +203,16 @@ def _has_key_norm(attention: nn.Module) -> bool:
     return any(
         "norm" in name and name.startswith(("k", "qk")) for name, _ in attention.named_children()
     )
+
+
+def _rope_of(
+    config: PreTrainedConfig, layer_type: str, module: nn.Module, width: int | None, head_dim: int
+) -> RopeForm | None:
+    if width is not None:
+        return _rope_form(config, layer_type, Rotation(module, width, head_dim))
+    # GPT-J and CodeGen make tables of positions themselves.
+    inside = "position_ids" in inspect.signature(module.forward).parameters
+    return RopeForm(INSIDE, theta=0.0, rotary_dim=0, pairing="half") if inside else None
 
 
 def _rope_form(config: PreTrainedConfig, layer_type: str, rotation: Rotation) -> RopeForm:

@@ -396,11 +396,6 @@ class Scheme(Config):
         """Usable without calibration."""
         return all(config.data_free for config in self._streams())
 
-    @property
-    def pre_rope(self) -> bool:
-        """Some layer's keys are coded before RoPE, so the model has to be attached."""
-        return any(isinstance(c, KeysConfig) and c.rope == "pre" for c in self._streams())
-
     def stream(self, place: int, stream: Stream, count: int) -> StreamConfig:
         """The config of one stream of the compressed layer at `place` among `count`."""
         for override in self.layers:

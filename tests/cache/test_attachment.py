@@ -121,13 +121,53 @@ def test_another_model_is_refused(model: Any) -> None:
         pass
 
 
+def small(family: str, **settings: Any) -> Any:
+    """Of a family that the other tests do not use."""
+    common = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = AutoConfig.for_model(family, **common, **settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def test_a_family_whose_rope_cannot_be_undone_is_refused_by_name() -> None:
-    model = tiny_model("gpt2")
+    model = small("gptj", n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256)
     compressor = compressor_for(model, "post")
     with attach(model, compressor):  # post-RoPE codes need no rotary embedding
         pass
-    with pytest.raises(ModelError, match="gpt2"):
-        RotaryAdapter(model, [0])
+    refused = pytest.raises(ModelError, match=r"gptj: .* no rotary cosines and sines")
+    with refused, attach(model, compressor_for(model, "pre", quantizer="identity")):
+        pass
+
+
+def test_without_rope_keys_are_the_same_before_and_after_it() -> None:
+    model: Any = tiny_model("gpt2")
+    ids = random_ids(2, 60)
+    exact = model.generate(ids, max_new_tokens=90, do_sample=False)
+    compressor = compressor_for(model, "pre", quantizer="identity")
+    assert not compressor.pre_rope
+    cache = compressor.new_cache(model.config)  # so it needs no attached model either
+    assert torch.equal(
+        model.generate(ids, past_key_values=cache, max_new_tokens=90, do_sample=False), exact
+    )
+    assert cache.coded_layers[0].coded == [128, 128] and cache.nbytes()["positions"] == 0
+
+
+@pytest.mark.parametrize(
+    "family, message",
+    [
+        ("diffllama", "diffllama: DiffLlamaAttention changes what a cache returns before it"),
+        ("modernbert-decoder", "modernbert-decoder: the decoder .* is said to be a Linear"),
+    ],
+)
+def test_models_that_codes_do_not_get_through_are_decoded(family: str, message: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = small(family, **sizes, num_attention_heads=4)
+    before, compressor = traces(model), compressor_for(model, "post", quantizer="identity")
+    refused = pytest.raises(ModelError, match=f"{message}.*use read='decode'")
+    with refused, attach(model, compressor, read="attend"):
+        pass
+    assert traces(model) == before
+    with attach(model, compressor) as attached:
+        assert attached.read == "decode"
 
 
 def test_codes_that_mix_heads_are_refused_for_attend_alone(model: Any) -> None:

@@ -135,7 +135,7 @@ def attach(
         for (_, stream), codec in compressor.codecs():
             if stream == "keys":
                 select("attend", Reading(codec.layout, readers), model.device)
-    adapter = RotaryAdapter(model, layers) if compressor.scheme.pre_rope else None
+    adapter = RotaryAdapter(model, layers) if compressor.pre_rope else None
     with ForwardCapture(model, adapter) as capture, ExitStack() as stack:
         read = _exchange(stack, model, compressor, read)
         if graphs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -23,13 +23,22 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from vqkv.attention import attention_modules, model_type
+from vqkv.attention import (
+    StandIn,
+    attention_modules,
+    model_type,
+    rotary_module,
+    rotary_tables,
+    run_alone,
+    takes_tables,
+    text_config,
+)
 from vqkv.cache.commuted import commuting_slots, read_commuting
 from vqkv.cache.fused import fused_attention
 from vqkv.cache.layer import CodedStates, VQLayer
 from vqkv.cache.masks import visible_slots
 from vqkv.cache.static import StaticStates
-from vqkv.errors import KernelError
+from vqkv.errors import KernelError, ModelError
 from vqkv.exchange import AttentionExchange
 from vqkv.kernels.attend import Block, Reading, attend
 
@@ -53,14 +62,17 @@ class CodedAttention(AttentionExchange):
     Raises:
         KernelError: a compressed layer attends in a way that no kernel here computes, or the
             model's implementation has masks that cannot be read.
+        ModelError: transformers does not tell of the model's decoder.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
         super().__init__(model, self._attend, "it cannot read codes: use read='decode'")
         family, modules = model_type(model), attention_modules(model)
-        for layer in layers:
+        self._model = model
+        self._layers = {layer: modules[layer] for layer in layers}
+        for layer, module in self._layers.items():
             for variant, attribute in VARIANTS.items():
-                if getattr(modules[layer], attribute, None) is not None:
+                if getattr(module, attribute, None) is not None:
                     raise _not_computed(f"{family}: layer {layer}", variant)
         if ALL_MASK_ATTENTION_FUNCTIONS.get(self.original) not in _MASKS:
             raise KernelError(
@@ -68,6 +80,43 @@ class CodedAttention(AttentionExchange):
                 f"attention implementation {self.original!r}: load the model with "
                 "attn_implementation='sdpa', or use read='decode'"
             )
+
+    def __enter__(self) -> Self:
+        """Raises ModelError where codes would not get to where the model attends."""
+        super().__enter__()
+        try:
+            # Layers of one class treat what a cache returns alike.
+            for layer in {type(m): layer for layer, m in self._layers.items()}.values():
+                self._check_handed_on(layer)
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    @torch.no_grad()
+    def _check_handed_on(self, layer: int) -> None:
+        """Run a layer's attention on a token, up to where it attends."""
+        module, config = self._layers[layer], text_config(self._model)
+        device = next(module.parameters()).device
+        # Weights may be quantized, embeddings say what hidden states are.
+        dtype = next(self._model.get_input_embeddings().parameters()).dtype
+        hidden = torch.zeros(1, 1, config.hidden_size, device=device, dtype=dtype)
+        tables, rotary = None, rotary_module(self._model)
+        if rotary is not None and takes_tables(module):
+            first = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            tables = rotary_tables(rotary, config, layer, first, dtype)
+        reason: Exception | None = None
+        try:
+            run_alone(module, hidden, tables, _Probing())
+        except _Reached:
+            return
+        except Exception as error:
+            what, reason = "changes what a cache returns before it attends", error
+        else:
+            what = "does not attend through its model's attention function"
+        raise ModelError(
+            f"{self._family}: {type(module).__name__} {what}, so {self._consequence}"
+        ) from reason
 
     def _attend(
         self,
@@ -79,9 +128,26 @@ class CodedAttention(AttentionExchange):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(key, _Probe):
+            raise _Reached
         if isinstance(key, CodedStates | StaticStates):
             return coded_attention(module, query, key, attention_mask, *args, **kwargs)
         return self.own(module)(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+class _Probe:
+    """In place of keys and values, as `CodedStates` will be."""
+
+
+class _Probing(StandIn):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[_Probe, _Probe]:
+        return _Probe(), _Probe()
+
+
+class _Reached(BaseException):
+    """A probe has got to where a model attends. Not an Exception: no module may swallow it."""
 
 
 def coded_attention(

@@ -15,7 +15,7 @@ def commuting_slots(layer: VQLayer, rows: int) -> tuple[int, int]:
     They are coded in every row and exact in none, and a table of `rows` queries pays for them.
     """
     layout = layer.key_codec.layout
-    if not layout.commuting:
+    if not layout.commuting or layout.rope != "pre":
         return 0, 0
     bounds = list(zip(layer.pads, layer.coded, strict=True))
     low = max(pad + min(layer.sinks, coded) for pad, coded in bounds)
