@@ -142,8 +142,11 @@ def rotary_tables(
     like = torch.empty(0, device=positions.device, dtype=dtype)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     kind = {"layer_type": config.layer_types[layer]} if by_type else {}
+    axes = len(getattr(rotary, "mrope_section", None) or ())
     if positions.ndim == 3:
         positions = positions.movedim(2, 0)
+    elif axes:
+        positions = positions.expand(axes, -1, -1)
     try:
         # `forward`, not the module: hooks are for real forwards.
         cos, sin = rotary.forward(like, positions, **kind)
