@@ -105,6 +105,7 @@ bench-gpu-dry: env
 docs: env
 	$(BIN)/python tools/config_reference.py
 	$(BIN)/python tools/results_pages.py
+	$(BIN)/python tools/models_page.py
 
 format: env
 	$(BIN)/ruff check --fix

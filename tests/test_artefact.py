@@ -76,7 +76,7 @@ def test_what_the_folder_holds(compressor: KVCompressor, tmp_path: Path) -> None
     assert stored["fingerprint"] == compressor.scheme.fingerprint()
     assert stored["base_model"] == "org/model"
     assert stored["calibration"] == {"tokens": 64, "seed": 0}
-    assert stored["library_version"] and stored["format_version"] == 1
+    assert stored["library_version"] and stored["format_version"] == 2
     tensors = load_file(folder / "codebooks.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == compressor.nbytes()
     loaded = KVCompressor.from_pretrained(folder)
@@ -187,7 +187,7 @@ CODEBOOKS = "codebooks.safetensors: damaged, cut short, or from another artefact
             id="a model's config",
         ),
         pytest.param(
-            change(format_version=7), "format version 7, vqkv 0.1.0 reads version 1", id="version"
+            change(format_version=7), "format version 7, vqkv 0.1.0 reads version 2", id="version"
         ),
         pytest.param(no_health, "damaged: ['health'] are missing", id="a field gone"),
         pytest.param(rescheme, "`scheme` is not what `fingerprint` says", id="edited scheme"),

@@ -45,6 +45,12 @@ def test_config_reference_is_current() -> None:
     )
 
 
+def test_the_page_of_models_is_of_the_committed_results() -> None:
+    module = tool("models_page")
+    written = module.page(json.loads(module.RESULTS.read_text()))
+    assert module.PAGE.read_text() == written, "python tools/models_page.py"
+
+
 def test_measured_figures_are_those_of_the_committed_results() -> None:
     module = tool("results_pages")
     for path, text in module.pages().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import multiprocessing
 import sys
@@ -115,6 +116,19 @@ def test_a_model_that_sees_is_loaded_whole(tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "seeing", "qwen3_vl")
     model, _ = load_model(str(folder))
     assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+
+
+def test_code_that_comes_with_a_model_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A type without a class for text, or for text and images; told to answer yes.
+    own = {name: "own.Own" for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText")}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "auto_map": own}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError, match="cannot load model"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 # --- resolving ---------------------------------------------------------------------------------

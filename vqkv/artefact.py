@@ -25,7 +25,8 @@ from vqkv.scheme import fingerprint
 from vqkv.scheme_files import scheme_from_dict
 from vqkv.version import __version__
 
-FORMAT_VERSION = 1
+#: 2: overrides of layers count compressed ones.
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 CODEBOOKS = "codebooks.safetensors"
 #: All that is in an artefact's folder.

@@ -124,6 +124,14 @@ def rotary_module(model: PreTrainedModel) -> nn.Module | None:
     return next((module for module in reversed(found) if isinstance(module, nn.Module)), None)
 
 
+def position_axes(rotary: nn.Module | None, config: PreTrainedConfig, layer: int) -> int:
+    """How many axes a multimodal model's positions count along; 0 for a model of text alone."""
+    sections = getattr(rotary, "mrope_section", None)
+    if isinstance(sections, dict):
+        sections = sections.get(config.layer_types[layer])
+    return len(sections or ())
+
+
 def rotary_tables(
     rotary: nn.Module,
     config: PreTrainedConfig,
@@ -142,15 +150,16 @@ def rotary_tables(
     like = torch.empty(0, device=positions.device, dtype=dtype)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     kind = {"layer_type": config.layer_types[layer]} if by_type else {}
-    axes = len(getattr(rotary, "mrope_section", None) or ())
+    axes = position_axes(rotary, config, layer)
     if positions.ndim == 3:
         positions = positions.movedim(2, 0)
     elif axes:
+        # Transformers takes `[B, T]` here, too, but not in all versions.
         positions = positions.expand(axes, -1, -1)
     try:
         # `forward`, not the module: hooks are for real forwards.
         cos, sin = rotary.forward(like, positions, **kind)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{config.model_type}: {type(rotary).__name__} computes no cosines and sines for layer "
             f"{layer}: {error!r}"

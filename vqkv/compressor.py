@@ -446,7 +446,10 @@ class KVCompressor:
 
     @property
     def position_bytes(self) -> int:
-        """Bytes of a token's position, which a cache keeps where history has to be rotated."""
+        """Bytes of a token's position, which a cache keeps where history has to be rotated.
+
+        Rows with images that count along several axes keep as many positions a token.
+        """
         return torch.int32.itemsize if self.pre_rope else 0
 
     def row_bytes(self, tokens: int) -> int:

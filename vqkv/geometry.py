@@ -93,7 +93,9 @@ class Geometry:
         own = copy.deepcopy(text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config)
         try:
             with torch.device("meta"):
-                model = auto_class(own).from_config(own, attn_implementation="eager")
+                model = auto_class(own).from_config(
+                    own, attn_implementation="eager", trust_remote_code=False
+                )
         except Exception as error:
             raise ModelError(
                 f"{text.model_type}: transformers cannot build this model from its config alone "
@@ -210,8 +212,10 @@ def _rope_of(
 ) -> RopeForm | None:
     if width is not None:
         return _rope_form(config, layer_type, Rotation(module, width, head_dim))
-    # GPT-J and CodeGen make tables of positions themselves.
-    inside = "position_ids" in inspect.signature(module.forward).parameters
+    # GPT-J makes tables of positions itself, RoFormer is handed other ones; what is added to scores
+    # leaves keys as they are.
+    named = (name for name in inspect.signature(module.forward).parameters if "pos" in name)
+    inside = any(name not in ("position_embeddings", "position_bias") for name in named)
     return RopeForm(INSIDE, theta=0.0, rotary_dim=0, pairing="half") if inside else None
 
 

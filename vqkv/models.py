@@ -120,7 +120,9 @@ def load_model(
     location = _loadable_folder(source) if source.is_gguf else source.location
     with _loading(source, location):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(location, config=config, dtype=dtype)
+        model = auto_class(config).from_pretrained(
+            location, config=config, dtype=dtype, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     if device is not None:
         model.to(device)
@@ -128,7 +130,11 @@ def load_model(
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
-    """The class of transformers that makes a model of `config`; of text alone where it can."""
+    """The class of transformers that makes a model of `config`.
+
+    The one for text, where transformers lists one: of Qwen3.5 that leaves its eyes out, of Gemma 3
+    it is the whole model.
+    """
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 

@@ -137,5 +137,5 @@ def _idle_tokens(coded: int) -> int:
 
 def _parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from transformers import (
@@ -149,6 +150,18 @@ def test_without_rope_keys_are_the_same_before_and_after_it() -> None:
         model.generate(ids, past_key_values=cache, max_new_tokens=90, do_sample=False), exact
     )
     assert cache.coded_layers[0].coded == [128, 128] and cache.nbytes()["positions"] == 0
+
+
+def test_models_whose_layers_cannot_be_tried_alone_are_read_all_the_same() -> None:
+    model = tiny_model("llama")
+    compressor = compressor_for(model, "post", quantizer="identity")
+    offloaded = accelerate.cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name:  # as in training in two types
+            parameter.data = parameter.data.double()
+    for each in (model, offloaded):
+        with attach(each, compressor, read="attend"):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def attach(
         read: `"decode"` decodes a layer's history for whatever attention the model uses;
             `"attend"` lets attention read the codes, for up to 16 query rows at a time: by a fused
             kernel, else block by block. `"auto"` attends where a fused kernel takes every layer's
-            codes and the model lets it, and decodes elsewhere.
+            codes and the model lets it, and decodes elsewhere. A layer of each class is run on one
+            token to see whether it does. Where positions skip, or an image's count along several
+            axes, keys coded before RoPE are read block by block even then.
         graphs: decoding steps are captured as a CUDA graph and replayed, so that launching kernels
             takes no time: see `vqkv.cache.steps`. Model and compressor stay as they are meanwhile.
 

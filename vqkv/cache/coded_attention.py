@@ -9,6 +9,7 @@ A layer is read in the first of these ways that takes it:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Self
@@ -41,6 +42,8 @@ from vqkv.cache.static import StaticStates
 from vqkv.errors import KernelError, ModelError
 from vqkv.exchange import AttentionExchange
 from vqkv.kernels.attend import Block, Reading, attend
+
+log = logging.getLogger(__name__)
 
 #: Slots decoded at a time.
 BLOCK_TOKENS = 1024
@@ -97,20 +100,28 @@ class CodedAttention(AttentionExchange):
     def _check_handed_on(self, layer: int) -> None:
         """Run a layer's attention on a token, up to where it attends."""
         module, config = self._layers[layer], text_config(self._model)
-        device = next(module.parameters()).device
-        # Weights may be quantized, embeddings say what hidden states are.
-        dtype = next(self._model.get_input_embeddings().parameters()).dtype
+        weight = next(module.parameters())
+        device = weight.device
+        if device.type == "meta":  # where accelerate keeps weights of others, a forward brings them
+            return
+        # Of quantized weights, embeddings say what hidden states are.
+        embeddings = next(self._model.get_input_embeddings().parameters())
+        dtype = weight.dtype if weight.is_floating_point() else embeddings.dtype
         hidden = torch.zeros(1, 1, config.hidden_size, device=device, dtype=dtype)
         tables, rotary = None, rotary_module(self._model)
         if rotary is not None and takes_tables(module):
             first = torch.zeros(1, 1, dtype=torch.int64, device=device)
             tables = rotary_tables(rotary, config, layer, first, dtype)
         reason: Exception | None = None
+        probing = _Probing()
         try:
-            run_alone(module, hidden, tables, _Probing())
+            run_alone(module, hidden, tables, probing)
         except _Reached:
             return
         except Exception as error:
+            if not probing.updated:
+                log.info("layer %d cannot run alone, so it was not tried: %s", layer, error)
+                return
             what, reason = "changes what a cache returns before it attends", error
         else:
             what = "does not attend through its model's attention function"
@@ -140,9 +151,12 @@ class _Probe:
 
 
 class _Probing(StandIn):
+    updated = False
+
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[_Probe, _Probe]:
+        self.updated = True
         return _Probe(), _Probe()
 
 
@@ -162,7 +176,7 @@ def coded_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention `[B, t, Q, D]` of queries `[B, Q, t, D]` over all slots of a layer.
 
-    `s_aux` is what transformers calls null scores, see `Rest`.
+    Transformers calls null scores (see `Rest`) `s_aux`.
 
     Raises:
         KernelError: the model asks for a variant of attention that no kernel here computes.

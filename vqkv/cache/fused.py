@@ -265,9 +265,6 @@ def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
     """
     rotary, positions = layer.rows.rotary, layer.rows.positions
     assert rotary is not None and positions is not None
-    if positions.ndim > 2:
-        log.info("layer %d is decoded to be read: positions count along axes", layer.index)
-        return None
     head_dim = layer.key_codec.head_dim
     # By rows on the CPU, whatever torch's default device is.
     firsts = torch.zeros(len(layer.coded), pages, dtype=torch.int64, device="cpu")
@@ -276,6 +273,11 @@ def turn_tables(layer: VQLayer, pages: int) -> TurnTables | None:
         mine = positions[row, pad : pad + coded].cpu().long()
         if not coded:
             continue
+        if mine.ndim > 1:
+            axes, mine = mine, mine[:, 0]
+            if not (axes == mine[:, None]).all():
+                log.info("layer %d is decoded to be read: row %d has images", layer.index, row)
+                return None
         if not torch.equal(mine, mine[0] + tokens[:coded]):
             log.info("layer %d is decoded to be read: row %d skips positions", layer.index, row)
             return None

@@ -213,12 +213,7 @@ class ForwardCapture:
         """
         if self._positions is None or self._batch is None:
             raise self._nothing("positions")
-        found = self._positions.to(torch.int32)
-        if found.ndim == 2:
-            return found.expand(self._batch, -1)
-        first = found[0]
-        axes = first if (found == first).all() else found.movedim(0, 2)
-        return axes.expand(self._batch, *axes.shape[1:])
+        return self._positions.expand(self._batch, *self._positions.shape[1:])
 
     @property
     def left_padding(self) -> torch.Tensor | None:
@@ -280,7 +275,19 @@ class ForwardCapture:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self._running:
-            self._positions = argument(module, "position_ids", args, kwargs)
+            given = argument(module, "position_ids", args, kwargs)
+            self._positions = None if given is None else self._integer(given)
+
+    def _integer(self, positions: torch.Tensor) -> torch.Tensor:
+        """As `positions`, of `[B, T]` or `[A, B, T]`, before all rows of a batch have theirs."""
+        found = positions.to(torch.int32)
+        if positions.is_floating_point() and not torch.equal(found.to(positions), positions):
+            raise ModelError(
+                f"{model_type(self._model)}: positions are no whole numbers; {_ADVICE}"
+            )
+        if found.ndim == 2:
+            return found
+        return found[0] if bool((found == found[0]).all()) else found.movedim(0, 2)
 
     def _see_tables(
         self,

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vqkv.attention import position_axes, rotary_module, text_config
 from vqkv.cache.layer import VQLayer
 from vqkv.cache.rows import Rows
 from vqkv.cache.static import StaticCache, make_room, step_tables
@@ -147,6 +148,8 @@ class DecodingSteps:
         self._model, self._compressor = model, compressor
         self._forward = model.forward
         self._replaced: Callable[..., Any] | None = None
+        first = compressor.geometry.compressed[0]
+        self._axes = position_axes(rotary_module(model), text_config(model), first)
         self._served: WeakSet[Rows] = WeakSet()
         #: Forwards that were steps.
         self.taken = 0
@@ -190,8 +193,10 @@ class DecodingSteps:
             return None
         pads, length = layers[0].pads, layers[0].get_seq_length()
         positions = given.get("position_ids")
-        if positions is None and not any(pads):
+        if positions is None and not any(pads) and not self._axes:  # else images move them on
             positions = torch.full_like(ids, length)
+        if positions is not None and positions.ndim == 3:
+            positions = _along_one_axis(positions[-self._axes :])
         if (
             tuple(ids.shape) != (len(pads), 1)
             or positions is None  # models differ in what they make of a mask then
@@ -284,6 +289,11 @@ class DecodingSteps:
         coded = max(layers[0].coded_at(layers[0].get_seq_length() + new.shape[1]))
         if any(store.capacity < coded for layer in layers for store in layer.stores):
             held.step = None
+
+
+def _along_one_axis(positions: torch.Tensor) -> torch.Tensor | None:
+    """Positions `[B, T]` of `[A, B, T]`; None where axes differ, as they do in images."""
+    return positions[0] if bool((positions == positions[0]).all()) else None
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
