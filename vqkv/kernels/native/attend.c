@@ -14,8 +14,11 @@
 static const struct kernel *kernel_of(int level, const struct attention *a)
 {
 #ifdef HAVE_X86
+    const int gathers = level >= AVX512_GATHER && attend_gather_takes(a);
     if (level >= AVX512_VBMI && attend_tables_takes(a))
-        return &attend_tables;
+        return gathers ? &attend_tables_gather : &attend_tables;
+    if (gathers)
+        return &attend_gather;
     if (level >= AVX512_BF16 && attend_bf16_takes(a))
         return &attend_bf16;
     if (level >= AVX512)

@@ -83,7 +83,8 @@ struct kernel {
     void (*sums)(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
 };
 
-extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16, attend_tables;
+extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16, attend_tables,
+    attend_gather, attend_tables_gather;
 
 /* What levels have in common: one for each, of which attend_bf16 borrows these. */
 void queries_scalar(struct work *w, int64_t page, const float *turns);
@@ -121,6 +122,7 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
 int attend_tables_takes(const struct attention *a);
+int attend_gather_takes(const struct attention *a);
 
 #pragma GCC visibility pop
 

@@ -101,13 +101,21 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
     memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
 
+TARGET void round_all_words(struct work *w)
+{
+    const struct attention *a = w->a;
+    const struct pieces p = pieces_of(w);
+    const int64_t quads = chunked(a->head_dim / QUAD);
+    round_words(&a->keys, w->head, quads, p.keys);
+    round_words(&a->values, w->head, quads, p.values);
+}
+
 TARGET void prepare_bf16(struct work *w)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
-    const int64_t quads = chunked(a->head_dim / QUAD), half = a->head_dim / 2;
-    round_words(&a->keys, w->head, quads, p.keys);
-    round_words(&a->values, w->head, quads, p.values);
+    const int64_t half = a->head_dim / 2;
+    round_all_words(w);
     if (a->page_turns == NULL)
         return;
     const int32_t *pairs = a->pairs + w->head * half;
@@ -399,16 +407,6 @@ TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uin
                 _mm_storeu_si128((__m128i *)(transposed + (c + i) * TILE + t), x[i]);
         }
 }
-
-/* `call(n)` with the number of rows that remain, or a part of it, as a constant; moves `row` on. */
-#define FOR_ROWS(remaining, call) \
-    switch (remaining) { \
-    case 1: call(1); row += 1; break; \
-    case 2: call(2); row += 2; break; \
-    case 3: call(3); row += 3; break; \
-    case 4: case 5: case 6: case 7: call(4); row += 4; break; \
-    default: call(8); row += 8; \
-    }
 
 TARGET void scores_bf16(struct work *w, int64_t tokens)
 {

@@ -1,4 +1,4 @@
-/* What attend_bf16.c and attend_tables.c share. */
+/* What attend_bf16.c, attend_gather.c and attend_tables.c share. */
 
 #ifndef VQKV_ATTEND_BF16_H
 #define VQKV_ATTEND_BF16_H
@@ -42,10 +42,24 @@ struct pieces {
 
 struct pieces pieces_of(const struct work *w);
 
+/* Codewords of a head, to bfloat16. */
+void round_all_words(struct work *w);
+
+/* `call(n)` with the number of rows that remain, or a part of it, as a constant; moves `row` on. */
+#define FOR_ROWS(remaining, call) \
+    switch (remaining) { \
+    case 1: call(1); row += 1; break; \
+    case 2: call(2); row += 2; break; \
+    case 3: call(3); row += 3; break; \
+    case 4: case 5: case 6: case 7: call(4); row += 4; break; \
+    default: call(8); row += 8; \
+    }
+
 void prepare_bf16(struct work *w);
 void queries_bf16(struct work *w, int64_t page, const float *turns);
 void scores_bf16(struct work *w, int64_t tokens);
 void sums_bf16(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
+void sums_gather(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
 
 /* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
 void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);

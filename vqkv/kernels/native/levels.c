@@ -12,7 +12,9 @@ int vqkv_best_level(void)
                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
         if (!bf16)
             return AVX512;
-        return __builtin_cpu_supports("avx512vbmi") ? AVX512_VBMI : AVX512_BF16;
+        if (!__builtin_cpu_supports("avx512vbmi"))
+            return AVX512_BF16;
+        return __builtin_cpu_is("intel") ? AVX512_GATHER : AVX512_VBMI;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;

@@ -9,8 +9,15 @@
 #endif
 
 /* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes
- * in registers. */
-enum level { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AVX512_VBMI = 4 };
+ * in registers. GATHER is the same instructions, where gathers are fast. */
+enum level {
+    SCALAR = 0,
+    AVX2 = 1,
+    AVX512 = 2,
+    AVX512_BF16 = 3,
+    AVX512_VBMI = 4,
+    AVX512_GATHER = 5
+};
 
 /* Of a function that each_level.h made, the one for a level. */
 #ifdef HAVE_X86
