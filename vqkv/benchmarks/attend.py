@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,15 +32,7 @@ def attend_case(
     keys, values = dense(coded)
     truth = by_products(query, keys, values)
     now = clock(threads)
-    fastest: tuple[float, str, Work] | None = None
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, arm in dense_arms(query, keys, values, dtype):
-            arm()
-            taken = min(seconds(arm, now) for _ in range(2))
-            if fastest is None or taken < fastest[0]:
-                fastest = (taken, name, arm)
-    assert fastest is not None
-    _, name, arm = fastest
+    name, arm = fastest_dense(query, keys, values, now)
     times = medians({"vqkv": lambda: attend_codes(query, coded), "dense": arm}, rounds, now)
     mine = attend_codes(query, coded).output
     return {
@@ -88,6 +80,21 @@ def dense(coded: Coded) -> tuple[torch.Tensor, torch.Tensor]:
             streams[0][-1] = codes_naive.rotated(streams[0][-1], turns)
     keys, values = (torch.cat(vectors, 1) for vectors in streams)
     return keys, values
+
+
+def fastest_dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, now: Callable[[], float]
+) -> tuple[str, Work]:
+    """Of all arms in both types."""
+    fastest: tuple[float, str, Work] | None = None
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, arm in dense_arms(query, keys, values, dtype):
+            arm()
+            taken = min(seconds(arm, now) for _ in range(2))
+            if fastest is None or taken < fastest[0]:
+                fastest = (taken, name, arm)
+    assert fastest is not None
+    return fastest[1:]
 
 
 def dense_arms(

@@ -1,10 +1,7 @@
-/* Attention on a tile of codes at one SIMD level, for all shapes. Included once per level by
- * attend_general.c, which defines
- *
- *   NAME(x)   x with the level's suffix      TARGET   the function attribute of the level
- *
- * Plain loops over tokens, or over channels, that compilers turn into vectors.
- */
+/* Attention on a tile of codes at one SIMD level, for all shapes; included once per level, with NAME and
+ * W. A page of vectors is looked up at a time, and then multiplied. */
+
+#include "lanes.h"
 
 #include "exponential.h"
 
@@ -88,32 +85,66 @@ static TARGET void NAME(prepare)(struct work *w)
     }
 }
 
+/* Vectors of a page's codes from token `begin` to `end`, the channels of a token `channel` numbers apart
+ * and tokens `token`. Constant where this is inlined, but for rare shapes: `dim`. */
+INLINE TARGET void NAME(look_up)(const struct work *w, const struct plane *plane,
+                                 const uint8_t *codes, int64_t begin, int64_t end, int64_t channel,
+                                 int64_t token, int64_t dim)
+{
+    const int64_t stages = plane->stages, columns = plane->groups * stages;
+    const float *restrict words = plane->words + w->head * columns * plane->size * dim;
+    for (int64_t m = 0; m < plane->groups; m++)
+        for (int64_t s = 0; s < stages; s++, words += plane->size * dim)
+            for (int64_t t = begin; t < end; t++) {
+                const float *restrict word = words + codes[t * columns + m * stages + s] * dim;
+                float *restrict to = w->decoded + m * dim * channel + t * token;
+                for (int64_t i = 0; i < dim; i++)
+                    to[i * channel] = s == 0 ? word[i] : to[i * channel] + word[i];
+            }
+}
+
 /* Keys [D, PAGE] of a page's codes, turned by their offsets. */
 static TARGET void NAME(decode_keys)(struct work *w, const uint8_t *codes)
 {
     const struct attention *a = w->a;
-    const struct plane *plane = &a->keys;
-    const int64_t columns = plane->groups * plane->stages, dim = plane->dim;
-    const float *words = plane->words + w->head * columns * plane->size * dim;
-    for (int64_t m = 0; m < plane->groups; m++) {
-        float *restrict keys = w->decoded + m * dim * PAGE;
-        memset(keys, 0, dim * PAGE * sizeof(float));
-        for (int64_t c = m * plane->stages; c < (m + 1) * plane->stages; c++)
-            for (int64_t o = 0; o < PAGE; o++) {
-                const float *word = words + (c * plane->size + codes[o * columns + c]) * dim;
-                for (int64_t i = 0; i < dim; i++)
-                    keys[i * PAGE + o] += word[i];
-            }
-    }
-    if (a->page_turns == NULL)
-        return;
-    for (int64_t j = 0; j < a->head_dim / 2; j++) {
+    WITH_DIM(a->keys.dim, NAME(look_up)(w, &a->keys, codes, 0, PAGE, PAGE, 1, DIM))
+    for (int64_t j = 0; a->page_turns != NULL && j < a->head_dim / 2; j++) {
         const float *cosine = w->offset_turns + 2 * j * PAGE, *sine = cosine + PAGE;
-        float *restrict x = w->decoded + 2 * j * PAGE, *restrict y = x + PAGE;
-        for (int o = 0; o < PAGE; o++) {
-            const float turned = x[o] * cosine[o] - y[o] * sine[o];
-            y[o] = y[o] * cosine[o] + x[o] * sine[o];
-            x[o] = turned;
+        float *x = w->decoded + 2 * j * PAGE, *y = x + PAGE;
+        for (int o = 0; o < PAGE; o += W) {
+            const V c = V_LOAD(cosine + o), s = V_LOAD(sine + o);
+            const V first = V_LOAD(x + o), second = V_LOAD(y + o);
+            V_STORE(x + o, V_FNMA(second, s, V_MUL(first, c)));
+            V_STORE(y + o, V_FMA(first, s, V_MUL(second, c)));
+        }
+    }
+}
+
+/* Scores of a page of keys under `rows` rows from `row`. */
+INLINE TARGET void NAME(score_rows)(struct work *w, int64_t page, int64_t row, int rows)
+{
+    const struct attention *a = w->a;
+    const int64_t dim = a->head_dim, half = dim / 2;
+    const int turned = a->page_turns != NULL;
+    const float *query = w->query + ((turned ? page * a->rows : 0) + row) * dim;
+    for (int o = 0; o < PAGE; o += 2 * W) {
+        V low[4], high[4];
+        for (int r = 0; r < rows; r++)
+            low[r] = high[r] = V_SET1(0);
+        for (int64_t j = 0; j < dim; j++) {
+            const int64_t at = turned ? j % 2 * half + j / 2 : j;
+            const V first = V_LOAD(w->decoded + j * PAGE + o);
+            const V second = V_LOAD(w->decoded + j * PAGE + o + W);
+            for (int r = 0; r < rows; r++) {
+                const V channel = V_SET1(query[r * dim + at]);
+                low[r] = V_FMA(channel, first, low[r]);
+                high[r] = V_FMA(channel, second, high[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            float *scores = w->scores + (row + r) * TILE + page * PAGE + o;
+            V_STORE(scores, low[r]);
+            V_STORE(scores + W, high[r]);
         }
     }
 }
@@ -122,22 +153,39 @@ static TARGET void NAME(decode_keys)(struct work *w, const uint8_t *codes)
 static TARGET void NAME(scores)(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
-    const int64_t columns = a->keys.groups * a->keys.stages, half = a->head_dim / 2;
+    const int64_t columns = a->keys.groups * a->keys.stages;
     for (int64_t page = 0; page * PAGE < tokens; page++) {
         NAME(decode_keys)(w, w->keys + page * PAGE * columns);
-        for (int64_t r = 0; r < a->rows; r++) {
-            const int64_t turned = a->page_turns == NULL ? 0 : page;
-            const float *query = w->query + (turned * a->rows + r) * a->head_dim;
-            float sum[PAGE] = {0};
-            for (int64_t j = 0; j < a->head_dim; j++) {
-                const float channel =
-                    a->page_turns == NULL ? query[j] : query[j % 2 * half + j / 2];
-                const float *keys = w->decoded + j * PAGE;
-                for (int o = 0; o < PAGE; o++)
-                    sum[o] += channel * keys[o];
-            }
-            memcpy(w->scores + r * TILE + page * PAGE, sum, sizeof sum);
+#define SCORE(rows) NAME(score_rows)(w, page, row, rows)
+        for (int64_t row = 0; row < a->rows;)
+            FOR_UP_TO_4_ROWS(a->rows - row, SCORE)
+#undef SCORE
+    }
+}
+
+/* Adds vectors [PAGE, D] of tokens `begin` to `end` of a page, by weights [R, TILE], to channels `first`
+ * to `first + 2 W` of the sums of `rows` rows. */
+INLINE TARGET void NAME(sum_rows)(const struct work *w, const float *weights, float *sums,
+                                  int64_t begin, int64_t end, int64_t first, int rows)
+{
+    const int64_t dim = w->a->head_dim;
+    V low[4], high[4];
+    for (int r = 0; r < rows; r++) {
+        low[r] = V_LOAD(sums + r * dim + first);
+        high[r] = V_LOAD(sums + r * dim + first + W);
+    }
+    for (int64_t t = begin; t < end; t++) {
+        const float *vector = w->decoded + t * dim + first;
+        const V lower = V_LOAD(vector), upper = V_LOAD(vector + W);
+        for (int r = 0; r < rows; r++) {
+            const V weight = V_SET1(weights[r * TILE + t]);
+            low[r] = V_FMA(weight, lower, low[r]);
+            high[r] = V_FMA(weight, upper, high[r]);
         }
+    }
+    for (int r = 0; r < rows; r++) {
+        V_STORE(sums + r * dim + first, low[r]);
+        V_STORE(sums + r * dim + first + W, high[r]);
     }
 }
 
@@ -145,31 +193,30 @@ static TARGET void NAME(scores)(struct work *w, int64_t tokens)
 static TARGET void NAME(sums)(struct work *w, const struct plane *plane, const uint8_t *codes,
                               float *sums)
 {
-    const int64_t columns = plane->groups * plane->stages, dim = plane->dim;
-    const int64_t rows = w->a->rows, head_dim = w->a->head_dim;
-    const float *words = plane->words + w->head * columns * plane->size * dim;
-    float *restrict vector = w->decoded;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < head_dim; j++)
-            sums[r * head_dim + j] *= w->shrink[r];
-    for (int64_t t = w->begin; t < w->end; t++) {
-        memset(vector, 0, head_dim * sizeof(float));
-        for (int64_t c = 0; c < columns; c++) {
-            const float *word = words + (c * plane->size + codes[t * columns + c]) * dim;
-            for (int64_t i = 0; i < dim; i++)
-                vector[c / plane->stages * dim + i] += word[i];
-        }
-        for (int64_t r = 0; r < rows; r++) {
-            const float weight = w->scores[r * TILE + t];
-            float *restrict sum = sums + r * head_dim;
-            for (int64_t j = 0; j < head_dim; j++)
-                sum[j] += weight * vector[j];
-        }
+    const int64_t columns = plane->groups * plane->stages;
+    const int64_t all = w->a->rows, dim = w->a->head_dim, whole = dim / (2 * W) * (2 * W);
+    for (int64_t r = 0; r < all; r++)
+        for (int64_t j = 0; j < dim; j++)
+            sums[r * dim + j] *= w->shrink[r];
+    for (int64_t from = w->begin / PAGE * PAGE; from < w->end; from += PAGE) {
+        const int64_t begin = w->begin > from ? w->begin - from : 0;
+        const int64_t end = w->end - from < PAGE ? w->end - from : PAGE;
+        const float *weights = w->scores + from;
+        WITH_DIM(plane->dim,
+                 NAME(look_up)(w, plane, codes + from * columns, begin, end, 1, dim, DIM))
+#define SUM(rows) NAME(sum_rows)(w, weights + row * TILE, sums + row * dim, begin, end, j, rows)
+        for (int64_t j = 0; j < whole; j += 2 * W)
+            for (int64_t row = 0; row < all;)
+                FOR_UP_TO_4_ROWS(all - row, SUM)
+#undef SUM
+        for (int64_t r = 0; r < all; r++)
+            for (int64_t t = begin; t < end; t++)
+                for (int64_t j = whole; j < dim; j++)
+                    sums[r * dim + j] += weights[r * TILE + t] * w->decoded[t * dim + j];
     }
 }
 
 const struct kernel NAME(attend) = {NAME(prepare), NAME(queries), NAME(scores), NAME(softmax),
                                     NAME(sums)};
 
-#undef NAME
-#undef TARGET
+#include "lanes_end.h"

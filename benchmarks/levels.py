@@ -1,0 +1,88 @@
+"""Attention on codes at each SIMD level that this CPU has, beside the fastest dense arm.
+
+    python -m benchmarks.levels --out benchmarks/results/cpu-levels-NAME.json
+
+The cases of `vqkv bench cpu`, one thread; arms in turn, medians. Which level is the best depends on
+the maker: AMD's Zen 4 multiplies pairs of bfloat16 as fast as fp32, and gathers slowly; Intel's
+Sapphire Rapids and later do neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vqkv.benchmarks.attend import by_products, dense, fastest_dense, problem, relative_rms
+from vqkv.benchmarks.cpu import ATTEND
+from vqkv.benchmarks.timing import clock, medians
+from vqkv.errors import KernelError
+from vqkv.kernels import native
+from vqkv.kernels.attend.codes import Coded, Partial
+from vqkv.kernels.native.attend import attend_codes
+from vqkv.provenance import write
+
+ROUNDS = 5
+LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_gather")
+
+
+def at_level(level: native.Level, query: torch.Tensor, coded: Coded) -> Partial:
+    """Attention by the kernel of a level."""
+    with native.forced_level(level):
+        return attend_codes(query, coded)
+
+
+def measure(tokens: int, rope: str, dim: int, stages: int) -> dict[str, Any]:
+    """Milliseconds of each level and of the dense arm, and the levels' errors."""
+    query, coded = problem(tokens, rope, dim, stages)
+    keys, values = dense(coded)
+    truth = by_products(query, keys, values)
+    now = clock(1)
+    name, arm = fastest_dense(query, keys, values, now)
+    levels: dict[str, Any] = {}
+    for level in LEVELS:
+        try:
+            levels[level] = relative_rms(at_level(level, query, coded).output, truth)
+        except KernelError:  # this CPU does not have it
+            break
+    works = {level: functools.partial(at_level, level, query, coded) for level in LEVELS}
+    times = medians(
+        {level: works[level] for level in LEVELS if level in levels} | {name: arm}, ROUNDS, now
+    )
+    return {
+        **{"tokens": tokens, "rope": rope, "dim": dim, "stages": stages, "dense": name},
+        "milliseconds": {level: 1e3 * taken for level, taken in times.items()},
+        "rel_rms": levels,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(*case) for case in track(ATTEND, "cases", transient=True)]
+    best = native.simd_level()
+    if arguments.out is not None:
+        write(arguments.out, {"best_level": best, "rounds": ROUNDS, "rows": rows})
+    levels = list(rows[0]["rel_rms"])
+    table = Table("case", *levels, "dense", f"dense / {best}", title="milliseconds")
+    for row in rows:
+        times = row["milliseconds"]
+        case = f"{row['tokens']:,} {row['rope']}-RoPE d={row['dim']} S={row['stages']}"
+        cells = (f"{times[level]:.2f}" for level in [*levels, row["dense"]])
+        table.add_row(case, *cells, f"{times[row['dense']] / times[best]:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
