@@ -21,14 +21,14 @@ from rich.table import Table
 
 from vqkv.benchmarks.attend import by_products, dense, fastest_dense, problem, relative_rms
 from vqkv.benchmarks.cpu import ATTEND
-from vqkv.benchmarks.timing import clock, medians
+from vqkv.benchmarks.timing import Work, clock, medians
 from vqkv.errors import KernelError
 from vqkv.kernels import native
 from vqkv.kernels.attend.codes import Coded, Partial
 from vqkv.kernels.native.attend import attend_codes
 from vqkv.provenance import write
 
-ROUNDS = 5
+ROUNDS = 31
 LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_gather")
 
 
@@ -45,20 +45,19 @@ def measure(tokens: int, rope: str, dim: int, stages: int) -> dict[str, Any]:
     truth = by_products(query, keys, values)
     now = clock(1)
     name, arm = fastest_dense(query, keys, values, now)
-    levels: dict[str, Any] = {}
+    works: dict[str, Work] = {}
+    errors: dict[str, float] = {}
     for level in LEVELS:
         try:
-            levels[level] = relative_rms(at_level(level, query, coded).output, truth)
+            errors[level] = relative_rms(at_level(level, query, coded).output, truth)
         except KernelError:  # this CPU does not have it
             break
-    works = {level: functools.partial(at_level, level, query, coded) for level in LEVELS}
-    times = medians(
-        {level: works[level] for level in LEVELS if level in levels} | {name: arm}, ROUNDS, now
-    )
+        works[level] = functools.partial(at_level, level, query, coded)
+    times = medians({**works, name: arm}, ROUNDS, now)
     return {
         **{"tokens": tokens, "rope": rope, "dim": dim, "stages": stages, "dense": name},
         "milliseconds": {level: 1e3 * taken for level, taken in times.items()},
-        "rel_rms": levels,
+        "rel_rms": errors,
     }
 
 

@@ -85,66 +85,84 @@ static TARGET void NAME(prepare)(struct work *w)
     }
 }
 
-/* Vectors of a page's codes from token `begin` to `end`, the channels of a token `channel` numbers apart
- * and tokens `token`. Constant where this is inlined, but for rare shapes: `dim`. */
-INLINE TARGET void NAME(look_up)(const struct work *w, const struct plane *plane,
-                                 const uint8_t *codes, int64_t begin, int64_t end, int64_t channel,
-                                 int64_t token, int64_t dim)
+/* Groups that are looked up together over a whole tile, as their codewords fit into the L1 cache; whole
+ * pairs of channels. */
+static int64_t NAME(together)(const struct plane *plane)
 {
-    const int64_t stages = plane->stages, columns = plane->groups * stages;
-    const float *restrict words = plane->words + w->head * columns * plane->size * dim;
-    for (int64_t m = 0; m < plane->groups; m++)
-        for (int64_t s = 0; s < stages; s++, words += plane->size * dim)
-            for (int64_t t = begin; t < end; t++) {
-                const float *restrict word = words + codes[t * columns + m * stages + s] * dim;
-                float *restrict to = w->decoded + m * dim * channel + t * token;
-                for (int64_t i = 0; i < dim; i++)
-                    to[i * channel] = s == 0 ? word[i] : to[i * channel] + word[i];
-            }
+    const int64_t channels = W == 16 ? 32 : 16, groups = channels / plane->dim;
+    const int64_t least = plane->dim % 2 == 0 ? 1 : 2;
+    return groups < least ? least : groups / least * least;
 }
 
-/* Keys [D, PAGE] of a page's codes, turned by their offsets. */
-static TARGET void NAME(decode_keys)(struct work *w, const uint8_t *codes)
+/* Some groups, from `m` on, of a page's codes from token `begin` to `end`; a token's channels are
+ * `channel` numbers apart, and tokens `token`. Constant where this is inlined, but for rare shapes: `dim`. */
+INLINE TARGET void NAME(look_up)(const struct work *w, const struct plane *plane, int64_t m,
+                                 int64_t groups, const uint8_t *codes, int64_t begin, int64_t end,
+                                 int64_t channel, int64_t token, int64_t dim)
 {
-    const struct attention *a = w->a;
-    WITH_DIM(a->keys.dim, NAME(look_up)(w, &a->keys, codes, 0, PAGE, PAGE, 1, DIM))
-    for (int64_t j = 0; a->page_turns != NULL && j < a->head_dim / 2; j++) {
-        const float *cosine = w->offset_turns + 2 * j * PAGE, *sine = cosine + PAGE;
+    const int64_t stages = plane->stages, columns = plane->groups * stages;
+    const float *restrict words =
+        plane->words + (w->head * columns + m * stages) * plane->size * dim;
+    codes += m * stages;
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t s = 0; s < stages; s++, codes++, words += plane->size * dim) {
+            float *all = w->decoded + g * dim * channel;
+            for (int64_t t = begin; t < end; t++) {
+                const float *restrict word = words + codes[t * columns] * dim;
+                float *restrict to = all + t * token;
+                if (s == 0 && channel == 1)
+                    memcpy(to, word, dim * sizeof(float));
+                else
+                    for (int64_t i = 0; i < dim; i++)
+                        to[i * channel] = s == 0 ? word[i] : to[i * channel] + word[i];
+            }
+        }
+}
+
+/* Pairs [n, 2, PAGE] of channels, from pair `first` on, turned by tokens' offsets. */
+static TARGET void NAME(turn)(struct work *w, int64_t first, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        const float *cosine = w->offset_turns + 2 * (first + j) * PAGE, *sine = cosine + PAGE;
         float *x = w->decoded + 2 * j * PAGE, *y = x + PAGE;
         for (int o = 0; o < PAGE; o += W) {
             const V c = V_LOAD(cosine + o), s = V_LOAD(sine + o);
-            const V first = V_LOAD(x + o), second = V_LOAD(y + o);
-            V_STORE(x + o, V_FNMA(second, s, V_MUL(first, c)));
-            V_STORE(y + o, V_FMA(first, s, V_MUL(second, c)));
+            const V even = V_LOAD(x + o), odd = V_LOAD(y + o);
+            V_STORE(x + o, V_FNMA(odd, s, V_MUL(even, c)));
+            V_STORE(y + o, V_FMA(even, s, V_MUL(odd, c)));
         }
     }
 }
 
-/* Scores of a page of keys under `rows` rows from `row`. */
-INLINE TARGET void NAME(score_rows)(struct work *w, int64_t page, int64_t row, int rows)
+/* Adds `count` channels from `first` on of a page of keys to its scores under `rows` rows from `row`. */
+INLINE TARGET void NAME(score_rows)(struct work *w, int64_t page, int64_t first, int64_t count,
+                                    int64_t row, int rows)
 {
     const struct attention *a = w->a;
     const int64_t dim = a->head_dim, half = dim / 2;
     const int turned = a->page_turns != NULL;
     const float *query = w->query + ((turned ? page * a->rows : 0) + row) * dim;
+    float *scores = w->scores + row * TILE + page * PAGE;
     for (int o = 0; o < PAGE; o += 2 * W) {
         V low[4], high[4];
-        for (int r = 0; r < rows; r++)
-            low[r] = high[r] = V_SET1(0);
-        for (int64_t j = 0; j < dim; j++) {
-            const int64_t at = turned ? j % 2 * half + j / 2 : j;
-            const V first = V_LOAD(w->decoded + j * PAGE + o);
-            const V second = V_LOAD(w->decoded + j * PAGE + o + W);
+        for (int r = 0; r < rows; r++) {
+            low[r] = first == 0 ? V_SET1(0) : V_LOAD(scores + r * TILE + o);
+            high[r] = first == 0 ? V_SET1(0) : V_LOAD(scores + r * TILE + o + W);
+        }
+        for (int64_t j = 0; j < count; j++) {
+            const int64_t channel = first + j;
+            const int64_t at = turned ? channel % 2 * half + channel / 2 : channel;
+            const V lower = V_LOAD(w->decoded + j * PAGE + o);
+            const V upper = V_LOAD(w->decoded + j * PAGE + o + W);
             for (int r = 0; r < rows; r++) {
-                const V channel = V_SET1(query[r * dim + at]);
-                low[r] = V_FMA(channel, first, low[r]);
-                high[r] = V_FMA(channel, second, high[r]);
+                const V number = V_SET1(query[r * dim + at]);
+                low[r] = V_FMA(number, lower, low[r]);
+                high[r] = V_FMA(number, upper, high[r]);
             }
         }
         for (int r = 0; r < rows; r++) {
-            float *scores = w->scores + (row + r) * TILE + page * PAGE + o;
-            V_STORE(scores, low[r]);
-            V_STORE(scores + W, high[r]);
+            V_STORE(scores + r * TILE + o, low[r]);
+            V_STORE(scores + r * TILE + o + W, high[r]);
         }
     }
 }
@@ -153,30 +171,35 @@ INLINE TARGET void NAME(score_rows)(struct work *w, int64_t page, int64_t row, i
 static TARGET void NAME(scores)(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
-    const int64_t columns = a->keys.groups * a->keys.stages;
-    for (int64_t page = 0; page * PAGE < tokens; page++) {
-        NAME(decode_keys)(w, w->keys + page * PAGE * columns);
-#define SCORE(rows) NAME(score_rows)(w, page, row, rows)
-        for (int64_t row = 0; row < a->rows;)
-            FOR_UP_TO_4_ROWS(a->rows - row, SCORE)
+    const struct plane *plane = &a->keys;
+    const int64_t dim = plane->dim, step = NAME(together)(plane);
+    for (int64_t m = 0; m < plane->groups; m += step) {
+        const int64_t groups = plane->groups - m < step ? plane->groups - m : step;
+        for (int64_t page = 0; page * PAGE < tokens; page++) {
+            const uint8_t *codes = w->keys + page * PAGE * plane->groups * plane->stages;
+            WITH_DIM(dim, NAME(look_up)(w, plane, m, groups, codes, 0, PAGE, PAGE, 1, DIM))
+            if (a->page_turns != NULL)
+                NAME(turn)(w, m * dim / 2, groups * dim / 2);
+#define SCORE(rows) NAME(score_rows)(w, page, m * dim, groups * dim, row, rows)
+            for (int64_t row = 0; row < a->rows;)
+                FOR_UP_TO_4_ROWS(a->rows - row, SCORE)
 #undef SCORE
+        }
     }
 }
 
-/* Adds vectors [PAGE, D] of tokens `begin` to `end` of a page, by weights [R, TILE], to channels `first`
- * to `first + 2 W` of the sums of `rows` rows. */
-INLINE TARGET void NAME(sum_rows)(const struct work *w, const float *weights, float *sums,
-                                  int64_t begin, int64_t end, int64_t first, int rows)
+/* Adds 2 W channels of vectors [PAGE, width] of tokens `begin` to `end` of a page, by weights [R, TILE], to
+ * sums of `rows` rows. */
+INLINE TARGET void NAME(sum_rows)(const float *vectors, int64_t width, const float *weights,
+                                  int64_t begin, int64_t end, float *sums, int64_t dim, int rows)
 {
-    const int64_t dim = w->a->head_dim;
     V low[4], high[4];
     for (int r = 0; r < rows; r++) {
-        low[r] = V_LOAD(sums + r * dim + first);
-        high[r] = V_LOAD(sums + r * dim + first + W);
+        low[r] = V_LOAD(sums + r * dim);
+        high[r] = V_LOAD(sums + r * dim + W);
     }
     for (int64_t t = begin; t < end; t++) {
-        const float *vector = w->decoded + t * dim + first;
-        const V lower = V_LOAD(vector), upper = V_LOAD(vector + W);
+        const V lower = V_LOAD(vectors + t * width), upper = V_LOAD(vectors + t * width + W);
         for (int r = 0; r < rows; r++) {
             const V weight = V_SET1(weights[r * TILE + t]);
             low[r] = V_FMA(weight, lower, low[r]);
@@ -184,35 +207,48 @@ INLINE TARGET void NAME(sum_rows)(const struct work *w, const float *weights, fl
         }
     }
     for (int r = 0; r < rows; r++) {
-        V_STORE(sums + r * dim + first, low[r]);
-        V_STORE(sums + r * dim + first + W, high[r]);
+        V_STORE(sums + r * dim, low[r]);
+        V_STORE(sums + r * dim + W, high[r]);
     }
+}
+
+/* Adds a page of vectors [PAGE, width], by weight, to channels from `first` on of all sums. */
+static TARGET void NAME(add_page)(const struct work *w, const float *weights, int64_t begin,
+                                  int64_t end, float *sums, int64_t first, int64_t width)
+{
+    const int64_t all = w->a->rows, dim = w->a->head_dim, whole = width / (2 * W) * (2 * W);
+#define SUM(rows) \
+    NAME(sum_rows)(w->decoded + j, width, weights + row * TILE, begin, end, \
+                   sums + row * dim + first + j, dim, rows)
+    for (int64_t j = 0; j < whole; j += 2 * W)
+        for (int64_t row = 0; row < all;)
+            FOR_UP_TO_4_ROWS(all - row, SUM)
+#undef SUM
+    for (int64_t r = 0; r < all; r++)
+        for (int64_t t = begin; t < end; t++)
+            for (int64_t j = whole; j < width; j++)
+                sums[r * dim + first + j] += weights[r * TILE + t] * w->decoded[t * width + j];
 }
 
 /* Adds the tile's vectors, by weight, to sums [R, D]. */
 static TARGET void NAME(sums)(struct work *w, const struct plane *plane, const uint8_t *codes,
                               float *sums)
 {
-    const int64_t columns = plane->groups * plane->stages;
-    const int64_t all = w->a->rows, dim = w->a->head_dim, whole = dim / (2 * W) * (2 * W);
-    for (int64_t r = 0; r < all; r++)
-        for (int64_t j = 0; j < dim; j++)
-            sums[r * dim + j] *= w->shrink[r];
-    for (int64_t from = w->begin / PAGE * PAGE; from < w->end; from += PAGE) {
-        const int64_t begin = w->begin > from ? w->begin - from : 0;
-        const int64_t end = w->end - from < PAGE ? w->end - from : PAGE;
-        const float *weights = w->scores + from;
-        WITH_DIM(plane->dim,
-                 NAME(look_up)(w, plane, codes + from * columns, begin, end, 1, dim, DIM))
-#define SUM(rows) NAME(sum_rows)(w, weights + row * TILE, sums + row * dim, begin, end, j, rows)
-        for (int64_t j = 0; j < whole; j += 2 * W)
-            for (int64_t row = 0; row < all;)
-                FOR_UP_TO_4_ROWS(all - row, SUM)
-#undef SUM
-        for (int64_t r = 0; r < all; r++)
-            for (int64_t t = begin; t < end; t++)
-                for (int64_t j = whole; j < dim; j++)
-                    sums[r * dim + j] += weights[r * TILE + t] * w->decoded[t * dim + j];
+    const int64_t dim = plane->dim, columns = plane->groups * plane->stages;
+    const int64_t step = NAME(together)(plane);
+    for (int64_t r = 0; r < w->a->rows; r++)
+        for (int64_t j = 0; j < w->a->head_dim; j++)
+            sums[r * w->a->head_dim + j] *= w->shrink[r];
+    for (int64_t m = 0; m < plane->groups; m += step) {
+        const int64_t groups = plane->groups - m < step ? plane->groups - m : step;
+        const int64_t width = groups * dim;
+        for (int64_t from = w->begin / PAGE * PAGE; from < w->end; from += PAGE) {
+            const int64_t begin = w->begin > from ? w->begin - from : 0;
+            const int64_t end = w->end - from < PAGE ? w->end - from : PAGE;
+            WITH_DIM(dim, NAME(look_up)(w, plane, m, groups, codes + from * columns, begin, end, 1,
+                                        width, DIM))
+            NAME(add_page)(w, w->scores + from, begin, end, sums, m * dim, width);
+        }
     }
 }
 
