@@ -217,8 +217,8 @@ def measure(family: str) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> str:
-    """Its first two lines: the first may end in a colon."""
-    return " ".join(f"{error}".strip().splitlines()[:2]) or type(error).__name__
+    first, *others = f"{error}".strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def apart(family: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def page(figures: dict[str, Any]) -> str:
     still = [row for row in tried if not row["compressed"]]
     left = [row for row in rows if "left_out" in row]
     parts += [
-        _list("Nothing to compress: no layer of the small model attends to all tokens", still),
+        _list("Nothing to compress: transformers calls no layer one of full attention", still),
         _list("Not tried, for the reasons in `families.json`", left),
     ]
     return "\n".join(part for part in parts if part)
