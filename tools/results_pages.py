@@ -8,7 +8,8 @@ Pages may have `<!-- streams: NAME ... -->` too, which what `benchmarks/streams.
 each stream alone follows.
 
 `docs/kernels.md` has `<!-- cpu-kernels -->`, which what `vqkv bench cpu --json` printed follows,
-and `<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
+`<!-- cpu-levels: FILE -->`, which what `benchmarks/levels.py` wrote follows, and
+`<!-- gpu-kernels -->`, which what the tests' budgets of GPU kernels hold follows.
 `docs/performance.md` has `<!-- gpu: FILE -->`, which what `make bench-gpu` wrote follows.
 """
 
@@ -156,7 +157,8 @@ def pages() -> dict[Path, str]:
     tuned = ROOT / "docs" / "methods" / "recommended.md"
     found[tuned] = with_frontier(found[tuned])
     kernels = ROOT / "docs" / "kernels.md"
-    found[kernels] = with_gpu_kernels(with_cpu_kernels(kernels.read_text(encoding="utf-8")))
+    measured = with_cpu_levels(with_cpu_kernels(kernels.read_text(encoding="utf-8")))
+    found[kernels] = with_gpu_kernels(measured)
     performance = ROOT / "docs" / "performance.md"
     found[performance] = with_gpu_results(performance.read_text(encoding="utf-8"))
     readme = ROOT / "README.md"
@@ -246,6 +248,27 @@ def with_cpu_kernels(page: str) -> str:
     text = "\n\n".join([*parts, *_spread(data), END])
     pattern = rf"<!-- cpu-kernels -->{UP_TO_END}"
     return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def with_cpu_levels(page: str) -> str:
+    """The page with what `benchmarks/levels.py` measured."""
+
+    def replaced(match: re.Match[str]) -> str:
+        data = json.loads((RESULTS / match.group(1)).read_text(encoding="utf-8"))
+        levels = list(data["rows"][0]["rel_rms"])
+        best = data["best_level"]
+        head = ["tokens", "rope", "dim", "stages", *(f"`{level}`" for level in levels)]
+        head += ["dense", f"dense / `{best}`"]
+        lines = [head, ["---"] * len(head)]
+        for row in data["rows"]:
+            times = row["milliseconds"]
+            case = (f"{row['tokens']:,}", row["rope"], str(row["dim"]), str(row["stages"]))
+            cells = [_figure(times[level]) for level in [*levels, row["dense"]]]
+            lines.append([*case, *cells, f"{times[row['dense']] / times[best]:.2f}"])
+        rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"<!-- cpu-levels: {match.group(1)} -->\n\n{rows}\n\n{END}"
+
+    return re.sub(rf"<!-- cpu-levels: (.*?) -->{UP_TO_END}", replaced, page, flags=re.DOTALL)
 
 
 def _spread(latest: dict[str, Any]) -> Iterator[str]:

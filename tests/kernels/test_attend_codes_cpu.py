@@ -39,6 +39,9 @@ CASES = [
     Case(head_dim=128, dim=8, rope=False, group=8, lengths=(1100,), size=100),
     Case(head_dim=256, dim=16, stages=3, group=4, heads=1, rope=False),
     Case(head_dim=256, dim=32, group=3, rows=5, lengths=(66,)),
+    # Groups across what is looked up together.
+    Case(head_dim=96, dim=12, stages=3, group=2, heads=1, lengths=(130,)),
+    Case(head_dim=96, dim=48, group=2, heads=1, rope=False, lengths=(130,)),
     Case(dim=2, group=8, rows=2, lengths=(67, 200), paged=True, key_sums=True),
     Case(head_dim=66, dim=3, rope=False, lengths=(70,), size=7),
     Case(group=1, rows=16, lengths=(65,)),

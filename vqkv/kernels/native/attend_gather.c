@@ -16,17 +16,19 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define CHUNK 8 /* quads */
 #define ROWS 8 /* rows of queries at a time, at most */
-#define CODES 16 /* of a chunk of a token, at most */
+#define CODES 16 /* that are loaded for a chunk of a token */
 
-/* Codes of a chunk that lie beyond the first one's, at most. */
-static int64_t reach(const struct plane *plane)
+/* Codes that the quads of a chunk have, at most: a group may begin before it and end in it. */
+static int64_t codes_of(const struct plane *plane)
 {
-    return ((CHUNK - 1) * QUAD / plane->dim + 1) * plane->stages - 1;
+    const int64_t channels = CHUNK * QUAD, dim = plane->dim;
+    const int apart = channels % dim == 0 || dim % channels == 0;
+    return ((channels - QUAD) / dim + (apart ? 1 : 2)) * plane->stages;
 }
 
 int attend_gather_takes(const struct attention *a)
 {
-    return attend_bf16_takes(a) && reach(&a->keys) < CODES && reach(&a->values) < CODES;
+    return attend_bf16_takes(a) && codes_of(&a->keys) <= CODES && codes_of(&a->values) <= CODES;
 }
 
 /* Even channels [8 words, 2] of eight words, and odd ones. */
