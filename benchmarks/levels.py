@@ -2,14 +2,13 @@
 
     python -m benchmarks.levels --out benchmarks/results/cpu-levels-NAME.json
 
-The cases of `vqkv bench cpu`, one thread; arms in turn, medians. Which level is the best depends on
-the maker: AMD's Zen 4 multiplies pairs of bfloat16 as fast as fp32, and gathers slowly; Intel's
-Sapphire Rapids and later do neither.
+The cases of `vqkv bench cpu`, one thread; arms in turn, medians. For CPUs with AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,15 @@ ROUNDS = 31
 LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_gather")
 
 
+def levels() -> list[native.Level]:
+    """Of `LEVELS`, those that this CPU has."""
+    found: list[native.Level] = []
+    for level in LEVELS:
+        with contextlib.suppress(KernelError), native.forced_level(level):
+            found.append(level)
+    return found
+
+
 def at_level(level: native.Level, query: torch.Tensor, coded: Coded) -> Partial:
     """Attention by the kernel of a level."""
     with native.forced_level(level):
@@ -47,11 +55,8 @@ def measure(tokens: int, rope: str, dim: int, stages: int) -> dict[str, Any]:
     name, arm = fastest_dense(query, keys, values, now)
     works: dict[str, Work] = {}
     errors: dict[str, float] = {}
-    for level in LEVELS:
-        try:
-            errors[level] = relative_rms(at_level(level, query, coded).output, truth)
-        except KernelError:  # this CPU does not have it
-            break
+    for level in levels():
+        errors[level] = relative_rms(at_level(level, query, coded).output, truth)
         works[level] = functools.partial(at_level, level, query, coded)
     times = medians({**works, name: arm}, ROUNDS, now)
     return {
@@ -68,17 +73,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if not levels():
+        parser.error(f"this CPU has no level above {native.simd_level()}")
     torch.set_num_threads(1)
     rows = [measure(*case) for case in track(ATTEND, "cases", transient=True)]
     best = native.simd_level()
     if arguments.out is not None:
         write(arguments.out, {"best_level": best, "rounds": ROUNDS, "rows": rows})
-    levels = list(rows[0]["rel_rms"])
-    table = Table("case", *levels, "dense", f"dense / {best}", title="milliseconds")
+    table = Table("case", *levels(), "dense", f"dense / {best}", title="milliseconds")
     for row in rows:
         times = row["milliseconds"]
         case = f"{row['tokens']:,} {row['rope']}-RoPE d={row['dim']} S={row['stages']}"
-        cells = (f"{times[level]:.2f}" for level in [*levels, row["dense"]])
+        cells = (f"{times[level]:.2f}" for level in [*levels(), row["dense"]])
         table.add_row(case, *cells, f"{times[row['dense']] / times[best]:.2f}")
     Console().print(table)
 

@@ -149,14 +149,14 @@ def rotary_tables(
     """
     like = torch.empty(0, device=positions.device, dtype=dtype)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    kind = {"layer_type": config.layer_types[layer]} if by_type else {}
-    axes = position_axes(rotary, config, layer)
-    if positions.ndim == 3:
-        positions = positions.movedim(2, 0)
-    elif axes:
-        # Transformers takes `[B, T]` here, too, but not in all versions.
-        positions = positions.expand(axes, -1, -1)
     try:
+        kind = {"layer_type": config.layer_types[layer]} if by_type else {}
+        axes = position_axes(rotary, config, layer)
+        if positions.ndim == 3:
+            positions = positions.movedim(2, 0)
+        elif axes:
+            # Transformers takes `[B, T]` here, too, but not in all versions.
+            positions = positions.expand(axes, -1, -1)
         # `forward`, not the module: hooks are for real forwards.
         cos, sin = rotary.forward(like, positions, **kind)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -356,10 +356,12 @@ class _Captured(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl"])
 def test_a_step_waits_for_nothing_and_is_the_same_each_time(
-    rope: str, monkeypatch: pytest.MonkeyPatch
+    family: str, rope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, compressor = llama(rope)
+    model = tiny_model(family, max_position_embeddings=1024)
+    compressor = byte_compressor(model, rope, **PREDICTED)
     made: list[list[str]] = []
     step = Step._step
 

@@ -155,6 +155,20 @@ def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level) -> No
     torch.testing.assert_close(found.lse, expected, rtol=1e-2, atol=0)
 
 
+def test_tokens_without_a_finite_score_weigh_nothing(level: native.Level) -> None:
+    """A whole tile of them, and then others."""
+    case = Case(lengths=(600,), rope=False, group=1)
+    query, coded = problem(case)
+    coded.keys.codewords[:, 0, 0, 7] = -torch.inf
+    coded.keys.codes[..., 0] = coded.keys.codes[..., 0].clamp_min(8)
+    coded.keys.codes[:, :, :512, 0] = 7
+    query[..., :4] = query[..., :4].abs() + 0.1
+    found = run("cpu", case, query, coded)
+    expected = run("naive", case, query, coded)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(found.output, expected.output, rtol=5e-2, atol=5e-2)
+
+
 def has_tables() -> bool:
     return native.available() and native.simd_level() in ("avx512_vbmi", "avx512_gather")
 

@@ -164,6 +164,9 @@ class ForwardCapture:
     of its own model and is gone when that ends, so nothing stale can be used.
     """
 
+    _given: torch.Tensor | None
+    _positions: torch.Tensor | None
+
     def __init__(self, model: PreTrainedModel, adapter: RotaryAdapter | None = None) -> None:
         """Shows left padding alone where there is no adapter: post-RoPE schemes need none."""
         self._model = model
@@ -211,8 +214,10 @@ class ForwardCapture:
         Raises:
             CacheError: no forward is running.
         """
-        if self._positions is None or self._batch is None:
+        if self._given is None or self._batch is None:
             raise self._nothing("positions")
+        if self._positions is None:
+            self._positions = self._integer(self._given)
         return self._positions.expand(self._batch, *self._positions.shape[1:])
 
     @property
@@ -253,7 +258,8 @@ class ForwardCapture:
     def _clear(self) -> None:
         self._running: set[nn.Module] = set()
         self._mask: Any = None
-        self._positions: torch.Tensor | None = None
+        self._given = None
+        self._positions = None
         self._batch: int | None = None
         self._tables: dict[int, Tables] = {}
 
@@ -275,8 +281,9 @@ class ForwardCapture:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self._running:
-            given = argument(module, "position_ids", args, kwargs)
-            self._positions = None if given is None else self._integer(given)
+            # Looked at when somebody asks: a step that is captured may not wait for the device.
+            self._given = argument(module, "position_ids", args, kwargs)
+            self._positions = None
 
     def _integer(self, positions: torch.Tensor) -> torch.Tensor:
         """As `positions`, of `[B, T]` or `[A, B, T]`, before all rows of a batch have theirs."""
@@ -301,7 +308,7 @@ class ForwardCapture:
             return
         hidden = argument(module, "hidden_states", args, kwargs)
         self._batch = hidden.shape[0]
-        if self._positions is None:
+        if self._given is None:
             raise ModelError(
                 f"{model_type(self._model)}: {type(adapter.rotary).__name__} did not run before "
                 f"layer {layer}, whose rotary tables come from elsewhere; {_ADVICE}"

@@ -67,10 +67,11 @@ struct work {
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
     float *value_sums, *key_sums; /* [R, D] */
     float *given;                 /* [R, D]: queries; x of all pairs and then y where keys are turned */
-    float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position */
-    float *decoded;               /* a page of keys [D, PAGE], or one vector */
+    float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position, or
+                                     in the order of one, as a level needs them */
+    float *decoded;               /* [D PAGE]: some channels of a page, or what a level sorts */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
-    void *rounded;                /* what attend_bf16.c keeps */
+    void *rounded;                /* what attend_bf16.c, _gather.c and _tables.c keep */
 };
 
 /* How one level computes scores and sums of a tile. */
@@ -117,8 +118,8 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
     return bytes / 64 / calls + 1;
 }
 
-/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables
- * does, which takes no others. */
+/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables and
+ * attend_gather do, which take no others. */
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
 int attend_tables_takes(const struct attention *a);

@@ -34,7 +34,8 @@ struct pieces {
     word *keys, *values;      /* [quads / width, S, 256, width] */
     uint8_t *codes;           /* [M S up to a multiple of 16, TILE] of keys */
     uint32_t *turns;          /* [quads, 8, 2, 8, 2]: of 8 offsets and a quad's two pairs first
-                                 (c, -s), then (s, c) */
+                                 (c, -s), then (s, c); attend_gather.c has 16 floats of cosines
+                                 and 16 of sines there */
     uint32_t *first, *second; /* [TILE_PAGES, R, MAX_QUADS] pairs of queries */
     uint32_t *weights;        /* [R, TILE / 2] pairs of tokens' weights */
     char *tables;             /* what attend_tables.c keeps */

@@ -24,18 +24,19 @@ TARGET void NAME(softmax)(struct work *w)
         float best = lanes[0];
         for (int i = 1; i < LANES; i++)
             best = lanes[i] > best ? lanes[i] : best;
+        const float base = best == -INFINITY ? 0.0f : best; /* nothing has a weight yet */
         for (int i = 0; i < LANES; i++)
             lanes[i] = 0.0f;
         for (int t = 0; t < TILE; t += LANES)
             for (int i = 0; i < LANES; i++) {
-                const float weight = NAME(exponential)(scores[t + i] - best);
+                const float weight = NAME(exponential)(scores[t + i] - base);
                 scores[t + i] = weight;
                 lanes[i] += weight;
             }
         float sum = 0.0f;
         for (int i = 0; i < LANES; i++)
             sum += lanes[i];
-        w->shrink[r] = NAME(exponential)(w->best[r] - best);
+        w->shrink[r] = NAME(exponential)(w->best[r] - base);
         w->total[r] = w->total[r] * w->shrink[r] + sum;
         w->best[r] = best;
     }
