@@ -95,6 +95,15 @@ void softmax_scalar(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
 
+/* `call(n)` with the number of rows that remain, but for 4 at most, as a constant; moves `row` on. */
+#define FOR_UP_TO_4_ROWS(remaining, call) \
+    switch (remaining) { \
+    case 1: call(1); row += 1; break; \
+    case 2: call(2); row += 2; break; \
+    case 3: call(3); row += 3; break; \
+    default: call(4); row += 4; \
+    }
+
 /* Has some cache lines of `ahead` fetched while a tile is worked on. */
 INLINE void fetch_ahead(struct work *w, int64_t lines)
 {

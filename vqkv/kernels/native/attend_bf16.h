@@ -46,14 +46,14 @@ struct pieces pieces_of(const struct work *w);
 /* Codewords of a head, to bfloat16. */
 void round_all_words(struct work *w);
 
-/* `call(n)` with the number of rows that remain, or a part of it, as a constant; moves `row` on. */
+/* The same for 8 at most. */
 #define FOR_ROWS(remaining, call) \
-    switch (remaining) { \
-    case 1: call(1); row += 1; break; \
-    case 2: call(2); row += 2; break; \
-    case 3: call(3); row += 3; break; \
-    case 4: case 5: case 6: case 7: call(4); row += 4; break; \
-    default: call(8); row += 8; \
+    { \
+        if ((remaining) >= 8) { \
+            call(8); \
+            row += 8; \
+        } else \
+            FOR_UP_TO_4_ROWS(remaining, call) \
     }
 
 void prepare_bf16(struct work *w);

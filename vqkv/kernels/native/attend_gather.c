@@ -1,5 +1,5 @@
-/* Attention on codes with AVX-512 where a gather takes as long as its loads, and products of fp32 more
- * numbers at a time than those of bfloat16, as on Intel's.
+/* Attention on codes with AVX-512 by gathers and products of fp32, which on Intel's is faster than what
+ * attend_bf16.c does (docs/kernels.md).
  *
  * A word is four neighbouring channels of a codeword in bfloat16, as in attend_bf16.c, whose tables and
  * order of work these are. One gather reads eight: of keys one quad's of 8 tokens, of values 8 quads' of
@@ -82,7 +82,8 @@ TARGET void queries_gather(struct work *w, int64_t page, const float *turns)
     }
 }
 
-INLINE TARGET __m512i eight_codes(const uint8_t *codes, int64_t width)
+/* Of 8 tokens' codes, which words they name. */
+INLINE TARGET __m512i places_of(const uint8_t *codes, int64_t width)
 {
     const __m512i at = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)codes));
     return width == 2 ? _mm512_add_epi64(at, at) : at;
@@ -92,9 +93,9 @@ INLINE TARGET __m512i eight_codes(const uint8_t *codes, int64_t width)
 INLINE TARGET struct halves quad_of(const word *book, const uint8_t *codes, int64_t stages,
                                     int64_t width)
 {
-    struct halves sum = words_at(book, eight_codes(codes, width));
+    struct halves sum = words_at(book, places_of(codes, width));
     for (int64_t s = 1; s < stages; s++)
-        sum = added(sum, words_at(book + s * 256 * width, eight_codes(codes + s * TILE, width)));
+        sum = added(sum, words_at(book + s * 256 * width, places_of(codes + s * TILE, width)));
     return sum;
 }
 
@@ -109,7 +110,7 @@ INLINE TARGET struct halves turned_by(struct halves key, const float *turn)
 }
 
 /* Two numbers for every word. */
-INLINE TARGET __m512 two(const float *numbers)
+INLINE TARGET __m512 for_each_word(const float *numbers)
 {
     double both;
     memcpy(&both, numbers, sizeof both);
@@ -155,7 +156,7 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
             }
             for (int r = 0; r < rows; r++) {
                 const float *pairs = query + r * a->head_dim + 2 * i;
-                const __m512 x = two(pairs), y = two(pairs + half);
+                const __m512 x = for_each_word(pairs), y = for_each_word(pairs + half);
                 first[r] = _mm512_fmadd_ps(low.even, x, first[r]);
                 second[r] = _mm512_fmadd_ps(high.even, x, second[r]);
                 first[r] = _mm512_fmadd_ps(low.odd, y, first[r]);

@@ -15,14 +15,5 @@
     default: { const int64_t DIM = given; call; } \
     }
 
-/* `call(n)` with the number of rows that remain, but for 4 at most, as a constant; moves `row` on. */
-#define FOR_UP_TO_4_ROWS(remaining, call) \
-    switch (remaining) { \
-    case 1: call(1); row += 1; break; \
-    case 2: call(2); row += 2; break; \
-    case 3: call(3); row += 3; break; \
-    default: call(4); row += 4; \
-    }
-
 #define IMPL "attend_impl.h"
 #include "each_level.h"
