@@ -28,7 +28,7 @@ from vqkv.kernels.native.attend import attend_codes
 from vqkv.provenance import write
 
 ROUNDS = 31
-LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_gather")
+LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_vnni")
 
 
 def levels() -> list[native.Level]:

@@ -329,7 +329,7 @@ int main(void)
         {256, 16, 1, 7}, {66, 2, 1, 256}, {66, 3, 1, 5},   {128, 32, 3, 256},
         {4, 4, 1, 256}};
     /* Where there are look-ups of bytes there are gathers, if slow ones. */
-    const int best = vqkv_best_level() == AVX512_VBMI ? AVX512_GATHER : vqkv_best_level();
+    const int best = vqkv_best_level() == AVX512_VBMI ? AVX512_VNNI : vqkv_best_level();
     for (int level = SCALAR; level <= best; level++) {
         for (int64_t dim = 1; dim <= 17; dim++)
             for (int64_t rows = 1; rows < 140; rows += 63)

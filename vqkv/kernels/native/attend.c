@@ -14,11 +14,11 @@
 static const struct kernel *kernel_of(int level, const struct attention *a)
 {
 #ifdef HAVE_X86
-    const int gathers = level >= AVX512_GATHER && attend_gather_takes(a);
+    const int whole = level >= AVX512_VNNI && attend_vnni_takes(a);
     if (level >= AVX512_VBMI && attend_tables_takes(a))
-        return gathers ? &attend_tables_gather : &attend_tables;
-    if (gathers)
-        return &attend_gather;
+        return whole ? &attend_tables_vnni : &attend_tables;
+    if (whole)
+        return &attend_vnni;
     if (level >= AVX512_BF16 && attend_bf16_takes(a))
         return &attend_bf16;
     if (level >= AVX512)
@@ -59,6 +59,7 @@ static size_t lay_out(struct work *w, char *memory)
     w->offset_turns = take(&memory, &used, dim * PAGE * real);
 #ifdef HAVE_X86
     w->rounded = take(&memory, &used, attend_bf16_scratch(a));
+    w->whole = take(&memory, &used, attend_vnni_scratch(a));
 #endif
     return used;
 }

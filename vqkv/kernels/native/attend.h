@@ -3,6 +3,7 @@
 #ifndef VQKV_ATTEND_H
 #define VQKV_ATTEND_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "levels.h"
@@ -71,7 +72,8 @@ struct work {
                                      in the order of one, as a level needs them */
     float *decoded;               /* [D PAGE]: some channels of a page, or what a level sorts */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
-    void *rounded;                /* what attend_bf16.c, _gather.c and _tables.c keep */
+    void *rounded;                /* what attend_bf16.c and attend_tables.c keep */
+    char *whole;                  /* what attend_vnni.c keeps */
 };
 
 /* How one level computes scores and sums of a tile. */
@@ -85,7 +87,7 @@ struct kernel {
 };
 
 extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16, attend_tables,
-    attend_gather, attend_tables_gather;
+    attend_vnni, attend_tables_vnni;
 
 /* What levels have in common: one for each, of which attend_bf16 borrows these. */
 void queries_scalar(struct work *w, int64_t page, const float *turns);
@@ -127,12 +129,15 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
     return bytes / 64 / calls + 1;
 }
 
-/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables and
- * attend_gather do, which take no others. */
+/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables does,
+ * which takes no others. */
 int64_t attend_bf16_scratch(const struct attention *a);
 int attend_bf16_takes(const struct attention *a);
 int attend_tables_takes(const struct attention *a);
-int attend_gather_takes(const struct attention *a);
+
+/* The same of attend_vnni. */
+size_t attend_vnni_scratch(const struct attention *a);
+int attend_vnni_takes(const struct attention *a);
 
 #pragma GCC visibility pop
 

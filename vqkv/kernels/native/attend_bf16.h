@@ -1,4 +1,4 @@
-/* What attend_bf16.c, attend_gather.c and attend_tables.c share. */
+/* What attend_bf16.c, attend_tables.c and attend_vnni*.c share. */
 
 #ifndef VQKV_ATTEND_BF16_H
 #define VQKV_ATTEND_BF16_H
@@ -34,8 +34,7 @@ struct pieces {
     word *keys, *values;      /* [quads / width, S, 256, width] */
     uint8_t *codes;           /* [M S up to a multiple of 16, TILE] of keys */
     uint32_t *turns;          /* [quads, 8, 2, 8, 2]: of 8 offsets and a quad's two pairs first
-                                 (c, -s), then (s, c); attend_gather.c has 16 floats of cosines
-                                 and 16 of sines there */
+                                 (c, -s), then (s, c) */
     uint32_t *first, *second; /* [TILE_PAGES, R, MAX_QUADS] pairs of queries */
     uint32_t *weights;        /* [R, TILE / 2] pairs of tokens' weights */
     char *tables;             /* what attend_tables.c keeps */
@@ -60,7 +59,10 @@ void prepare_bf16(struct work *w);
 void queries_bf16(struct work *w, int64_t page, const float *turns);
 void scores_bf16(struct work *w, int64_t tokens);
 void sums_bf16(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
-void sums_gather(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
+
+/* What attend_vnni.c has for attend_tables.c. */
+void prepare_sums_vnni(struct work *w);
+void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
 
 /* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
 void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);

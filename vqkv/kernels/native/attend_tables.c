@@ -261,7 +261,7 @@ static TARGET void scores(struct work *w, int64_t tokens)
 }
 
 const struct kernel attend_tables = {prepare_bf16, queries, scores, softmax_avx512, sums_bf16};
-const struct kernel attend_tables_gather = {prepare_bf16, queries, scores, softmax_avx512,
-                                            sums_gather};
+const struct kernel attend_tables_vnni = {prepare_sums_vnni, queries, scores, softmax_avx512,
+                                          sums_vnni};
 
 #endif

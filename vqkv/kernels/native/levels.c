@@ -14,7 +14,8 @@ int vqkv_best_level(void)
             return AVX512;
         if (!__builtin_cpu_supports("avx512vbmi"))
             return AVX512_BF16;
-        return __builtin_cpu_is("intel") ? AVX512_GATHER : AVX512_VBMI;
+        const int vnni = __builtin_cpu_supports("avx512vnni");
+        return vnni && __builtin_cpu_is("intel") ? AVX512_VNNI : AVX512_VBMI;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;

@@ -9,14 +9,14 @@
 #endif
 
 /* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes
- * in registers. GATHER is the same instructions, where gathers are fast. */
+ * in registers. VNNI is all that and products of pairs of 16 bits, where these are the faster way. */
 enum level {
     SCALAR = 0,
     AVX2 = 1,
     AVX512 = 2,
     AVX512_BF16 = 3,
     AVX512_VBMI = 4,
-    AVX512_GATHER = 5
+    AVX512_VNNI = 5
 };
 
 /* Of a function that each_level.h made, the one for a level. */

@@ -19,8 +19,8 @@ import torch
 from vqkv.errors import KernelError
 
 #: `avx512_bf16` is AVX-512 with products of bfloat16 pairs, `avx512_vbmi` that and look-ups of
-#: bytes in registers, `avx512_gather` the same where gathers are fast, as on Intel's CPUs.
-Level = Literal["scalar", "avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_gather"]
+#: bytes in registers, `avx512_vnni` the same where gathers are fast, as on Intel's CPUs.
+Level = Literal["scalar", "avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_vnni"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 #: Floats of the longest vectors.

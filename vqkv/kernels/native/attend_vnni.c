@@ -1,0 +1,300 @@
+/* Attention on codes by whole numbers (attend_vnni.h): codewords as such, and weighted sums.
+ *
+ * A channel of 64 tokens meets their weights in two instructions for each row, which multiply two tokens a
+ * lane; lanes of 16 channels are added up when a tile has been read. Numbers of values have 12 bits and weights
+ * 15, in steps of the tile's largest, so that sums of 32 products fit into 32 bits.
+ */
+
+#include <math.h>
+#include <string.h>
+
+#include "attend_vnni.h"
+
+#ifdef HAVE_X86
+
+#define TARGET VNNI_TARGET
+#define CHANNELS 16
+#define ROWS 8 /* of weights at a time, at most */
+#define MOST 32767
+#define MOST_VALUE 2000 /* so many times `MOST` and 32 is below 2^31, also after rounding each stage */
+
+static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
+{
+    const size_t dim = a->head_dim, rows = a->rows;
+    const int64_t keys = a->keys.groups * a->keys.stages;
+    const int64_t values = a->values.groups * a->values.stages;
+    const size_t columns = ((keys > values ? keys : values) + 15) / 16 * 16;
+    const size_t sizes[] = {
+        dim * a->keys.stages * sizeof(struct bytes),
+        dim * a->values.stages * sizeof(struct bytes),
+        dim * sizeof(float),
+        dim * sizeof(float),
+        columns * TILE,
+        dim * PAGE * sizeof(int16_t),
+        sizeof(float),
+        TILE_PAGES * rows * dim / 2 * sizeof(int32_t),
+        TILE_PAGES * rows * sizeof(float),
+        rows * TILE * sizeof(int32_t),
+        rows * TILE * sizeof(int16_t),
+    };
+    enum { COUNT = sizeof sizes / sizeof *sizes };
+    char *at[COUNT];
+    size_t used = 0;
+    for (int i = 0; i < COUNT; i++) {
+        at[i] = memory == NULL ? NULL : memory + used;
+        used += (sizes[i] + 63) / 64 * 64;
+    }
+    *p = (struct whole_pieces){
+        .keys = {(struct bytes *)at[0], (float *)at[2]},
+        .values = {(struct bytes *)at[1], (float *)at[3]},
+        .codes = (uint8_t *)at[4],
+        .turns = (int16_t *)at[5],
+        .turn_scale = (float *)at[6],
+        .queries = (int32_t *)at[7],
+        .units = (float *)at[8],
+        .products = (int32_t *)at[9],
+        .weights = (int16_t *)at[10],
+    };
+    return used;
+}
+
+size_t attend_vnni_scratch(const struct attention *a)
+{
+    struct whole_pieces p;
+    return lay_out(a, NULL, &p);
+}
+
+struct whole_pieces whole_pieces_of(const struct work *w)
+{
+    struct whole_pieces p;
+    lay_out(w->a, w->whole, &p);
+    return p;
+}
+
+int attend_vnni_takes(const struct attention *a)
+{
+    return a->head_dim % 2 == 0;
+}
+
+/* A channel of 16 codewords from codeword k; zeros beyond the last. */
+INLINE TARGET __m512 channel_at(const float *words, int64_t dim, int64_t k, int64_t size)
+{
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 some = size - k >= 16 ? 0xffff : (1u << (size - k)) - 1;
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some,
+                                    _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)dim)),
+                                    words + k * dim, sizeof(float));
+}
+
+/* Of each channel of a group the largest number, added up over stages. */
+static TARGET void add_largest(const float *words, int64_t stages, int64_t size, int64_t dim,
+                               float *sums)
+{
+    memset(sums, 0, dim * sizeof(float));
+    for (int64_t s = 0; s < stages; s++, words += size * dim) {
+        float largest[16] = {0.0f};
+        if (16 % dim == 0 && size * dim % 16 == 0) {
+            __m512 lanes = _mm512_setzero_ps();
+            for (int64_t i = 0; i < size * dim; i += 16)
+                lanes = _mm512_max_ps(lanes, _mm512_abs_ps(_mm512_loadu_ps(words + i)));
+            _mm512_storeu_ps(largest, lanes);
+            for (int64_t i = 0; i < 16; i++)
+                largest[i % dim] = fmaxf(largest[i % dim], largest[i]);
+            for (int64_t i = 0; i < dim; i++)
+                sums[i] += largest[i];
+        } else {
+            for (int64_t i = 0; i < dim; i++) {
+                __m512 lanes = _mm512_setzero_ps();
+                for (int64_t k = 0; k < size; k += 16)
+                    lanes = _mm512_max_ps(lanes,
+                                          _mm512_abs_ps(channel_at(words + i, dim, k, size)));
+                sums[i] += _mm512_reduce_max_ps(lanes);
+            }
+        }
+    }
+}
+
+/* A head's codewords as whole numbers of at most `limit` when stages are added up. Two channels that are
+ * `turned` by each other have a scale that does for both. */
+static TARGET void tabulate(const struct plane *plane, int64_t head, int turned, int limit,
+                            struct whole_words to)
+{
+    const int64_t stages = plane->stages, size = plane->size, dim = plane->dim;
+    const int64_t channels = plane->groups * dim;
+    const float *words = plane->words + head * channels * stages * size;
+    for (int64_t c = 0; c < channels; c += dim)
+        add_largest(words + c * stages * size, stages, size, dim, to.scales + c);
+    for (int64_t c = 0; turned && c < channels; c += 2)
+        to.scales[c] = to.scales[c + 1] = hypotf(to.scales[c], to.scales[c + 1]);
+    for (int64_t c = 0; c < channels; c++) {
+        const float steps = to.scales[c] > 0.0f ? (float)limit / to.scales[c] : 0.0f;
+        to.scales[c] /= (float)limit;
+        for (int64_t s = 0; s < stages; s++, to.tables++) {
+            const float *own = words + (c / dim * stages + s) * size * dim + c % dim;
+            for (int64_t k = 0; k < size; k += 16) {
+                const __m512i whole = _mm512_cvtps_epi32(
+                    _mm512_mul_ps(channel_at(own, dim, k, size), _mm512_set1_ps(steps)));
+                _mm_storeu_si128((__m128i *)(to.tables->high + k),
+                                 _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+                _mm_storeu_si128((__m128i *)(to.tables->low + k), _mm512_cvtepi32_epi8(whole));
+            }
+        }
+    }
+}
+
+static TARGET void prepare(struct work *w)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    tabulate(&a->keys, w->head, a->page_turns != NULL, MOST, p.keys);
+    tabulate(&a->values, w->head, 0, MOST_VALUE, p.values);
+    if (a->page_turns != NULL)
+        prepare_turns_vnni(w);
+}
+
+/* Where attend_tables.c has scores. */
+TARGET void prepare_sums_vnni(struct work *w)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    prepare_bf16(w);
+    tabulate(&a->values, w->head, 0, MOST_VALUE, p.values);
+    if (a->key_mean != NULL)
+        tabulate(&a->keys, w->head, 0, MOST, p.keys);
+}
+
+/* A row's weights of a tile as whole numbers in the order of `numbers`. Returns their unit. */
+static TARGET float weigh(const struct work *w, int64_t row, int16_t *to)
+{
+    const float *weights = w->scores + row * TILE;
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t t = 0; t < TILE; t += 16)
+        most = _mm512_max_ps(most, _mm512_loadu_ps(weights + t));
+    const float best = _mm512_reduce_max_ps(most);
+    const __m512 steps = _mm512_set1_ps(best > 0.0f ? MOST / best : 0.0f);
+    for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE) {
+#define SIXTEEN(i) \
+    _mm512_cvtepi32_epi16( \
+        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(weights + t + 16 * (i)), steps)))
+#define TWICE(i) _mm512_inserti64x4(_mm512_castsi256_si512(SIXTEEN(i)), SIXTEEN((i) + 1), 1)
+        const __m512i low = TWICE(0), high = TWICE(2);
+        _mm512_store_si512(to + t, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_store_si512(to + t + 32, _mm512_shuffle_i32x4(low, high, 0xdd));
+#undef TWICE
+#undef SIXTEEN
+    }
+    return best / MOST;
+}
+
+/* Sums of the lanes of 16 vectors. */
+INLINE TARGET __m512i lanes_of(const __m512i x[CHANNELS])
+{
+    __m512i y[8], z[4], u[2];
+    for (int i = 0; i < 8; i++)
+        y[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]),
+                                _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        z[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(y[2 * i], y[2 * i + 1]),
+                                _mm512_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        u[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(z[2 * i], z[2 * i + 1], 0x44),
+                                _mm512_shuffle_i32x4(z[2 * i], z[2 * i + 1], 0xee));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88),
+                            _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
+}
+
+/* Sums of products of `channels` channels, one or two that have the same codes, with weights of `rows` rows,
+ * two tokens a lane. Constant where this is inlined: `channels`, `rows`, whether these are `keys`, and, in the
+ * case that matters most, `stages`. */
+INLINE TARGET void sum_channels(const struct work *w, const struct bytes *tables,
+                                const uint8_t *codes, const int16_t *weights, int channels,
+                                int keys, int64_t stages, int rows, __m512i *lanes)
+{
+    /* Keys' numbers are larger than sums have room for. */
+    const __m512i less = _mm512_set1_epi16(MOST_VALUE);
+    __m512i sums[2][ROWS];
+    for (int i = 0; i < channels; i++)
+        for (int r = 0; r < rows; r++)
+            sums[i][r] = _mm512_setzero_si512();
+    for (int64_t s = 0; s < stages; s++, tables++, codes += TILE)
+        for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE)
+            for (int i = 0; i < channels; i++) {
+                struct numbers own = numbers_of(tables + i * stages, codes + t);
+                if (keys) {
+                    own.first = _mm512_mulhrs_epi16(own.first, less);
+                    own.second = _mm512_mulhrs_epi16(own.second, less);
+                }
+                for (int r = 0; r < rows; r++) {
+                    const __m512i *weight = (const __m512i *)(weights + r * TILE + t);
+                    sums[i][r] = _mm512_dpwssd_epi32(sums[i][r], own.first, weight[0]);
+                    sums[i][r] = _mm512_dpwssd_epi32(sums[i][r], own.second, weight[1]);
+                }
+            }
+    for (int i = 0; i < channels; i++)
+        for (int r = 0; r < rows; r++)
+            lanes[r * CHANNELS + i] = sums[i][r];
+}
+
+/* Adds the tokens of a tile to the sums of `rows` rows from `row`, whose weights have these units. */
+INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
+                            const struct plane *plane, int64_t row, int keys, int64_t stages,
+                            int channels, int rows, const float *units, float *sums)
+{
+    const int64_t dim = w->a->head_dim;
+    const struct whole_words words = keys ? p->keys : p->values;
+    const float more = keys ? 32768.0f / MOST_VALUE : 1.0f;
+    __m512i lanes[ROWS * CHANNELS];
+    for (int64_t first = 0; first < dim; first += CHANNELS) {
+        const int64_t count = dim - first < CHANNELS ? dim - first : CHANNELS;
+        if (count < CHANNELS)
+            memset(lanes, 0, sizeof lanes);
+        for (int64_t c = first; c < first + count; c += channels)
+            sum_channels(w, words.tables + c * stages, p->codes + c / plane->dim * stages * TILE,
+                         p->weights + row * TILE, channels, keys, stages, rows,
+                         lanes + (c - first));
+        const __mmask16 some = (__mmask16)((1u << count) - 1);
+        const __m512 scale = _mm512_maskz_loadu_ps(some, words.scales + first);
+        for (int r = 0; r < rows; r++) {
+            float *sum = sums + (row + r) * dim + first;
+            const __m512 added = _mm512_mul_ps(
+                _mm512_cvtepi32_ps(lanes_of(lanes + r * CHANNELS)),
+                _mm512_mul_ps(scale, _mm512_set1_ps(units[row + r] * more)));
+            _mm512_mask_storeu_ps(sum, some,
+                                  _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, sum),
+                                                  _mm512_set1_ps(w->shrink[row + r]), added));
+        }
+    }
+}
+
+TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    const int64_t stages = plane->stages;
+    const int keys = plane == &a->keys;
+    float *units = w->decoded; /* [R], which are no more than it has room for */
+    transpose(codes, plane->groups * stages, w->end, p.codes);
+    for (int64_t r = 0; r < a->rows; r++)
+        units[r] = weigh(w, r, p.weights + r * TILE);
+    for (int64_t row = 0; row < a->rows;) {
+#define SUM(rows, keys, stages, channels) \
+    sum_rows(w, &p, plane, row, keys, stages, channels, rows, units, sums)
+#define VALUES(rows) SUM(rows, 0, 1, 2)
+#define KEYS(rows) SUM(rows, 1, 1, 2)
+#define ANY(rows) SUM(rows, keys, stages, 1)
+        if (stages == 1 && plane->dim % 2 == 0 && !keys)
+            FOR_ROWS(a->rows - row, VALUES)
+        else if (stages == 1 && plane->dim % 2 == 0)
+            FOR_ROWS(a->rows - row, KEYS)
+        else
+            FOR_ROWS(a->rows - row, ANY)
+#undef ANY
+#undef KEYS
+#undef VALUES
+#undef SUM
+    }
+}
+
+const struct kernel attend_vnni = {prepare, queries_vnni, scores_vnni, softmax_avx512, sums_vnni};
+
+#endif

@@ -1,0 +1,89 @@
+/* What attend_vnni.c and attend_vnni_scores.c share: codewords as whole numbers of 16 bits, whose bytes are
+ * looked up in registers (VBMI), and which are multiplied in pairs (VNNI).
+ *
+ * A channel's numbers in all codewords have a scale, and are 256 high bytes, which have the sign, and 256 low
+ * ones.
+ */
+
+#ifndef VQKV_ATTEND_VNNI_H
+#define VQKV_ATTEND_VNNI_H
+
+#include "attend_bf16.h"
+
+#ifdef HAVE_X86
+
+#pragma GCC visibility push(hidden)
+
+#define VNNI_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,bmi2")))
+
+/* A channel's numbers of a stage's codewords. */
+struct bytes {
+    uint8_t high[256], low[256];
+};
+
+/* Codewords of a plane's head. */
+struct whole_words {
+    struct bytes *tables; /* [D, S] */
+    float *scales;        /* [D], alike for two channels that are turned */
+};
+
+/* Pieces of `whole`. */
+struct whole_pieces {
+    struct whole_words keys, values;
+    uint8_t *codes;    /* [M S up to a multiple of 16, TILE] */
+    int16_t *turns;    /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
+    float *turn_scale; /* what turns are times */
+    int32_t *queries;  /* [TILE_PAGES, R, D / 2]: pairs of 16 bits */
+    float *units;      /* [TILE_PAGES, R]: of queries */
+    int32_t *products; /* [R, TILE]: what will be scores */
+    int16_t *weights;  /* [R, TILE]: as sums need them */
+};
+
+struct whole_pieces whole_pieces_of(const struct work *w);
+
+/* A channel of 64 tokens: of the first 8 of every 16, and of the other 8. */
+struct numbers {
+    __m512i first, second;
+};
+
+/* Which of 64 codes lie in the second, third and last quarter of a table. */
+struct quarters {
+    __mmask64 second, third, last;
+};
+
+INLINE VNNI_TARGET struct quarters quarters_of(__m512i codes)
+{
+    const __mmask64 high = _mm512_movepi8_mask(codes);
+    const __mmask64 odd = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(0x40));
+    return (struct quarters){_kandn_mask64(high, odd), _kandn_mask64(odd, high),
+                             _kand_mask64(high, odd)};
+}
+
+/* A byte for each of 64 codes. */
+INLINE VNNI_TARGET __m512i bytes_of(const uint8_t *table, __m512i codes, struct quarters q)
+{
+    __m512i bytes = _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(table));
+    bytes = _mm512_mask_permutexvar_epi8(bytes, q.second, codes, _mm512_loadu_si512(table + 64));
+    bytes = _mm512_mask_permutexvar_epi8(bytes, q.third, codes, _mm512_loadu_si512(table + 128));
+    return _mm512_mask_permutexvar_epi8(bytes, q.last, codes, _mm512_loadu_si512(table + 192));
+}
+
+INLINE VNNI_TARGET struct numbers numbers_of(const struct bytes *table, const uint8_t *codes)
+{
+    const __m512i code = _mm512_loadu_si512(codes);
+    const struct quarters q = quarters_of(code);
+    const __m512i low = bytes_of(table->low, code, q), high = bytes_of(table->high, code, q);
+    return (struct numbers){_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+/* Queries and scores, for attend_vnni.c. */
+void prepare_turns_vnni(struct work *w);
+void queries_vnni(struct work *w, int64_t page, const float *turns);
+void scores_vnni(struct work *w, int64_t tokens);
+
+#pragma GCC visibility pop
+
+#endif
+
+#endif

@@ -1,0 +1,263 @@
+/* Attention on codes by whole numbers (attend_vnni.h): scores of keys, turned or not.
+ *
+ * Numbers of a pair of channels are turned by products of 16 bits, lie side by side for each token, and meet
+ * those of a query in one instruction. Queries are whole numbers so small that no sum of products exceeds 32
+ * bits. Pairs are taken 16 at a time over a whole tile: their tables (16 KiB a stage) then stay in the L1
+ * cache.
+ */
+
+#include <math.h>
+
+#include "attend_vnni.h"
+
+#ifdef HAVE_X86
+
+#define TARGET VNNI_TARGET
+#define CHUNK 16 /* pairs of channels */
+#define MOST 32767
+
+/* A pair of channels of 64 tokens, 4 of every 16 to a vector. */
+struct pairs {
+    __m512i fours[4];
+};
+
+/* Turns of the offsets in the order of `numbers`, by their longest: RoPE may scale keys, too. */
+TARGET void prepare_turns_vnni(struct work *w)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    const int32_t *pairs = a->pairs + w->head * a->head_dim / 2;
+    float longest = 0.0f;
+    for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
+        const float *turn = a->offset_turns + i;
+        longest = fmaxf(longest, turn[0] * turn[0] + turn[1] * turn[1]);
+    }
+    *p.turn_scale = sqrtf(longest);
+    const float steps = MOST / *p.turn_scale;
+    for (int64_t o = 0; o < PAGE; o++)
+        for (int64_t j = 0; j < a->head_dim / 2; j++) {
+            const float *turn = a->offset_turns + o * a->head_dim + 2 * pairs[j];
+            int16_t *to = p.turns + 2 * j * PAGE + o / 8 % 2 * 32 + o / 16 * 8 + o % 8;
+            to[0] = (int16_t)_mm_cvtss_si32(_mm_set_ss(turn[0] * steps));
+            to[PAGE] = (int16_t)_mm_cvtss_si32(_mm_set_ss(turn[1] * steps));
+        }
+}
+
+/* Numbers of 16 pairs of channels, of which `some` are there. */
+struct sixteen {
+    __m512 x, y;
+};
+
+INLINE TARGET struct sixteen pairs_at(const float *numbers, __mmask16 some)
+{
+    const __m512i evens =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __mmask32 all = _pdep_u32(some, 0x55555555u) * 3;
+    const __m512 low = _mm512_maskz_loadu_ps((__mmask16)all, numbers);
+    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(all >> 16), numbers + 16);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    return (struct sixteen){_mm512_permutex2var_ps(low, evens, high),
+                            _mm512_permutex2var_ps(low, odds, high)};
+}
+
+/* Queries of a page times scales of keys' channels, as whole numbers, pair by pair. */
+TARGET void queries_vnni(struct work *w, int64_t page, const float *turns)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    const int64_t dim = a->head_dim, half = dim / 2;
+    queries_avx512(w, page, turns);
+    for (int64_t r = 0; r < a->rows; r++) {
+        const float *query = w->query + (page * a->rows + r) * dim;
+        float *scaled = w->decoded; /* x of 16 pairs, then y */
+        __m512 most = _mm512_setzero_ps(), sum = most;
+        for (int64_t j = 0; j < half; j += 16) {
+            const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
+            const struct sixteen scales = pairs_at(p.keys.scales + 2 * j, some);
+            const struct sixteen given =
+                turns == NULL ? pairs_at(query + 2 * j, some)
+                              : (struct sixteen){_mm512_maskz_loadu_ps(some, query + j),
+                                                 _mm512_maskz_loadu_ps(some, query + half + j)};
+            const __m512 x = _mm512_mul_ps(given.x, scales.x);
+            const __m512 y = _mm512_mul_ps(given.y, scales.y);
+            most = _mm512_max_ps(most, _mm512_max_ps(_mm512_abs_ps(x), _mm512_abs_ps(y)));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_abs_ps(x), _mm512_abs_ps(y)));
+            _mm512_storeu_ps(scaled + 2 * j, x);
+            _mm512_storeu_ps(scaled + 2 * j + 16, y);
+        }
+        /* The sum of what keys of `MOST` would give, and of half a step for each channel's rounding, is
+         * below 2^31. */
+        const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
+        const float steps = size > 0.0f ? fminf(MOST / size, (2 * MOST - dim) / total) : 0.0f;
+        p.units[page * a->rows + r] =
+            (size > 0.0f ? 1.0f / steps : size) * (turns == NULL ? 1.0f : *p.turn_scale);
+        int32_t *to = p.queries + (page * a->rows + r) * half;
+        for (int64_t j = 0; j < half; j += 16) {
+            const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
+#define WHOLE(at) \
+    _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(scaled + (at)), _mm512_set1_ps(steps)))
+            const __m512i x = WHOLE(2 * j), y = WHOLE(2 * j + 16);
+#undef WHOLE
+            _mm512_mask_storeu_epi32(
+                to + j, some, _mm512_mask_blend_epi16(0xaaaaaaaau, x, _mm512_slli_epi32(y, 16)));
+        }
+    }
+}
+
+/* A channel's numbers of all stages. */
+INLINE TARGET struct numbers channel_of(const struct bytes *tables, const uint8_t *codes,
+                                        int64_t stages)
+{
+    struct numbers sum = numbers_of(tables, codes);
+    for (int64_t s = 1; s < stages; s++) {
+        const struct numbers own = numbers_of(tables + s, codes + s * TILE);
+        sum.first = _mm512_adds_epi16(sum.first, own.first);
+        sum.second = _mm512_adds_epi16(sum.second, own.second);
+    }
+    return sum;
+}
+
+/* Turns x and y of 32 tokens by cosines and sines. */
+INLINE TARGET void turn(__m512i *x, __m512i *y, const int16_t *turns)
+{
+    const __m512i cosine = _mm512_loadu_si512(turns), sine = _mm512_loadu_si512(turns + PAGE);
+    const __m512i turned = _mm512_sub_epi16(_mm512_mulhrs_epi16(*x, cosine),
+                                             _mm512_mulhrs_epi16(*y, sine));
+    *y = _mm512_add_epi16(_mm512_mulhrs_epi16(*x, sine), _mm512_mulhrs_epi16(*y, cosine));
+    *x = turned;
+}
+
+/* Products of a page's pairs so far with `rows` rows, which are constant where these are inlined. */
+struct products {
+    __m512i fours[4][4];
+};
+
+INLINE TARGET void load_products(struct products *sums, const int32_t *from, int more, int rows)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++)
+            sums->fours[r][i] = more ? _mm512_loadu_si512(from + r * TILE + 16 * i)
+                                     : _mm512_setzero_si512();
+}
+
+INLINE TARGET void add_products(struct products *sums, const struct pairs *pair,
+                                const int32_t *queries, int64_t all, int rows)
+{
+    for (int r = 0; r < rows; r++) {
+        const __m512i query = _mm512_set1_epi32(queries[r * all]);
+        for (int i = 0; i < 4; i++)
+            sums->fours[r][i] = _mm512_dpwssd_epi32(sums->fours[r][i], pair->fours[i], query);
+    }
+}
+
+INLINE TARGET void store_products(const struct products *sums, int32_t *to, int rows)
+{
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++)
+            _mm512_storeu_si512(to + r * TILE + 16 * i, sums->fours[r][i]);
+}
+
+/* Looks up pairs of a page from `pair` on, to `to`, and multiplies them by the first `rows` rows. `alike`
+ * where two channels have the same codes. Constant where this is inlined: `rows`, and, in the case that
+ * matters most, `turned`, `stages` and `alike`. */
+INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces *p, int64_t page,
+                                 int64_t pair, int64_t count, int turned, int64_t stages,
+                                 int alike, int rows, struct pairs *to)
+{
+    const int64_t dim = w->a->keys.dim, all = w->a->head_dim / 2;
+    const int32_t *queries = p->queries + (turned ? page * w->a->rows : 0) * all;
+    struct products sums;
+    load_products(&sums, p->products + page * PAGE, pair > 0, rows);
+    for (int64_t j = pair; j < pair + count; j++, to++) {
+        const struct bytes *tables = p->keys.tables + 2 * j * stages;
+        const uint8_t *codes = p->codes + page * PAGE;
+        struct numbers x = channel_of(tables, codes + 2 * j / dim * stages * TILE, stages);
+        const int64_t other = alike ? 2 * j / dim : (2 * j + 1) / dim;
+        struct numbers y = channel_of(tables + stages, codes + other * stages * TILE, stages);
+        if (turned) {
+            turn(&x.first, &y.first, p->turns + 2 * j * PAGE);
+            turn(&x.second, &y.second, p->turns + 2 * j * PAGE + 32);
+        }
+        const struct pairs own = {
+            {_mm512_unpacklo_epi16(x.first, y.first), _mm512_unpackhi_epi16(x.first, y.first),
+             _mm512_unpacklo_epi16(x.second, y.second),
+             _mm512_unpackhi_epi16(x.second, y.second)}};
+        add_products(&sums, &own, queries + j, all, rows);
+        if (w->a->rows > rows)
+            *to = own;
+    }
+    store_products(&sums, p->products + page * PAGE, rows);
+}
+
+/* The same for further rows, of pairs that were looked up. */
+INLINE TARGET void multiply(const struct pairs *pairs, int64_t count, const int32_t *queries,
+                            int64_t all, int32_t *products, int more, int rows)
+{
+    struct products sums;
+    load_products(&sums, products, more, rows);
+    for (int64_t j = 0; j < count; j++)
+        add_products(&sums, &pairs[j], queries + j, all, rows);
+    store_products(&sums, products, rows);
+}
+
+/* Scores of 64 tokens: of vectors with 4 of every 16. */
+static TARGET void write_scores(const int32_t *products, float unit, float *scores)
+{
+    __m512 x[4], y[4];
+    for (int i = 0; i < 4; i++)
+        x[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(products + 16 * i)),
+                             _mm512_set1_ps(unit));
+    for (int i = 0; i < 2; i++) {
+        y[i] = _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x44);
+        y[2 + i] = _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xee);
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m512 even = y[2 * i], odd = y[2 * i + 1];
+        _mm512_storeu_ps(scores + 32 * i, _mm512_shuffle_f32x4(even, odd, 0x88));
+        _mm512_storeu_ps(scores + 32 * i + 16, _mm512_shuffle_f32x4(even, odd, 0xdd));
+    }
+}
+
+TARGET void scores_vnni(struct work *w, int64_t tokens)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    const int64_t stages = a->keys.stages, all = a->head_dim / 2;
+    const int64_t pages = (tokens + PAGE - 1) / PAGE;
+    const int64_t lines = lines_ahead(a, (all + CHUNK - 1) / CHUNK * TILE_PAGES);
+    const int turned = a->page_turns != NULL;
+    transpose(w->keys, a->keys.groups * stages, tokens, p.codes);
+    struct pairs pairs[CHUNK];
+    for (int64_t pair = 0; pair < all; pair += CHUNK)
+        for (int64_t page = 0; page < pages; page++) {
+            const int64_t count = all - pair < CHUNK ? all - pair : CHUNK;
+            fetch_ahead(w, lines);
+            int64_t row = 0;
+#define LOOK_UP(turned, stages, alike, rows) \
+    look_up_pairs(w, &p, page, pair, count, turned, stages, alike, rows, pairs)
+#define USUAL(rows) LOOK_UP(1, 1, 1, rows)
+#define ANY(rows) LOOK_UP(turned, stages, 0, rows)
+            if (turned && stages == 1 && a->keys.dim % 2 == 0)
+                FOR_UP_TO_4_ROWS(a->rows, USUAL)
+            else
+                FOR_UP_TO_4_ROWS(a->rows, ANY)
+#undef ANY
+#undef USUAL
+#undef LOOK_UP
+            while (row < a->rows) {
+                const int64_t query = (turned ? page * a->rows : 0) + row;
+#define MULTIPLY(rows) \
+    multiply(pairs, count, p.queries + query * all + pair, all, \
+             p.products + row * TILE + page * PAGE, pair > 0, rows)
+                FOR_UP_TO_4_ROWS(a->rows - row, MULTIPLY)
+#undef MULTIPLY
+            }
+        }
+    for (int64_t r = 0; r < a->rows; r++)
+        for (int64_t page = 0; page < pages; page++)
+            write_scores(p.products + r * TILE + page * PAGE,
+                         p.units[(turned ? page * a->rows : 0) + r],
+                         w->scores + r * TILE + page * PAGE);
+}
+
+#endif
