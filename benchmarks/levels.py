@@ -32,8 +32,9 @@ LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbm
 
 
 def levels() -> list[native.Level]:
-    """Of `LEVELS`, those that this CPU has."""
+    """Of `LEVELS`, those that this CPU has. Raises KernelError where the kernels are stale."""
     found: list[native.Level] = []
+    native.simd_level()
     for level in LEVELS:
         with contextlib.suppress(KernelError), native.forced_level(level):
             found.append(level)

@@ -46,6 +46,10 @@ CASES = [
     Case(head_dim=66, dim=3, rope=False, lengths=(70,), size=7),
     Case(group=1, rows=16, lengths=(65,)),
     Case(head_dim=4, rope=False, lengths=(600,)),
+    Case(head_dim=36, dim=1, rope=False, group=9, stages=2, lengths=(513,), key_sums=True),
+    # All tokens alike: weights and values are as large as they can be.
+    Case(rope=False, lengths=(1100,), size=1, key_sums=True),
+    Case(dim=8, stages=3, lengths=(600,), size=1, key_sums=True),
     # Long enough for tables of scores.
     Case(rope=False, lengths=(1300, 1284, 7), sinks=4, paged=True, key_sums=True),
     Case(head_dim=128, dim=8, stages=2, rope=False, group=4, heads=1, lengths=(1600,)),
@@ -167,6 +171,18 @@ def test_tokens_without_a_finite_score_weigh_nothing(level: native.Level) -> Non
     expected = run("naive", case, query, coded)
     torch.testing.assert_close(found.lse, expected.lse, rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(found.output, expected.output, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("part", ["query", "keys", "values"])
+def test_what_is_not_a_number_is_not_hidden(level: native.Level, part: str) -> None:
+    case = CASES[0]
+    query, coded = problem(case)
+    if part == "query":
+        query[0, 0, 0, 3] = torch.nan
+    else:
+        plane = coded.keys if part == "keys" else coded.values
+        plane.codewords[:, 0, 0, :] = torch.nan
+    assert run("cpu", case, query, coded).output[0, 0, 0].isnan().any()
 
 
 def has_tables() -> bool:

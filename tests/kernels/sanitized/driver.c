@@ -328,7 +328,7 @@ int main(void)
         {64, 4, 1, 256}, {80, 4, 1, 100}, {96, 8, 1, 256}, {128, 8, 2, 256},
         {256, 16, 1, 7}, {66, 2, 1, 256}, {66, 3, 1, 5},   {128, 32, 3, 256},
         {4, 4, 1, 256}};
-    /* Where there are look-ups of bytes there are gathers, if slow ones. */
+    /* CPUs with look-ups of bytes have products of pairs of 16 bits, if not as the faster way. */
     const int best = vqkv_best_level() == AVX512_VBMI ? AVX512_VNNI : vqkv_best_level();
     for (int level = SCALAR; level <= best; level++) {
         for (int64_t dim = 1; dim <= 17; dim++)

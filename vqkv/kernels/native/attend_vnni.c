@@ -16,7 +16,11 @@
 #define CHANNELS 16
 #define ROWS 8 /* of weights at a time, at most */
 #define MOST 32767
-#define MOST_VALUE 2000 /* so many times `MOST` and 32 is below 2^31, also after rounding each stage */
+/* Numbers that leave room for the rounding of stages and turns: keys' in 16 bits, and values', of which 32
+ * are multiplied by `MOST` and added up, in 32. */
+#define MOST_KEY 32700
+#define MOST_VALUE 2000
+#define MOST_STAGES 64
 
 static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
 {
@@ -32,10 +36,12 @@ static size_t lay_out(const struct attention *a, char *memory, struct whole_piec
         columns * TILE,
         dim * PAGE * sizeof(int16_t),
         sizeof(float),
+        rows * ((dim + 31) / 32 * 32) * sizeof(float),
         TILE_PAGES * rows * dim / 2 * sizeof(int32_t),
         TILE_PAGES * rows * sizeof(float),
         rows * TILE * sizeof(int32_t),
         rows * TILE * sizeof(int16_t),
+        rows * sizeof(float),
     };
     enum { COUNT = sizeof sizes / sizeof *sizes };
     char *at[COUNT];
@@ -50,10 +56,12 @@ static size_t lay_out(const struct attention *a, char *memory, struct whole_piec
         .codes = (uint8_t *)at[4],
         .turns = (int16_t *)at[5],
         .turn_scale = (float *)at[6],
-        .queries = (int32_t *)at[7],
-        .units = (float *)at[8],
-        .products = (int32_t *)at[9],
-        .weights = (int16_t *)at[10],
+        .scaled = (float *)at[7],
+        .queries = (int32_t *)at[8],
+        .units = (float *)at[9],
+        .products = (int32_t *)at[10],
+        .weights = (int16_t *)at[11],
+        .weight_units = (float *)at[12],
     };
     return used;
 }
@@ -73,7 +81,7 @@ struct whole_pieces whole_pieces_of(const struct work *w)
 
 int attend_vnni_takes(const struct attention *a)
 {
-    return a->head_dim % 2 == 0;
+    return a->head_dim % 2 == 0 && a->keys.stages <= MOST_STAGES && a->values.stages <= MOST_STAGES;
 }
 
 /* A channel of 16 codewords from codeword k; zeros beyond the last. */
@@ -86,30 +94,84 @@ INLINE TARGET __m512 channel_at(const float *words, int64_t dim, int64_t k, int6
                                     words + k * dim, sizeof(float));
 }
 
-/* Of each channel of a group the largest number, added up over stages. */
-static TARGET void add_largest(const float *words, int64_t stages, int64_t size, int64_t dim,
-                               float *sums)
+/* Of each channel of a stage's codewords [size, dim] the largest number, added to `sums`; NaN rather than
+ * hide one. */
+static TARGET void add_largest(const float *words, int64_t size, int64_t dim, float *sums)
 {
-    memset(sums, 0, dim * sizeof(float));
-    for (int64_t s = 0; s < stages; s++, words += size * dim) {
-        float largest[16] = {0.0f};
-        if (16 % dim == 0 && size * dim % 16 == 0) {
-            __m512 lanes = _mm512_setzero_ps();
-            for (int64_t i = 0; i < size * dim; i += 16)
-                lanes = _mm512_max_ps(lanes, _mm512_abs_ps(_mm512_loadu_ps(words + i)));
-            _mm512_storeu_ps(largest, lanes);
-            for (int64_t i = 0; i < 16; i++)
-                largest[i % dim] = fmaxf(largest[i % dim], largest[i]);
-            for (int64_t i = 0; i < dim; i++)
-                sums[i] += largest[i];
-        } else {
-            for (int64_t i = 0; i < dim; i++) {
-                __m512 lanes = _mm512_setzero_ps();
-                for (int64_t k = 0; k < size; k += 16)
-                    lanes = _mm512_max_ps(lanes,
-                                          _mm512_abs_ps(channel_at(words + i, dim, k, size)));
-                sums[i] += _mm512_reduce_max_ps(lanes);
-            }
+    for (int64_t i = 0; i < dim; i++) {
+        __m512 most = _mm512_setzero_ps(), none = most;
+        for (int64_t k = 0; k < size; k += 16) {
+            const __m512 numbers = channel_at(words + i, dim, k, size);
+            most = _mm512_max_ps(most, _mm512_abs_ps(numbers));
+            none = _mm512_fmadd_ps(numbers, _mm512_setzero_ps(), none);
+        }
+        sums[i] += _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(none);
+    }
+}
+
+/* The same where 16 numbers are whole codewords. */
+static TARGET void add_largest_of_all(const float *words, int64_t size, int64_t dim, float *sums)
+{
+    __m512 most = _mm512_setzero_ps(), none = most;
+    for (int64_t i = 0; i < size * dim; i += 16) {
+        const __m512 numbers = _mm512_loadu_ps(words + i);
+        most = _mm512_max_ps(most, _mm512_abs_ps(numbers));
+        none = _mm512_fmadd_ps(numbers, _mm512_setzero_ps(), none);
+    }
+    float largest[16], nothing[16];
+    _mm512_storeu_ps(largest, most);
+    _mm512_storeu_ps(nothing, none);
+    for (int64_t i = 0; i < 16; i++)
+        largest[i % dim] = fmaxf(largest[i % dim], largest[i]);
+    for (int64_t i = 0; i < 16; i++)
+        largest[i % dim] += nothing[i];
+    for (int64_t i = 0; i < dim; i++)
+        sums[i] += largest[i];
+}
+
+/* A channel of a stage's codewords as bytes, in so many steps. */
+static TARGET void write_bytes(const float *words, int64_t size, int64_t dim, float steps,
+                               struct bytes *to)
+{
+    for (int64_t k = 0; k < size; k += 16) {
+        const __m512i whole = _mm512_cvtps_epi32(
+            _mm512_mul_ps(channel_at(words, dim, k, size), _mm512_set1_ps(steps)));
+        _mm_storeu_si128((__m128i *)(to->high + k),
+                         _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+        _mm_storeu_si128((__m128i *)(to->low + k), _mm512_cvtepi32_epi8(whole));
+    }
+}
+
+/* Low bytes of 64 numbers. */
+INLINE TARGET __m512i low_bytes(const __m512i numbers[4])
+{
+    __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(numbers[0]));
+    bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(numbers[1]), 1);
+    bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(numbers[2]), 2);
+    return _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(numbers[3]), 3);
+}
+
+/* The same of all channels, where 64 numbers are whole codewords, with the channels' steps 16 at a time; their
+ * tables are `apart`. Constant where this is inlined: `dim`. */
+INLINE TARGET void write_all_bytes(const float *words, int64_t size, int64_t dim, __m512 steps,
+                                   struct bytes *to, int64_t apart)
+{
+    const int64_t count = 64 / dim; /* codewords */
+    uint8_t source[64], high[64], low[64];
+    for (int64_t i = 0; i < 64; i++)
+        source[i] = (uint8_t)(i % count * dim + i / count);
+    const __m512i order = _mm512_loadu_si512(source);
+    for (int64_t k = 0; k < size; k += count, words += 64) {
+        __m512i lows[4], highs[4];
+        for (int i = 0; i < 4; i++) {
+            lows[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(words + 16 * i), steps));
+            highs[i] = _mm512_srai_epi32(lows[i], 8);
+        }
+        _mm512_storeu_si512(high, _mm512_permutexvar_epi8(order, low_bytes(highs)));
+        _mm512_storeu_si512(low, _mm512_permutexvar_epi8(order, low_bytes(lows)));
+        for (int64_t i = 0; i < dim; i++) {
+            memcpy(to[i * apart].high + k, high + i * count, count);
+            memcpy(to[i * apart].low + k, low + i * count, count);
         }
     }
 }
@@ -120,33 +182,53 @@ static TARGET void tabulate(const struct plane *plane, int64_t head, int turned,
                             struct whole_words to)
 {
     const int64_t stages = plane->stages, size = plane->size, dim = plane->dim;
-    const int64_t channels = plane->groups * dim;
+    const int64_t channels = plane->groups * dim, stage_floats = size * dim;
     const float *words = plane->words + head * channels * stages * size;
-    for (int64_t c = 0; c < channels; c += dim)
-        add_largest(words + c * stages * size, stages, size, dim, to.scales + c);
+    const int together = 16 % dim == 0 && stage_floats % 64 == 0;
+    memset(to.scales, 0, channels * sizeof(float));
+    for (int64_t m = 0; m < plane->groups; m++)
+        for (int64_t s = 0; s < stages; s++) {
+            const float *own = words + (m * stages + s) * stage_floats;
+            if (together)
+                add_largest_of_all(own, size, dim, to.scales + m * dim);
+            else
+                add_largest(own, size, dim, to.scales + m * dim);
+        }
     for (int64_t c = 0; turned && c < channels; c += 2)
         to.scales[c] = to.scales[c + 1] = hypotf(to.scales[c], to.scales[c + 1]);
-    for (int64_t c = 0; c < channels; c++) {
-        const float steps = to.scales[c] > 0.0f ? (float)limit / to.scales[c] : 0.0f;
-        to.scales[c] /= (float)limit;
-        for (int64_t s = 0; s < stages; s++, to.tables++) {
-            const float *own = words + (c / dim * stages + s) * size * dim + c % dim;
-            for (int64_t k = 0; k < size; k += 16) {
-                const __m512i whole = _mm512_cvtps_epi32(
-                    _mm512_mul_ps(channel_at(own, dim, k, size), _mm512_set1_ps(steps)));
-                _mm_storeu_si128((__m128i *)(to.tables->high + k),
-                                 _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
-                _mm_storeu_si128((__m128i *)(to.tables->low + k), _mm512_cvtepi32_epi8(whole));
+    for (int64_t m = 0; m < plane->groups; m++) {
+        float steps[16];
+        for (int64_t i = 0; together && i < 16; i++) {
+            const float scale = to.scales[m * dim + i % dim];
+            steps[i] = scale > 0.0f ? (float)limit / scale : 0.0f;
+        }
+        for (int64_t s = 0; s < stages; s++) {
+            const float *own = words + (m * stages + s) * stage_floats;
+            struct bytes *tables = to.tables + m * dim * stages + s;
+#define TOGETHER(dim) write_all_bytes(own, size, dim, _mm512_loadu_ps(steps), tables, stages)
+            if (together && dim == 4)
+                TOGETHER(4);
+            else if (together && dim == 8)
+                TOGETHER(8);
+            else if (together)
+                TOGETHER(dim);
+#undef TOGETHER
+            for (int64_t i = 0; !together && i < dim; i++) {
+                const float scale = to.scales[m * dim + i];
+                write_bytes(own + i, size, dim, scale > 0.0f ? (float)limit / scale : 0.0f,
+                            tables + i * stages);
             }
         }
     }
+    for (int64_t c = 0; c < channels; c++)
+        to.scales[c] /= (float)limit;
 }
 
 static TARGET void prepare(struct work *w)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
-    tabulate(&a->keys, w->head, a->page_turns != NULL, MOST, p.keys);
+    tabulate(&a->keys, w->head, a->page_turns != NULL, MOST_KEY, p.keys);
     tabulate(&a->values, w->head, 0, MOST_VALUE, p.values);
     if (a->page_turns != NULL)
         prepare_turns_vnni(w);
@@ -160,7 +242,7 @@ TARGET void prepare_sums_vnni(struct work *w)
     prepare_bf16(w);
     tabulate(&a->values, w->head, 0, MOST_VALUE, p.values);
     if (a->key_mean != NULL)
-        tabulate(&a->keys, w->head, 0, MOST, p.keys);
+        tabulate(&a->keys, w->head, 0, MOST_KEY, p.keys);
 }
 
 /* A row's weights of a tile as whole numbers in the order of `numbers`. Returns their unit. */
@@ -186,21 +268,23 @@ static TARGET float weigh(const struct work *w, int64_t row, int16_t *to)
     return best / MOST;
 }
 
-/* Sums of the lanes of 16 vectors. */
-INLINE TARGET __m512i lanes_of(const __m512i x[CHANNELS])
+/* Sums of the lanes of 16 vectors, which may exceed 32 bits. */
+INLINE TARGET __m512 lanes_of(const __m512i lanes[CHANNELS])
 {
-    __m512i y[8], z[4], u[2];
+    __m512 x[16], y[8], z[4], u[2];
+    for (int i = 0; i < 16; i++)
+        x[i] = _mm512_cvtepi32_ps(lanes[i]);
     for (int i = 0; i < 8; i++)
-        y[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]),
-                                _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]));
+        y[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                             _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
     for (int i = 0; i < 4; i++)
-        z[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(y[2 * i], y[2 * i + 1]),
-                                _mm512_unpackhi_epi64(y[2 * i], y[2 * i + 1]));
+        z[i] = _mm512_add_ps(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
     for (int i = 0; i < 2; i++)
-        u[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(z[2 * i], z[2 * i + 1], 0x44),
-                                _mm512_shuffle_i32x4(z[2 * i], z[2 * i + 1], 0xee));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88),
-                            _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
+        u[i] = _mm512_add_ps(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88),
+                         _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
 }
 
 /* Sums of products of `channels` channels, one or two that have the same codes, with weights of `rows` rows,
@@ -235,10 +319,10 @@ INLINE TARGET void sum_channels(const struct work *w, const struct bytes *tables
             lanes[r * CHANNELS + i] = sums[i][r];
 }
 
-/* Adds the tokens of a tile to the sums of `rows` rows from `row`, whose weights have these units. */
+/* Adds the tokens of a tile to the sums of `rows` rows from `row`. */
 INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
                             const struct plane *plane, int64_t row, int keys, int64_t stages,
-                            int channels, int rows, const float *units, float *sums)
+                            int channels, int rows, float *sums)
 {
     const int64_t dim = w->a->head_dim;
     const struct whole_words words = keys ? p->keys : p->values;
@@ -257,8 +341,8 @@ INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
         for (int r = 0; r < rows; r++) {
             float *sum = sums + (row + r) * dim + first;
             const __m512 added = _mm512_mul_ps(
-                _mm512_cvtepi32_ps(lanes_of(lanes + r * CHANNELS)),
-                _mm512_mul_ps(scale, _mm512_set1_ps(units[row + r] * more)));
+                lanes_of(lanes + r * CHANNELS),
+                _mm512_mul_ps(scale, _mm512_set1_ps(p->weight_units[row + r] * more)));
             _mm512_mask_storeu_ps(sum, some,
                                   _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, sum),
                                                   _mm512_set1_ps(w->shrink[row + r]), added));
@@ -272,13 +356,12 @@ TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *
     const struct whole_pieces p = whole_pieces_of(w);
     const int64_t stages = plane->stages;
     const int keys = plane == &a->keys;
-    float *units = w->decoded; /* [R], which are no more than it has room for */
     transpose(codes, plane->groups * stages, w->end, p.codes);
     for (int64_t r = 0; r < a->rows; r++)
-        units[r] = weigh(w, r, p.weights + r * TILE);
+        p.weight_units[r] = weigh(w, r, p.weights + r * TILE);
     for (int64_t row = 0; row < a->rows;) {
 #define SUM(rows, keys, stages, channels) \
-    sum_rows(w, &p, plane, row, keys, stages, channels, rows, units, sums)
+    sum_rows(w, &p, plane, row, keys, stages, channels, rows, sums)
 #define VALUES(rows) SUM(rows, 0, 1, 2)
 #define KEYS(rows) SUM(rows, 1, 1, 2)
 #define ANY(rows) SUM(rows, keys, stages, 1)

@@ -15,7 +15,7 @@
 #pragma GCC visibility push(hidden)
 
 #define VNNI_TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,bmi2")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 
 /* A channel's numbers of a stage's codewords. */
 struct bytes {
@@ -34,10 +34,12 @@ struct whole_pieces {
     uint8_t *codes;    /* [M S up to a multiple of 16, TILE] */
     int16_t *turns;    /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
     float *turn_scale; /* what turns are times */
+    float *scaled;     /* [R, D up to a multiple of 32]: of a page's queries */
     int32_t *queries;  /* [TILE_PAGES, R, D / 2]: pairs of 16 bits */
     float *units;      /* [TILE_PAGES, R]: of queries */
     int32_t *products; /* [R, TILE]: what will be scores */
     int16_t *weights;  /* [R, TILE]: as sums need them */
+    float *weight_units; /* [R] */
 };
 
 struct whole_pieces whole_pieces_of(const struct work *w);

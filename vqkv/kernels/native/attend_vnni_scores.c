@@ -43,65 +43,100 @@ TARGET void prepare_turns_vnni(struct work *w)
         }
 }
 
-/* Numbers of 16 pairs of channels, of which `some` are there. */
+/* x and y of 16 pairs of channels. */
 struct sixteen {
     __m512 x, y;
 };
 
-INLINE TARGET struct sixteen pairs_at(const float *numbers, __mmask16 some)
+/* Of two vectors that have them side by side. */
+INLINE TARGET struct sixteen apart(__m512 low, __m512 high)
 {
     const __m512i evens =
         _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __mmask32 all = _pdep_u32(some, 0x55555555u) * 3;
-    const __m512 low = _mm512_maskz_loadu_ps((__mmask16)all, numbers);
-    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(all >> 16), numbers + 16);
     const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
     return (struct sixteen){_mm512_permutex2var_ps(low, evens, high),
                             _mm512_permutex2var_ps(low, odds, high)};
 }
 
-/* Queries of a page times scales of keys' channels, as whole numbers, pair by pair. */
+/* Of numbers that lie side by side, `left` pairs at most. */
+INLINE TARGET struct sixteen apart_at(const float *numbers, int64_t left)
+{
+    const __mmask16 low = left >= 8 ? 0xffff : (1u << 2 * left) - 1;
+    const __mmask16 high = left >= 16 ? 0xffff : left <= 8 ? 0 : (1u << 2 * (left - 8)) - 1;
+    return apart(_mm512_maskz_loadu_ps(low, numbers), _mm512_maskz_loadu_ps(high, numbers + 16));
+}
+
+/* Cosines and sines of 16 pairs. */
+INLINE TARGET struct sixteen turns_of(const float *turns, const int32_t *pairs, __mmask16 some)
+{
+    const __m512i which = _mm512_maskz_loadu_epi32(some, pairs);
+    const __m512i none = _mm512_setzero_si512();
+#define EIGHT(of, there) \
+    (__m512)_mm512_mask_i32gather_epi64(none, (__mmask8)(there), of, turns, 2 * sizeof(float))
+    return apart(EIGHT(_mm512_castsi512_si256(which), some),
+                 EIGHT(_mm512_extracti64x4_epi64(which, 1), some >> 8));
+#undef EIGHT
+}
+
+/* Whole numbers of a row's scaled query, [half / 16, 2, 16]. Returns their unit. */
+INLINE TARGET float round_query(const float *scaled, int64_t half, int32_t *to)
+{
+    const int64_t all = (half + 15) / 16 * 32;
+    __m512 most = _mm512_setzero_ps(), sum = most;
+    for (int64_t i = 0; i < all; i += 16) {
+        const __m512 number = _mm512_abs_ps(_mm512_loadu_ps(scaled + i));
+        most = _mm512_max_ps(most, number);
+        sum = _mm512_add_ps(sum, number);
+    }
+    /* Below 2^31 is then the sum of what keys of `MOST` would give, with half a step more for each
+     * channel. */
+    const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
+    const float steps = size > 0.0f ? fminf(MOST / size, (2 * MOST - 2 * half) / total) : 0.0f;
+    for (int64_t j = 0; j < half; j += 16) {
+        const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
+#define WHOLE(at) \
+    _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(scaled + (at)), _mm512_set1_ps(steps)))
+        const __m512i x = WHOLE(2 * j), y = WHOLE(2 * j + 16);
+#undef WHOLE
+        _mm512_mask_storeu_epi32(
+            to + j, some, _mm512_mask_blend_epi16(0xaaaaaaaau, x, _mm512_slli_epi32(y, 16)));
+    }
+    /* Of a query that is not finite, NaN. */
+    return (size > 0.0f ? 1.0f / steps : 0.0f) + 0.0f * total;
+}
+
+/* Queries of a page, turned back by its first position, times scales of keys' channels, as whole numbers. */
 TARGET void queries_vnni(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
-    const int64_t dim = a->head_dim, half = dim / 2;
-    queries_avx512(w, page, turns);
-    for (int64_t r = 0; r < a->rows; r++) {
-        const float *query = w->query + (page * a->rows + r) * dim;
-        float *scaled = w->decoded; /* x of 16 pairs, then y */
-        __m512 most = _mm512_setzero_ps(), sum = most;
-        for (int64_t j = 0; j < half; j += 16) {
-            const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
-            const struct sixteen scales = pairs_at(p.keys.scales + 2 * j, some);
-            const struct sixteen given =
-                turns == NULL ? pairs_at(query + 2 * j, some)
-                              : (struct sixteen){_mm512_maskz_loadu_ps(some, query + j),
-                                                 _mm512_maskz_loadu_ps(some, query + half + j)};
-            const __m512 x = _mm512_mul_ps(given.x, scales.x);
-            const __m512 y = _mm512_mul_ps(given.y, scales.y);
-            most = _mm512_max_ps(most, _mm512_max_ps(_mm512_abs_ps(x), _mm512_abs_ps(y)));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_abs_ps(x), _mm512_abs_ps(y)));
-            _mm512_storeu_ps(scaled + 2 * j, x);
-            _mm512_storeu_ps(scaled + 2 * j + 16, y);
-        }
-        /* The sum of what keys of `MOST` would give, and of half a step for each channel's rounding, is
-         * below 2^31. */
-        const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
-        const float steps = size > 0.0f ? fminf(MOST / size, (2 * MOST - dim) / total) : 0.0f;
-        p.units[page * a->rows + r] =
-            (size > 0.0f ? 1.0f / steps : size) * (turns == NULL ? 1.0f : *p.turn_scale);
-        int32_t *to = p.queries + (page * a->rows + r) * half;
-        for (int64_t j = 0; j < half; j += 16) {
-            const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
-#define WHOLE(at) \
-    _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(scaled + (at)), _mm512_set1_ps(steps)))
-            const __m512i x = WHOLE(2 * j), y = WHOLE(2 * j + 16);
-#undef WHOLE
-            _mm512_mask_storeu_epi32(
-                to + j, some, _mm512_mask_blend_epi16(0xaaaaaaaau, x, _mm512_slli_epi32(y, 16)));
+    const int64_t half = a->head_dim / 2, pitch = (half + 15) / 16 * 32;
+    const int32_t *pairs = a->pairs + w->head * half;
+    for (int64_t j = 0; j < half; j += 16) {
+        const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
+        const struct sixteen scale = apart_at(p.keys.scales + 2 * j, half - j);
+        const struct sixteen turn = turns == NULL ? scale : turns_of(turns, pairs + j, some);
+        for (int64_t r = 0; r < a->rows; r++) {
+            const float *given = w->given + r * 2 * half;
+            struct sixteen query;
+            if (turns == NULL) {
+                query = apart_at(given + 2 * j, half - j);
+            } else {
+                const __m512 x = _mm512_maskz_loadu_ps(some, given + j);
+                const __m512 y = _mm512_maskz_loadu_ps(some, given + half + j);
+                query.x = _mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x));
+                query.y = _mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x));
+            }
+            float *to = p.scaled + r * pitch + 2 * j;
+            _mm512_storeu_ps(to, _mm512_mul_ps(query.x, scale.x));
+            _mm512_storeu_ps(to + 16, _mm512_mul_ps(query.y, scale.y));
         }
     }
+    const float longest = turns == NULL ? 1.0f : *p.turn_scale;
+    for (int64_t r = 0; r < a->rows; r++)
+        p.units[page * a->rows + r] =
+            longest * round_query(p.scaled + r * pitch, half,
+                                  p.queries + (page * a->rows + r) * half);
 }
 
 /* A channel's numbers of all stages. */
@@ -157,12 +192,11 @@ INLINE TARGET void store_products(const struct products *sums, int32_t *to, int 
             _mm512_storeu_si512(to + r * TILE + 16 * i, sums->fours[r][i]);
 }
 
-/* Looks up pairs of a page from `pair` on, to `to`, and multiplies them by the first `rows` rows. `alike`
- * where two channels have the same codes. Constant where this is inlined: `rows`, and, in the case that
- * matters most, `turned`, `stages` and `alike`. */
+/* Looks up pairs of a page from `pair` on, to `to`, and multiplies them by the first `rows` rows. Constant
+ * where this is inlined: `rows`, `turned`, and, in the case that matters most, `stages`. */
 INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces *p, int64_t page,
                                  int64_t pair, int64_t count, int turned, int64_t stages,
-                                 int alike, int rows, struct pairs *to)
+                                 int rows, struct pairs *to)
 {
     const int64_t dim = w->a->keys.dim, all = w->a->head_dim / 2;
     const int32_t *queries = p->queries + (turned ? page * w->a->rows : 0) * all;
@@ -172,7 +206,8 @@ INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces
         const struct bytes *tables = p->keys.tables + 2 * j * stages;
         const uint8_t *codes = p->codes + page * PAGE;
         struct numbers x = channel_of(tables, codes + 2 * j / dim * stages * TILE, stages);
-        const int64_t other = alike ? 2 * j / dim : (2 * j + 1) / dim;
+        /* A code has whole pairs where these are turned. */
+        const int64_t other = turned ? 2 * j / dim : (2 * j + 1) / dim;
         struct numbers y = channel_of(tables + stages, codes + other * stages * TILE, stages);
         if (turned) {
             turn(&x.first, &y.first, p->turns + 2 * j * PAGE);
@@ -233,16 +268,20 @@ TARGET void scores_vnni(struct work *w, int64_t tokens)
             const int64_t count = all - pair < CHUNK ? all - pair : CHUNK;
             fetch_ahead(w, lines);
             int64_t row = 0;
-#define LOOK_UP(turned, stages, alike, rows) \
-    look_up_pairs(w, &p, page, pair, count, turned, stages, alike, rows, pairs)
-#define USUAL(rows) LOOK_UP(1, 1, 1, rows)
-#define ANY(rows) LOOK_UP(turned, stages, 0, rows)
-            if (turned && stages == 1 && a->keys.dim % 2 == 0)
-                FOR_UP_TO_4_ROWS(a->rows, USUAL)
+#define LOOK_UP(turned, stages, rows) \
+    look_up_pairs(w, &p, page, pair, count, turned, stages, rows, pairs)
+#define TURNED_SINGLE(rows) LOOK_UP(1, 1, rows)
+#define TURNED(rows) LOOK_UP(1, stages, rows)
+#define ANY(rows) LOOK_UP(0, stages, rows)
+            if (turned && stages == 1)
+                FOR_UP_TO_4_ROWS(a->rows, TURNED_SINGLE)
+            else if (turned)
+                FOR_UP_TO_4_ROWS(a->rows, TURNED)
             else
                 FOR_UP_TO_4_ROWS(a->rows, ANY)
 #undef ANY
-#undef USUAL
+#undef TURNED
+#undef TURNED_SINGLE
 #undef LOOK_UP
             while (row < a->rows) {
                 const int64_t query = (turned ? page * a->rows : 0) + row;

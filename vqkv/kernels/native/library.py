@@ -19,7 +19,8 @@ import torch
 from vqkv.errors import KernelError
 
 #: `avx512_bf16` is AVX-512 with products of bfloat16 pairs, `avx512_vbmi` that and look-ups of
-#: bytes in registers, `avx512_vnni` the same where gathers are fast, as on Intel's CPUs.
+#: bytes in registers, `avx512_vnni` all that and products of pairs of 16 bits, where these are the
+#: faster way, as on Intel's CPUs.
 Level = Literal["scalar", "avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_vnni"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -75,7 +76,7 @@ def forced_level(level: Level) -> Iterator[None]:
         KernelError: this CPU does not have it.
     """
     best = LEVELS[library().vqkv_best_level()]
-    # Where there are look-ups of bytes there are gathers, if slow ones.
+    # Where there are look-ups of bytes there are such products, if not as the faster way.
     has = LEVELS if best == "avx512_vbmi" else LEVELS[: LEVELS.index(best) + 1]
     if level not in has:
         raise KernelError(f"this CPU has {has[-1]} at best, {level} was asked for")
