@@ -288,8 +288,8 @@ INLINE TARGET __m512 lanes_of(const __m512i lanes[CHANNELS])
 }
 
 /* Sums of products of `channels` channels, one or two that have the same codes, with weights of `rows` rows,
- * two tokens a lane. Constant where this is inlined: `channels`, `rows`, whether these are `keys`, and, in the
- * case that matters most, `stages`. */
+ * two tokens a lane. Constant where this is inlined: `channels`, `rows`, and, in the case that
+ * matters most, `stages` and whether these are `keys`. */
 INLINE TARGET void sum_channels(const struct work *w, const struct bytes *tables,
                                 const uint8_t *codes, const int16_t *weights, int channels,
                                 int keys, int64_t stages, int rows, __m512i *lanes)
@@ -363,16 +363,16 @@ TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *
 #define SUM(rows, keys, stages, channels) \
     sum_rows(w, &p, plane, row, keys, stages, channels, rows, sums)
 #define VALUES(rows) SUM(rows, 0, 1, 2)
-#define KEYS(rows) SUM(rows, 1, 1, 2)
+#define EVEN(rows) SUM(rows, keys, stages, 2)
 #define ANY(rows) SUM(rows, keys, stages, 1)
         if (stages == 1 && plane->dim % 2 == 0 && !keys)
             FOR_ROWS(a->rows - row, VALUES)
-        else if (stages == 1 && plane->dim % 2 == 0)
-            FOR_ROWS(a->rows - row, KEYS)
+        else if (plane->dim % 2 == 0)
+            FOR_ROWS(a->rows - row, EVEN)
         else
             FOR_ROWS(a->rows - row, ANY)
 #undef ANY
-#undef KEYS
+#undef EVEN
 #undef VALUES
 #undef SUM
     }
