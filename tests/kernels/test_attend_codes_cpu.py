@@ -185,6 +185,22 @@ def test_what_is_not_a_number_is_not_hidden(level: native.Level, part: str) -> N
     assert run("cpu", case, query, coded).output[0, 0, 0].isnan().any()
 
 
+@pytest.mark.parametrize("lead", [8, 12])
+def test_a_token_of_no_value_does_not_hide_the_others(level: native.Level, lead: float) -> None:
+    """It has nearly all of the weight, as sinks have."""
+    case = Case(heads=1, group=1, rope=False, dim=2, lengths=(500,))
+    query, coded = problem(case)
+    query = 0.01 * query
+    query[..., 0] = 1.0
+    coded.keys.codewords[0, 0, 0, :, 0] = 0.0
+    coded.keys.codewords[0, 0, 0, 9, 0] = lead
+    coded.values.codewords[..., 9, :] = 0.0
+    for plane in (coded.keys, coded.values):
+        plane.codes[plane.codes == 9] = 8
+        plane.codes[:, :, 77] = 9
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+
+
 def has_tables() -> bool:
     return native.available() and native.simd_level() in ("avx512_vbmi", "avx512_vnni")
 

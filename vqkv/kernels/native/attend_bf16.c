@@ -101,7 +101,8 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
     memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
 
-TARGET void round_all_words(struct work *w)
+/* Codewords of a head, to bfloat16. */
+static TARGET void round_all_words(struct work *w)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);

@@ -42,9 +42,6 @@ struct pieces {
 
 struct pieces pieces_of(const struct work *w);
 
-/* Codewords of a head, to bfloat16. */
-void round_all_words(struct work *w);
-
 /* The same for 8 at most. */
 #define FOR_ROWS(remaining, call) \
     { \

@@ -20,7 +20,7 @@
  * are multiplied by `MOST` and added up, in 32. */
 #define MOST_KEY 32700
 #define MOST_VALUE 2000
-#define MOST_STAGES 64
+#define MOST_STAGES 16
 
 static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
 {
@@ -94,8 +94,8 @@ INLINE TARGET __m512 channel_at(const float *words, int64_t dim, int64_t k, int6
                                     words + k * dim, sizeof(float));
 }
 
-/* Of each channel of a stage's codewords [size, dim] the largest number, added to `sums`; NaN rather than
- * hide one. */
+/* Of each channel of a stage's codewords [size, dim] the largest number, added to `sums`; NaN if any number
+ * is not finite. */
 static TARGET void add_largest(const float *words, int64_t size, int64_t dim, float *sums)
 {
     for (int64_t i = 0; i < dim; i++) {
@@ -152,7 +152,8 @@ INLINE TARGET __m512i low_bytes(const __m512i numbers[4])
 }
 
 /* The same of all channels, where 64 numbers are whole codewords, with the channels' steps 16 at a time; their
- * tables are `apart`. Constant where this is inlined: `dim`. */
+ * tables are `apart`. Constant where this is inlined, in
+ * the cases that matter most: `dim`. */
 INLINE TARGET void write_all_bytes(const float *words, int64_t size, int64_t dim, __m512 steps,
                                    struct bytes *to, int64_t apart)
 {
@@ -205,7 +206,7 @@ static TARGET void tabulate(const struct plane *plane, int64_t head, int turned,
         for (int64_t s = 0; s < stages; s++) {
             const float *own = words + (m * stages + s) * stage_floats;
             struct bytes *tables = to.tables + m * dim * stages + s;
-#define TOGETHER(dim) write_all_bytes(own, size, dim, _mm512_loadu_ps(steps), tables, stages)
+#define TOGETHER(d) write_all_bytes(own, size, d, _mm512_loadu_ps(steps), tables, stages)
             if (together && dim == 4)
                 TOGETHER(4);
             else if (together && dim == 8)
@@ -245,8 +246,32 @@ TARGET void prepare_sums_vnni(struct work *w)
         tabulate(&a->keys, w->head, 0, MOST_KEY, p.keys);
 }
 
-/* A row's weights of a tile as whole numbers in the order of `numbers`. Returns their unit. */
-static TARGET float weigh(const struct work *w, int64_t row, int16_t *to)
+/* 16 weights of a page in steps. */
+INLINE TARGET __m512 stepped(const float *weights, int i, __m512 steps)
+{
+    return _mm512_mul_ps(_mm512_loadu_ps(weights + 16 * i), steps);
+}
+
+/* Whole numbers of a page in the order of `numbers`. */
+INLINE TARGET void store_page(const __m512 x[4], int16_t *to)
+{
+#define SIXTEEN(i) _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x[i]))
+    const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(SIXTEEN(0)), SIXTEEN(1), 1);
+    const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(SIXTEEN(2)), SIXTEEN(3), 1);
+#undef SIXTEEN
+    _mm512_store_si512(to, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_store_si512(to + 32, _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
+/* What rounding leaves of numbers. */
+INLINE TARGET __m512 left_of(__m512 x)
+{
+    return _mm512_sub_ps(x, _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* A row's weights of a tile as whole numbers, in steps of the largest. Returns whether that takes more than a
+ * 256th of the others: the largest may belong to a value that is next to nothing. */
+static TARGET int weigh(const struct work *w, int64_t row, const struct whole_pieces *p)
 {
     const float *weights = w->scores + row * TILE;
     __m512 most = _mm512_setzero_ps();
@@ -254,21 +279,36 @@ static TARGET float weigh(const struct work *w, int64_t row, int16_t *to)
         most = _mm512_max_ps(most, _mm512_loadu_ps(weights + t));
     const float best = _mm512_reduce_max_ps(most);
     const __m512 steps = _mm512_set1_ps(best > 0.0f ? MOST / best : 0.0f);
+    __m512 sum = _mm512_setzero_ps(), lost = sum;
     for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE) {
-#define SIXTEEN(i) \
-    _mm512_cvtepi32_epi16( \
-        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(weights + t + 16 * (i)), steps)))
-#define TWICE(i) _mm512_inserti64x4(_mm512_castsi256_si512(SIXTEEN(i)), SIXTEEN((i) + 1), 1)
-        const __m512i low = TWICE(0), high = TWICE(2);
-        _mm512_store_si512(to + t, _mm512_shuffle_i32x4(low, high, 0x88));
-        _mm512_store_si512(to + t + 32, _mm512_shuffle_i32x4(low, high, 0xdd));
-#undef TWICE
-#undef SIXTEEN
+        __m512 x[4];
+        for (int i = 0; i < 4; i++) {
+            x[i] = stepped(weights + t, i, steps);
+            sum = _mm512_add_ps(sum, x[i]);
+            lost = _mm512_add_ps(lost, _mm512_abs_ps(left_of(x[i])));
+        }
+        store_page(x, p->weights + row * TILE + t);
     }
-    return best / MOST;
+    p->weight_units[row] = best / MOST;
+    return 256.0f * _mm512_reduce_add_ps(lost) > _mm512_reduce_add_ps(sum) - MOST;
 }
 
-/* Sums of the lanes of 16 vectors, which may exceed 32 bits. */
+/* What that takes of a row's weights, in steps that are so much smaller. */
+static TARGET void weigh_rest(const struct work *w, int64_t row, const struct whole_pieces *p)
+{
+    const float *weights = w->scores + row * TILE, unit = p->weight_units[row];
+    const __m512 steps = _mm512_set1_ps(unit > 0.0f ? 1.0f / unit : 0.0f);
+    for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE) {
+        __m512 x[4];
+        for (int i = 0; i < 4; i++)
+            x[i] = _mm512_mul_ps(left_of(stepped(weights + t, i, steps)),
+                                 _mm512_set1_ps(2 * MOST));
+        store_page(x, p->weights + row * TILE + t);
+    }
+    p->weight_units[row] = unit / (2 * MOST);
+}
+
+/* Sums of the lanes of 16 vectors; in fp32, as these may exceed 32 bits. */
 INLINE TARGET __m512 lanes_of(const __m512i lanes[CHANNELS])
 {
     __m512 x[16], y[8], z[4], u[2];
@@ -322,7 +362,8 @@ INLINE TARGET void sum_channels(const struct work *w, const struct bytes *tables
 /* Adds the tokens of a tile to the sums of `rows` rows from `row`. */
 INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
                             const struct plane *plane, int64_t row, int keys, int64_t stages,
-                            int channels, int rows, float *sums)
+                            int channels, int rows, const float *shrink,
+                            float *sums)
 {
     const int64_t dim = w->a->head_dim;
     const struct whole_words words = keys ? p->keys : p->values;
@@ -345,23 +386,23 @@ INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
                 _mm512_mul_ps(scale, _mm512_set1_ps(p->weight_units[row + r] * more)));
             _mm512_mask_storeu_ps(sum, some,
                                   _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, sum),
-                                                  _mm512_set1_ps(w->shrink[row + r]), added));
+                                                  _mm512_set1_ps(shrink == NULL ? 1.0f : shrink[row + r]),
+                                                  added));
         }
     }
 }
 
-TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
+/* Adds a tile to the sums of all rows; `shrink` earlier ones. */
+static TARGET void sum_all(const struct work *w, const struct plane *plane, const float *shrink,
+                           float *sums)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
     const int64_t stages = plane->stages;
     const int keys = plane == &a->keys;
-    transpose(codes, plane->groups * stages, w->end, p.codes);
-    for (int64_t r = 0; r < a->rows; r++)
-        p.weight_units[r] = weigh(w, r, p.weights + r * TILE);
     for (int64_t row = 0; row < a->rows;) {
 #define SUM(rows, keys, stages, channels) \
-    sum_rows(w, &p, plane, row, keys, stages, channels, rows, sums)
+    sum_rows(w, &p, plane, row, keys, stages, channels, rows, shrink, sums)
 #define VALUES(rows) SUM(rows, 0, 1, 2)
 #define EVEN(rows) SUM(rows, keys, stages, 2)
 #define ANY(rows) SUM(rows, keys, stages, 1)
@@ -376,6 +417,22 @@ TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *
 #undef VALUES
 #undef SUM
     }
+}
+
+TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces p = whole_pieces_of(w);
+    int coarse = 0;
+    transpose(codes, plane->groups * plane->stages, w->end, p.codes);
+    for (int64_t r = 0; r < a->rows; r++)
+        coarse |= weigh(w, r, &p);
+    sum_all(w, plane, w->shrink, sums);
+    if (!coarse)
+        return;
+    for (int64_t r = 0; r < a->rows; r++)
+        weigh_rest(w, r, &p);
+    sum_all(w, plane, NULL, sums);
 }
 
 const struct kernel attend_vnni = {prepare, queries_vnni, scores_vnni, softmax_avx512, sums_vnni};

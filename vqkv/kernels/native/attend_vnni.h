@@ -33,11 +33,11 @@ struct whole_pieces {
     struct whole_words keys, values;
     uint8_t *codes;    /* [M S up to a multiple of 16, TILE] */
     int16_t *turns;    /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
-    float *turn_scale; /* what turns are times */
+    float *turn_scale; /* length of the longest turn */
     float *scaled;     /* [R, D up to a multiple of 32]: of a page's queries */
     int32_t *queries;  /* [TILE_PAGES, R, D / 2]: pairs of 16 bits */
     float *units;      /* [TILE_PAGES, R]: of queries */
-    int32_t *products; /* [R, TILE]: what will be scores */
+    int32_t *products; /* [R, TILE]: scores as whole numbers */
     int16_t *weights;  /* [R, TILE]: as sums need them */
     float *weight_units; /* [R] */
 };

@@ -21,18 +21,20 @@ struct pairs {
     __m512i fours[4];
 };
 
-/* Turns of the offsets in the order of `numbers`, by their longest: RoPE may scale keys, too. */
+/* Turns of the offsets in the order of `numbers`, divided by the longest: RoPE may scale keys, too. */
 TARGET void prepare_turns_vnni(struct work *w)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
     const int32_t *pairs = a->pairs + w->head * a->head_dim / 2;
-    float longest = 0.0f;
+    float longest = 0.0f, none = 0.0f; /* or NaN */
     for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
         const float *turn = a->offset_turns + i;
-        longest = fmaxf(longest, turn[0] * turn[0] + turn[1] * turn[1]);
+        const float square = turn[0] * turn[0] + turn[1] * turn[1];
+        longest = fmaxf(longest, square);
+        none += 0.0f * square;
     }
-    *p.turn_scale = sqrtf(longest);
+    *p.turn_scale = sqrtf(longest) + none;
     const float steps = MOST / *p.turn_scale;
     for (int64_t o = 0; o < PAGE; o++)
         for (int64_t j = 0; j < a->head_dim / 2; j++) {
@@ -78,7 +80,7 @@ INLINE TARGET struct sixteen turns_of(const float *turns, const int32_t *pairs, 
 #undef EIGHT
 }
 
-/* Whole numbers of a row's scaled query, [half / 16, 2, 16]. Returns their unit. */
+/* Whole numbers of a row's query, pair by pair, of a scaled one [half / 16, 2, 16]. Returns their unit. */
 INLINE TARGET float round_query(const float *scaled, int64_t half, int32_t *to)
 {
     const int64_t all = (half + 15) / 16 * 32;

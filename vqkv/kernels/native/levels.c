@@ -12,10 +12,9 @@ int vqkv_best_level(void)
                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
         if (!bf16)
             return AVX512;
-        if (!__builtin_cpu_supports("avx512vbmi"))
+        if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vnni"))
             return AVX512_BF16;
-        const int vnni = __builtin_cpu_supports("avx512vnni");
-        return vnni && __builtin_cpu_is("intel") ? AVX512_VNNI : AVX512_VBMI;
+        return __builtin_cpu_is("intel") ? AVX512_VNNI : AVX512_VBMI;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;
