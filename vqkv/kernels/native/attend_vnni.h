@@ -1,8 +1,8 @@
-/* What attend_vnni.c and attend_vnni_scores.c share: codewords as whole numbers of 16 bits, whose bytes are
- * looked up in registers (VBMI), and which are multiplied in pairs (VNNI).
+/* What attend_vnni*.c share: codewords as whole numbers of 16 bits, whose bytes are looked up in
+ * registers (VBMI), and which are multiplied in pairs (VNNI).
  *
- * A channel's numbers in all codewords have a scale, and are 256 high bytes, which have the sign, and 256 low
- * ones.
+ * A channel's numbers in all codewords have a scale, and are 256 high bytes, which have the sign, and 256
+ * low ones.
  */
 
 #ifndef VQKV_ATTEND_VNNI_H
@@ -79,7 +79,12 @@ INLINE VNNI_TARGET struct numbers numbers_of(const struct bytes *table, const ui
     return (struct numbers){_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
 
-/* Queries and scores, for attend_vnni.c. */
+/* A head's codewords as whole numbers of at most `limit` when stages are added up. Two channels that are
+ * `turned` by each other have a scale that does for both. */
+void tabulate_vnni(const struct plane *plane, int64_t head, int turned, int limit,
+                   struct whole_words to);
+
+/* Queries and scores. */
 void prepare_turns_vnni(struct work *w);
 void queries_vnni(struct work *w, int64_t page, const float *turns);
 void scores_vnni(struct work *w, int64_t tokens);
