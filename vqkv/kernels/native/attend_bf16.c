@@ -101,14 +101,10 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
     memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
 
-/* Codewords of a head, to bfloat16. */
-static TARGET void round_all_words(struct work *w)
+TARGET void round_keys(struct work *w)
 {
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
-    const int64_t quads = chunked(a->head_dim / QUAD);
-    round_words(&a->keys, w->head, quads, p.keys);
-    round_words(&a->values, w->head, quads, p.values);
+    round_words(&a->keys, w->head, chunked(a->head_dim / QUAD), pieces_of(w).keys);
 }
 
 TARGET void prepare_bf16(struct work *w)
@@ -116,7 +112,8 @@ TARGET void prepare_bf16(struct work *w)
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
     const int64_t half = a->head_dim / 2;
-    round_all_words(w);
+    round_keys(w);
+    round_words(&a->values, w->head, chunked(a->head_dim / QUAD), p.values);
     if (a->page_turns == NULL)
         return;
     const int32_t *pairs = a->pairs + w->head * half;

@@ -42,6 +42,9 @@ struct pieces {
 
 struct pieces pieces_of(const struct work *w);
 
+/* Keys' codewords of a head, to bfloat16. */
+void round_keys(struct work *w);
+
 /* The same for 8 at most. */
 #define FOR_ROWS(remaining, call) \
     { \

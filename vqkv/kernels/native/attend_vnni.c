@@ -98,7 +98,7 @@ TARGET void prepare_sums_vnni(struct work *w)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
-    prepare_bf16(w);
+    round_keys(w);
     tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p.values);
     if (a->key_mean != NULL)
         tabulate_vnni(&a->keys, w->head, 0, MOST_KEY, p.keys);
