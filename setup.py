@@ -21,7 +21,13 @@ setup(
             "vqkv.kernels.native._native",
             sources=list(map(str, SOURCES)),
             depends=list(map(str, HEADERS)),
-            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=fast"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c11",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-ffp-contract=fast",
+            ],
             define_macros=[
                 ("Py_LIMITED_API", "0x030B0000"),
                 ("VQKV_SOURCES", f'"{sources_hash()}"'),

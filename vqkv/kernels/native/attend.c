@@ -11,24 +11,29 @@
 
 #include "attend.h"
 
-static const struct kernel *kernel_of(int level, const struct attention *a)
+static const struct scoring *scoring_of(int level, const struct attention *a)
 {
 #ifdef HAVE_X86
-    const int whole = level >= AVX512_VNNI && attend_vnni_takes(a);
-    if (level >= AVX512_VBMI && attend_tables_takes(a))
-        return whole ? &attend_tables_vnni : &attend_tables;
-    if (whole)
-        return &attend_vnni;
-    if (level >= AVX512_BF16 && attend_bf16_takes(a))
-        return &attend_bf16;
-    if (level >= AVX512)
-        return &attend_avx512;
-    if (level == AVX2)
-        return &attend_avx2;
+    if (level >= AVX512_VBMI && tables_take(a))
+        return &tables;
+    if (level >= AVX512_VNNI && turned_vnni_takes(a))
+        return &turned_vnni;
+    if (level >= AVX512_BF16 && turned_bf16_takes(a))
+        return &turned_bf16;
 #endif
-    (void)level;
+    return a->page_turns == NULL ? AT_LEVEL(level, &products) : AT_LEVEL(level, &turned);
+}
+
+static const struct summing *summing_of(int level, const struct attention *a,
+                                        const struct plane *plane)
+{
+#ifdef HAVE_X86
+    if (level >= AVX512_VNNI && sums_vnni_takes(a, plane))
+        return &sums_vnni;
+#endif
     (void)a;
-    return &attend_scalar;
+    (void)plane;
+    return AT_LEVEL(level, &weights);
 }
 
 /* Hands out cache-aligned pieces of one allocation; with memory == NULL it only counts. */
@@ -43,23 +48,35 @@ static size_t lay_out(struct work *w, char *memory)
 {
     const struct attention *a = w->a;
     const size_t rows = a->rows, dim = a->head_dim, real = sizeof(float);
+    const size_t fours = (rows + 3) / 4;
     size_t used = 0;
-    /* Vectors of 16 codes are read, so the last may reach 15 bytes too far. */
-    w->keys = take(&memory, &used, TILE * a->keys.groups * a->keys.stages + 15);
-    w->values = take(&memory, &used, TILE * a->values.groups * a->values.stages + 15);
+    w->keys.plane = &a->keys;
+    w->values.plane = &a->values;
+    struct stream *const streams[2] = {&w->keys, &w->values};
+    for (int i = 0; i < 2; i++) {
+        const struct plane *plane = streams[i]->plane;
+        const size_t columns = plane->groups * plane->stages;
+        /* Vectors of 16 codes are read, so the last may reach 15 bytes too far. */
+        streams[i]->codes = take(&memory, &used, TILE * columns + 15);
+        streams[i]->sums = take(&memory, &used, rows * dim * real);
+        streams[i]->weights = take(&memory, &used, fours * columns * plane->size * sizeof(quad));
+    }
     w->scores = take(&memory, &used, rows * TILE * real);
     w->best = take(&memory, &used, rows * real);
     w->total = take(&memory, &used, rows * real);
     w->shrink = take(&memory, &used, rows * real);
-    w->value_sums = take(&memory, &used, rows * dim * real);
-    w->key_sums = take(&memory, &used, rows * dim * real);
     w->given = take(&memory, &used, rows * dim * real);
     w->query = take(&memory, &used, TILE_PAGES * rows * dim * real);
     w->decoded = take(&memory, &used, dim * PAGE * real);
     w->offset_turns = take(&memory, &used, dim * PAGE * real);
+    /* Vectors of 64 are read. */
+    w->products = take(&memory, &used, (fours * a->keys.groups * a->keys.stages * a->keys.size + 63) *
+                                           sizeof(quad));
+    w->side_by_side = take(&memory, &used, 2 * (dim > TILE ? dim : TILE) * sizeof(quad));
 #ifdef HAVE_X86
-    w->rounded = take(&memory, &used, attend_bf16_scratch(a));
-    w->whole = take(&memory, &used, attend_vnni_scratch(a));
+    /* Keys are turned or not. */
+    w->own = take(&memory, &used, bf16_scratch(a) + tables_scratch(a));
+    w->whole = take(&memory, &used, vnni_scratch(a));
 #endif
     return used;
 }
@@ -76,9 +93,10 @@ static const uint8_t *page_codes(const struct work *w, const struct plane *plane
 }
 
 /* Copies the codes of the tokens that count of the tile that begins at `first`. */
-static int copy_codes(const struct work *w, const struct plane *plane, int64_t first,
-                      uint8_t *codes)
+static int copy_codes(const struct work *w, const struct stream *stream, int64_t first)
 {
+    const struct plane *plane = stream->plane;
+    uint8_t *codes = stream->codes;
     const int64_t columns = plane->groups * plane->stages, room = TILE * columns;
     const int64_t begin = w->begin * columns, end = w->end * columns;
     for (int64_t t = w->begin / PAGE * PAGE; t < w->end; t += PAGE) {
@@ -146,7 +164,8 @@ static void take_queries(const struct work *w)
     const struct attention *a = w->a;
     const int64_t dim = a->head_dim, half = a->page_turns == NULL ? 0 : dim / 2;
     const int64_t *order = a->order == NULL ? NULL : a->order + w->head * dim;
-    const float *query = a->query + (w->row * a->heads + w->head) * a->rows * dim;
+    const float *query =
+        a->query + ((w->row * a->heads + w->head) * w->all_rows + w->first_row) * dim;
     for (int64_t r = 0; r < a->rows; r++)
         for (int64_t j = 0; j < dim; j++) {
             const int64_t to = half == 0 ? j : j % 2 * half + j / 2;
@@ -154,8 +173,19 @@ static void take_queries(const struct work *w)
         }
 }
 
+/* What a head's parts have in common. */
+static void prepare(struct work *w, const struct scoring *scoring)
+{
+    const struct stream *const streams[2] = {&w->values, &w->keys};
+    if (scoring->prepare != NULL)
+        scoring->prepare(w);
+    for (int i = 0; i < (w->a->key_mean == NULL ? 1 : 2); i++)
+        if (streams[i]->summing->prepare != NULL)
+            streams[i]->summing->prepare(w, streams[i]);
+}
+
 /* One part of one row and KV head. */
-static int attend_part(struct work *w, const struct kernel *kernel, int64_t part)
+static int attend_part(struct work *w, int level, const struct scoring *scoring, int64_t part)
 {
     const struct attention *a = w->a;
     const int64_t start = a->start[w->row], stop = a->stop[w->row];
@@ -169,35 +199,40 @@ static int attend_part(struct work *w, const struct kernel *kernel, int64_t part
         w->best[r] = -INFINITY;
         w->total[r] = 0.0f;
     }
-    memset(w->value_sums, 0, a->rows * a->head_dim * sizeof(float));
-    memset(w->key_sums, 0, a->rows * a->head_dim * sizeof(float));
+    memset(w->values.sums, 0, a->rows * a->head_dim * sizeof(float));
+    memset(w->keys.sums, 0, a->rows * a->head_dim * sizeof(float));
     take_queries(w);
+    const struct stream *const streams[2] = {&w->values, &w->keys};
+    const int summed = a->key_mean == NULL ? 1 : 2;
     const float *turns = a->page_turns == NULL ? NULL : a->page_turns + w->row * a->turn_stride;
     if (turns == NULL)
-        kernel->queries(w, 0, NULL);
+        scoring->queries(w, 0, NULL);
     for (int64_t tile = from; tile < to; tile++) {
         const int64_t first = tile * TILE, end = stop < first + TILE ? stop : first + TILE;
         w->begin = start > first ? start - first : 0;
         w->end = end - first;
-        int failed = copy_codes(w, &a->keys, first, w->keys);
+        int failed = copy_codes(w, &w->keys, first);
         if (!failed)
-            failed = copy_codes(w, &a->values, first, w->values);
+            failed = copy_codes(w, &w->values, first);
         if (failed)
             return failed;
         for (int64_t page = 0; turns != NULL && first + page * PAGE < end; page++)
-            kernel->queries(w, page, turns + (first / PAGE + page) * a->head_dim);
+            scoring->queries(w, page, turns + (first / PAGE + page) * a->head_dim);
         const int64_t beyond = end + TILE < stop ? end + TILE : stop;
         look_ahead(w, end, tile + 1 < to ? beyond : end, tile - from, to - from);
-        kernel->scores(w, end - first);
-        kernel->softmax(w);
-        kernel->sums(w, &a->values, w->values, w->value_sums);
-        if (a->key_mean != NULL)
-            kernel->sums(w, &a->keys, w->keys, w->key_sums);
+        scoring->scores(w, end - first);
+        AT_LEVEL(level, softmax)(w);
+        for (int i = 0; i < summed; i++)
+            streams[i]->summing->add(w, streams[i]);
     }
-    const int64_t at = ((part * a->batch + w->row) * a->heads + w->head) * a->rows;
-    write_means(w, w->value_sums, a->output + at * a->head_dim);
+    for (int i = 0; i < summed && to > from; i++)
+        if (streams[i]->summing->finish != NULL)
+            streams[i]->summing->finish(w, streams[i]);
+    const int64_t before = (part * a->batch + w->row) * a->heads + w->head;
+    const int64_t at = before * w->all_rows + w->first_row;
+    write_means(w, w->values.sums, a->output + at * a->head_dim);
     if (a->key_mean != NULL)
-        write_means(w, w->key_sums, a->key_mean + at * a->head_dim);
+        write_means(w, w->keys.sums, a->key_mean + at * a->head_dim);
     for (int64_t r = 0; r < a->rows; r++)
         a->lse[at + r] = w->best[r] + logf(w->total[r]);
     return 0;
@@ -215,28 +250,41 @@ static int bad_numbers(const struct attention *a)
     return 0;
 }
 
-/* Items `begin` to `end` of parts of rows of heads: item (h B + b) parts + i is part i of row b on
- * head h. Returns 0 or a failure. */
-int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end)
+/* As `vqkv_attend`, of the rows of `a`, which are those from `first_row` on of `all_rows`. */
+static int attend_rows(int level, const struct attention *a, int64_t first_row, int64_t all_rows,
+                       int64_t begin, int64_t end)
 {
-    const struct kernel *kernel = kernel_of(level, a);
-    struct work w = {.a = a, .head = -1};
-    int failed = bad_numbers(a);
-    if (failed)
-        return failed;
+    const struct scoring *scoring = scoring_of(level, a);
+    struct work w = {.a = a, .first_row = first_row, .all_rows = all_rows, .head = -1};
     void *memory = malloc(lay_out(&w, NULL) + 64);
     if (memory == NULL)
         return NO_MEMORY;
     lay_out(&w, (char *)(((uintptr_t)memory + 63) / 64 * 64));
+    w.keys.summing = summing_of(level, a, &a->keys);
+    w.values.summing = summing_of(level, a, &a->values);
+    int failed = 0;
     for (int64_t item = begin; item < end && !failed; item++) {
         const int64_t head = item / a->parts / a->batch;
         w.row = item / a->parts % a->batch;
         if (head != w.head) {
             w.head = head;
-            kernel->prepare(&w);
+            prepare(&w, scoring);
         }
-        failed = attend_part(&w, kernel, item % a->parts);
+        failed = attend_part(&w, level, scoring, item % a->parts);
     }
     free(memory);
+    return failed;
+}
+
+/* Items `begin` to `end` of parts of rows of heads: item (h B + b) parts + i is part i of row b on
+ * head h. Returns 0 or a failure. */
+int vqkv_attend(int level, const struct attention *a, int64_t begin, int64_t end)
+{
+    int failed = bad_numbers(a);
+    for (int64_t row = 0; row < a->rows && !failed; row += MOST_ROWS) {
+        struct attention some = *a;
+        some.rows = a->rows - row < MOST_ROWS ? a->rows - row : MOST_ROWS;
+        failed = attend_rows(level, &some, row, a->rows, begin, end);
+    }
     return failed;
 }

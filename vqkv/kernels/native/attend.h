@@ -16,6 +16,8 @@
  * cache, many enough that each slice of a codebook is used often while it lies there. */
 #define TILE 512
 #define TILE_PAGES (TILE / PAGE)
+/* Query rows for which codes are read at a time: what levels keep of more would not stay in the L2 cache. */
+#define MOST_ROWS 8
 
 /* Codes [B, H, T, M S] with strides in bytes, or with pages [blocks, H, 64, M S]; `words` is
  * [H, M, S, K, d], contiguous. `Plane` in attend.py is the same. */
@@ -55,47 +57,73 @@ struct run {
 /* Of a tile the codes of keys and values by page, and a share of the next head's codewords. */
 #define RUNS (2 * TILE_PAGES + 2)
 
+/* Numbers of four rows of queries side by side. */
+typedef float quad __attribute__((vector_size(16), may_alias));
+
+/* Keys or values of a row and head. */
+struct stream {
+    const struct plane *plane;
+    uint8_t *codes; /* [TILE, M S]: of the tile, zeros where no token counts */
+    float *sums;    /* [R, D]: vectors by weight */
+    quad *weights;  /* of codewords, as attend_codewords_impl.h sums them */
+    const struct summing *summing;
+};
+
 /* Scratch of one thread. */
 struct work {
     const struct attention *a;
+    int64_t first_row, all_rows;  /* of the call, of which rows are worked on */
     int64_t row, head;
     int64_t tokens;               /* of the part that count */
     int64_t begin, end;           /* tokens of the tile that count */
     struct run ahead[RUNS];       /* what will be read next, not fetched yet */
     int next;                     /* of `ahead` */
-    uint8_t *keys, *values;       /* [TILE, M S]: codes of the tile, zeros where no token counts */
     float *scores;                /* [R, TILE], then weights */
     float *best, *total, *shrink; /* [R]: of the online softmax; `shrink` scales earlier sums */
-    float *value_sums, *key_sums; /* [R, D] */
+    struct stream keys, values;
     float *given;                 /* [R, D]: queries; x of all pairs and then y where keys are turned */
-    float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position, or
-                                     in the order of one, as a level needs them */
+    float *query;                 /* [TILE_PAGES, R, D]: turned back by a page's first position */
     float *decoded;               /* [D PAGE]: some channels of a page, or what a level sorts */
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
-    void *rounded;                /* what attend_bf16.c and attend_tables.c keep */
-    char *whole;                  /* what attend_vnni.c keeps */
+    quad *products;               /* of queries with codewords of keys, where these are not turned */
+    quad *side_by_side;           /* [TILE or D, 4 or 8]: numbers of all rows side by side */
+    char *own;                    /* what attend_tables.c or attend_bf16.c keeps */
+    char *whole;                  /* what attend_vnni*.c keep */
 };
 
-/* How one level computes scores and sums of a tile. */
-struct kernel {
-    void (*prepare)(struct work *w); /* for a head */
+/* How one level computes scores of a tile. */
+struct scoring {
+    void (*prepare)(struct work *w); /* for a head, or NULL */
     /* For page number `page` of a tile; where turns is NULL, page 0 serves all. */
     void (*queries)(struct work *w, int64_t page, const float *turns);
     void (*scores)(struct work *w, int64_t tokens);
-    void (*softmax)(struct work *w);
-    void (*sums)(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums);
 };
 
-extern const struct kernel attend_scalar, attend_avx2, attend_avx512, attend_bf16, attend_tables,
-    attend_vnni, attend_tables_vnni;
+/* And sums of a stream. `add` scales what earlier tiles left by `shrink`, which is 0 for the first. */
+struct summing {
+    void (*prepare)(struct work *w, const struct stream *stream); /* for a head, or NULL */
+    void (*add)(struct work *w, const struct stream *stream);
+    void (*finish)(struct work *w, const struct stream *stream); /* after the last tile, or NULL */
+};
 
-/* What levels have in common: one for each, of which attend_bf16 borrows these. */
-void queries_scalar(struct work *w, int64_t page, const float *turns);
-void queries_avx2(struct work *w, int64_t page, const float *turns);
-void queries_avx512(struct work *w, int64_t page, const float *turns);
+/* Of attend_general.c for each level: of keys that are turned, and of those that are not. */
+extern const struct scoring turned_scalar, turned_avx2, turned_avx512;
+extern const struct scoring products_scalar, products_avx2, products_avx512;
+extern const struct summing weights_scalar, weights_avx2, weights_avx512;
+
 void softmax_scalar(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
+
+/* With tables in registers, with bfloat16 and with whole numbers; whether they take what a call has. */
+extern const struct scoring tables, turned_bf16, turned_vnni;
+int tables_take(const struct attention *a);
+int turned_bf16_takes(const struct attention *a);
+int turned_vnni_takes(const struct attention *a);
+
+/* With whole numbers, and whether it takes these shapes and is the faster way. */
+extern const struct summing sums_vnni;
+int sums_vnni_takes(const struct attention *a, const struct plane *plane);
 
 /* `call(n)` with the number of rows that remain, but for 4 at most, as a constant; moves `row` on. */
 #define FOR_UP_TO_4_ROWS(remaining, call) \
@@ -104,6 +132,16 @@ void softmax_avx512(struct work *w);
     case 2: call(2); row += 2; break; \
     case 3: call(3); row += 3; break; \
     default: call(4); row += 4; \
+    }
+
+/* The same, but for MOST_ROWS where there are as many. */
+#define FOR_ROWS(remaining, call) \
+    { \
+        if ((remaining) == MOST_ROWS) { \
+            call(MOST_ROWS); \
+            row += MOST_ROWS; \
+        } else \
+            FOR_UP_TO_4_ROWS(remaining, call) \
     }
 
 /* Has some cache lines of `ahead` fetched while a tile is worked on. */
@@ -129,15 +167,13 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
     return bytes / 64 / calls + 1;
 }
 
-/* Bytes that attend_bf16 keeps for itself, and whether it takes these shapes; whether attend_tables does,
- * which takes no others. */
-int64_t attend_bf16_scratch(const struct attention *a);
-int attend_bf16_takes(const struct attention *a);
-int attend_tables_takes(const struct attention *a);
+/* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
+void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);
 
-/* The same of attend_vnni. */
-size_t attend_vnni_scratch(const struct attention *a);
-int attend_vnni_takes(const struct attention *a);
+/* Bytes that attend_tables.c, attend_bf16.c and attend_vnni.c keep for themselves. */
+size_t tables_scratch(const struct attention *a);
+size_t bf16_scratch(const struct attention *a);
+size_t vnni_scratch(const struct attention *a);
 
 #pragma GCC visibility pop
 

@@ -1,26 +1,50 @@
-/* Attention on codes with AVX-512 and products of bfloat16 pairs, where subvectors are whole quads.
+/* Scores of keys that are turned by their offset in a page, with AVX-512 and products of bfloat16 pairs, where
+ * subvectors are whole quads.
  *
- * A quad is four neighbouring channels, so a codeword's part of it is 8 bytes, and eight of them
- * fill a vector. Scores: 8 tokens' words of one quad side by side, a lane being a pair of channels
- * of one token; two such vectors are sorted into 16 tokens' first pairs and second pairs, or are
- * turned into 16 tokens' x and y. Sums: 8 quads of one token side by side, two tokens interleaved,
- * so that a lane is one channel of two tokens. Either way one instruction multiplies 32 numbers by
- * a pair that is broadcast from memory, and adds to 16 lanes of fp32.
+ * A quad is four neighbouring channels, so a codeword's part of it is 8 bytes, and eight of them fill a
+ * vector: 8 tokens' words of one quad side by side, a lane being a pair of channels of one token. Two such
+ * vectors are turned into 16 tokens' x and y. One instruction multiplies 32 numbers by a pair that is broadcast
+ * from memory, and adds to 16 lanes of fp32.
  *
  * Quads are taken 8 at a time over a whole tile: their codewords (16 KiB a stage) then stay in the
  * L1 cache.
  */
 
-#include <stdlib.h>
 #include <string.h>
 
-#include "attend_bf16.h"
+#include "attend.h"
 
 #ifdef HAVE_X86
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define QUAD 4
+#define MAX_QUADS 64
 #define CHUNK 8 /* quads */
-#define ROWS 8 /* rows of queries at a time, at most */
+
+/* Four channels of a codeword as bfloat16. */
+typedef uint64_t word;
+
+/* Pieces of `own`. Quads beyond the last, up to whole chunks, have words of zeros. */
+struct pieces {
+    word *words;              /* [quads / width, S, 256, width] */
+    uint8_t *codes;           /* [M S up to a multiple of 16, TILE] */
+    uint32_t *turns;          /* [quads, 8, 2, 8, 2]: of 8 offsets and a quad's two pairs first
+                                 (c, -s), then (s, c) */
+    uint32_t *first, *second; /* [TILE_PAGES, R, MAX_QUADS]: pairs of queries, of all x and of all y */
+};
+
+/* How many quads of a codeword lie side by side: two can be read at once. */
+INLINE int64_t width_of(const struct plane *plane)
+{
+    return plane->dim % (2 * QUAD) == 0 ? 2 : 1;
+}
+
+/* A quad's words of the first stage, which are `width_of` apart. */
+INLINE const word *words_of(const word *words, const struct plane *plane, int64_t quad)
+{
+    const int64_t width = width_of(plane);
+    return words + quad / width * plane->stages * 256 * width + quad % width;
+}
 
 static int64_t chunked(int64_t quads)
 {
@@ -31,47 +55,35 @@ static size_t lay_out(const struct attention *a, char *memory, struct pieces *p)
 {
     const int64_t quads = chunked(a->head_dim / QUAD);
     const int64_t columns = (a->keys.groups * a->keys.stages + 15) / 16 * 16;
-    const size_t keys = quads * a->keys.stages * 256 * sizeof(word);
-    const size_t values = quads * a->values.stages * 256 * sizeof(word);
+    const size_t words = quads * a->keys.stages * 256 * sizeof(word);
     const size_t codes = columns * TILE;
-    const size_t turns = a->page_turns == NULL ? 0 : quads * PAGE * 4 * sizeof(uint32_t);
+    const size_t turns = quads * PAGE * 4 * sizeof(uint32_t);
     const size_t queries = TILE_PAGES * a->rows * MAX_QUADS * sizeof(uint32_t);
-    const size_t weights = a->rows * TILE / 2 * sizeof(uint32_t);
     if (memory != NULL) {
-        p->keys = (word *)memory;
-        p->values = (word *)(memory += keys);
-        p->codes = (uint8_t *)(memory += values);
+        p->words = (word *)memory;
+        p->codes = (uint8_t *)(memory += words);
         p->turns = (uint32_t *)(memory += codes);
         p->first = (uint32_t *)(memory += turns);
-        p->second = (uint32_t *)(memory += queries);
-        p->weights = (uint32_t *)(memory += queries);
-        p->tables = memory + weights;
+        p->second = (uint32_t *)(memory + queries);
     }
-    return keys + values + codes + turns + 2 * queries + weights + attend_tables_scratch(a);
+    return words + codes + turns + 2 * queries;
 }
 
-int64_t attend_bf16_scratch(const struct attention *a)
+int turned_bf16_takes(const struct attention *a)
 {
-    return lay_out(a, NULL, NULL);
+    return a->page_turns != NULL && a->keys.dim % QUAD == 0 && a->head_dim <= MAX_QUADS * QUAD;
 }
 
-int attend_bf16_takes(const struct attention *a)
+size_t bf16_scratch(const struct attention *a)
 {
-    return a->keys.dim % QUAD == 0 && a->values.dim % QUAD == 0 &&
-           a->head_dim <= MAX_QUADS * QUAD;
+    return turned_bf16_takes(a) ? lay_out(a, NULL, NULL) : 0;
 }
 
-struct pieces pieces_of(const struct work *w)
+static struct pieces pieces_of(const struct work *w)
 {
-    struct pieces pieces;
-    lay_out(w->a, (char *)w->rounded, &pieces);
+    struct pieces pieces = {0};
+    lay_out(w->a, w->own, &pieces);
     return pieces;
-}
-
-/* Two numbers to a pair of bfloat16, the first in the low half. */
-INLINE TARGET uint32_t pair(float low, float high)
-{
-    return (uint32_t)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_setr_ps(low, high, 0, 0)));
 }
 
 static TARGET void round_words(const struct plane *plane, int64_t head, int64_t quads,
@@ -94,28 +106,16 @@ static TARGET void round_words(const struct plane *plane, int64_t head, int64_t 
             for (; k < size; k++)
                 _mm_storeu_si128((__m128i *)(rounded + 2 * k),
                                  (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(from + k * dim)));
-            /* Codes that name no codeword are refused; in tables of scores they are like code 0. */
-            for (; k < 256; k++)
-                memcpy(rounded + width * k, rounded, width * sizeof(word));
         }
     memset(rounded, 0, (quads - real) * stages * 256 * sizeof(word));
 }
 
-TARGET void round_keys(struct work *w)
-{
-    const struct attention *a = w->a;
-    round_words(&a->keys, w->head, chunked(a->head_dim / QUAD), pieces_of(w).keys);
-}
-
-TARGET void prepare_bf16(struct work *w)
+static TARGET void prepare(struct work *w)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
     const int64_t half = a->head_dim / 2;
-    round_keys(w);
-    round_words(&a->values, w->head, chunked(a->head_dim / QUAD), p.values);
-    if (a->page_turns == NULL)
-        return;
+    round_words(&a->keys, w->head, chunked(a->head_dim / QUAD), p.words);
     const int32_t *pairs = a->pairs + w->head * half;
     const __m128i sign = _mm_set1_epi32((int)0x80000000u);
     for (int64_t quad = 0; quad < half / 2; quad++)
@@ -132,7 +132,7 @@ TARGET void prepare_bf16(struct work *w)
 }
 
 /* x of all quads to `first` and y to `second`, turned back by a page's first position. */
-static TARGET void turned_queries(struct work *w, int64_t page, const float *turns)
+static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
@@ -159,27 +159,6 @@ static TARGET void turned_queries(struct work *w, int64_t page, const float *tur
             const int64_t to = (page * a->rows + r) * MAX_QUADS + quad;
             _mm256_storeu_si256((__m256i *)(p.first + to), (__m256i)_mm512_cvtneps_pbh(back_x));
             _mm256_storeu_si256((__m256i *)(p.second + to), (__m256i)_mm512_cvtneps_pbh(back_y));
-        }
-    }
-}
-
-/* Pairs of queries as a quad's two vectors of keys need them: those of x and of y where keys are
- * turned, else (x, y) of the quad's two pairs. */
-TARGET void queries_bf16(struct work *w, int64_t page, const float *turns)
-{
-    if (turns != NULL) {
-        turned_queries(w, page, turns);
-        return;
-    }
-    queries_avx512(w, page, NULL);
-    const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
-    for (int64_t r = page * a->rows; r < (page + 1) * a->rows; r++) {
-        const float *query = w->query + r * a->head_dim;
-        uint32_t *first = p.first + r * MAX_QUADS, *second = p.second + r * MAX_QUADS;
-        for (int64_t quad = 0; quad < a->head_dim / QUAD; quad++) {
-            first[quad] = pair(query[4 * quad], query[4 * quad + 1]);
-            second[quad] = pair(query[4 * quad + 2], query[4 * quad + 3]);
         }
     }
 }
@@ -217,13 +196,11 @@ INLINE TARGET __m128d two_tokens(const word *book, int64_t width, const uint64_t
     return two(book + code_of(eight, i % 8) * width, book + code_of(eight, i % 8 + 1) * width);
 }
 
-/* Of 8 tokens from token i, every two of them `step` further. */
-INLINE TARGET __m512i eight_tokens(const word *book, int64_t width, const uint64_t codes[2], int i,
-                                   int step)
+/* Of 8 tokens from token i. */
+INLINE TARGET __m512i eight_tokens(const word *book, int64_t width, const uint64_t codes[2], int i)
 {
-    return eight(two_tokens(book, width, codes, i), two_tokens(book, width, codes, i + step),
-                 two_tokens(book, width, codes, i + 2 * step),
-                 two_tokens(book, width, codes, i + 3 * step));
+    return eight(two_tokens(book, width, codes, i), two_tokens(book, width, codes, i + 2),
+                 two_tokens(book, width, codes, i + 4), two_tokens(book, width, codes, i + 6));
 }
 
 INLINE TARGET __m512 dot(__m512 sum, __m512i a, __m512i b)
@@ -240,10 +217,10 @@ INLINE TARGET void turned_keys(const word *book, int64_t width, const uint8_t *c
     __m512 x0 = zero, x1 = zero, y0 = zero, y1 = zero;
     for (int64_t s = 0; s < stages; s++, book += 256 * width, codes += TILE) {
         const uint64_t both[2] = {eight_codes(codes), eight_codes(codes + 8)};
-        const __m512i low = eight_tokens(book, width, both, 0, 2);
+        const __m512i low = eight_tokens(book, width, both, 0);
         x0 = dot(x0, low, _mm512_loadu_si512(turns));
         y0 = dot(y0, low, _mm512_loadu_si512(turns + 16));
-        const __m512i high = eight_tokens(book, width, both, 8, 2);
+        const __m512i high = eight_tokens(book, width, both, 8);
         x1 = dot(x1, high, _mm512_loadu_si512(turns + 32));
         y1 = dot(y1, high, _mm512_loadu_si512(turns + 48));
     }
@@ -252,11 +229,9 @@ INLINE TARGET void turned_keys(const word *book, int64_t width, const uint8_t *c
 }
 
 /* Adds a chunk of quads to the scores of a tile under `rows` rows from `row`. Constant where this
- * is inlined: `rows`, whether keys are `turned`, and, in the cases that matter most, `stages` and
- * `width`. */
+ * is inlined: `rows`, and, in the cases that matter most, `stages` and `width`. */
 INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t row, int rows,
-                               int64_t chunk, int64_t tokens, int turned, int64_t stages,
-                               int64_t width)
+                               int64_t chunk, int64_t tokens, int64_t stages, int64_t width)
 {
     const int64_t real = w->a->head_dim / QUAD;
     const int64_t count = real - chunk < CHUNK ? real - chunk : CHUNK;
@@ -265,48 +240,31 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
     const word *books[CHUNK];
     for (int64_t i = 0; i < count; i++) {
         columns[i] = p->codes + (chunk + i) * QUAD / w->a->keys.dim * stages * TILE;
-        books[i] = words_of(p->keys, &w->a->keys, chunk + i, 0);
+        books[i] = words_of(p->words, &w->a->keys, chunk + i);
     }
     const int64_t lines = lines_ahead(w->a, chunked(real) / CHUNK * (TILE / 16));
     for (int64_t token = 0; token < tokens; token += 16) {
         fetch_ahead(w, lines);
-        const int64_t page = turned ? token / PAGE : 0;
-        const int64_t query = (page * w->a->rows + row) * MAX_QUADS + chunk;
+        const int64_t query = (token / PAGE * w->a->rows + row) * MAX_QUADS + chunk;
         float *scores = w->scores + row * TILE + token;
-        __m512 a[ROWS], b[ROWS];
+        __m512 a[MOST_ROWS], b[MOST_ROWS];
         for (int r = 0; r < rows; r++) {
             a[r] = chunk == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(scores + r * TILE);
             b[r] = _mm512_setzero_ps();
         }
         const uint32_t *turn = turns + token % PAGE * 4;
-        __m512i x, y, next_x, next_y;
-        /* A quad is turned before the one ahead of it is multiplied: neither waits for the other. */
-        if (turned)
-            turned_keys(books[0], width, columns[0] + token, stages, turn, &next_x, &next_y);
+        __m512i x, y;
+        turned_keys(books[0], width, columns[0] + token, stages, turn, &x, &y);
         for (int64_t i = 0; i < count; i++) {
             const uint32_t *first = p->first + query + i, *second = p->second + query + i;
-            const word *book = books[i];
-            const uint8_t *codes = columns[i] + token;
-            for (int64_t s = 0; s < (turned ? 1 : stages); s++, codes += TILE) {
-                if (turned) {
-                    x = next_x;
-                    y = next_y;
-                    if (i + 1 < count)
-                        turned_keys(books[i + 1], width, columns[i + 1] + token, stages,
-                                    turn + (i + 1) * PAGE * 4, &next_x, &next_y);
-                } else {
-                    /* In this order of tokens the shuffles leave them in theirs. */
-                    const uint64_t both[2] = {eight_codes(codes), eight_codes(codes + 8)};
-                    const __m512 even = (__m512)eight_tokens(book, width, both, 0, 4);
-                    const __m512 odd = (__m512)eight_tokens(book, width, both, 2, 4);
-                    book += 256 * width;
-                    x = (__m512i)_mm512_shuffle_ps(even, odd, 0x88);
-                    y = (__m512i)_mm512_shuffle_ps(even, odd, 0xdd);
-                }
-                for (int r = 0; r < rows; r++) {
-                    a[r] = dot(a[r], x, _mm512_set1_epi32((int)first[r * MAX_QUADS]));
-                    b[r] = dot(b[r], y, _mm512_set1_epi32((int)second[r * MAX_QUADS]));
-                }
+            const __m512i own_x = x, own_y = y;
+            /* The next quad is turned before this one is multiplied: neither waits for the other. */
+            if (i + 1 < count)
+                turned_keys(books[i + 1], width, columns[i + 1] + token, stages,
+                            turn + (i + 1) * PAGE * 4, &x, &y);
+            for (int r = 0; r < rows; r++) {
+                a[r] = dot(a[r], own_x, _mm512_set1_epi32((int)first[r * MAX_QUADS]));
+                b[r] = dot(b[r], own_y, _mm512_set1_epi32((int)second[r * MAX_QUADS]));
             }
         }
         for (int r = 0; r < rows; r++)
@@ -314,173 +272,31 @@ INLINE TARGET void score_chunk(struct work *w, const struct pieces *p, int64_t r
     }
 }
 
-/* Words of a chunk for one token: lane i has quads i and i + 4, or, of words that lie in twos, 2i and
- * 2i + 1. `at` are their columns; where a chunk is `whole`, its codes follow the first. */
-INLINE TARGET __m512i chunk_of(const word *book, int64_t step, const uint8_t *codes,
-                               const int64_t at[CHUNK], int whole, int64_t stages, int64_t width)
-{
-    const uint64_t next = whole ? eight_codes(codes + at[0]) : 0;
-#define CODE(i) (whole ? code_of(next, (int)((i) / width * stages)) : codes[at[i]])
-#define TWO(i) _mm_loadu_pd((const double *)(book + (i) * step + 2 * CODE(2 * (i))))
-#define APART(i) two(book + (i) * step + CODE(i), book + ((i) + 4) * step + CODE((i) + 4))
-    return width == 2 ? eight(TWO(0), TWO(1), TWO(2), TWO(3))
-                      : eight(APART(0), APART(1), APART(2), APART(3));
-#undef APART
-#undef TWO
-#undef CODE
-}
-
-/* Adds the tokens of a tile to a chunk of the sums of `rows` rows. Constant where this is inlined:
- * `rows` and `width`; where a chunk is whole and its codes lie together, `whole` and `stages`. */
-INLINE TARGET void sum_chunk(const struct work *w, const uint32_t *weights,
-                             const struct plane *plane, const word *books, const uint8_t *codes,
-                             int64_t row, int rows, int64_t chunk, int whole, int64_t stages,
-                             int64_t width, float *sums)
-{
-    const int64_t pitch = plane->groups * stages;
-    const int64_t head_dim = w->a->head_dim, channel = chunk * QUAD, left = head_dim - channel;
-    const __mmask16 lows = left >= 16 ? 0xffff : (1u << left) - 1;
-    const __mmask16 highs = left >= 32 ? 0xffff : left <= 16 ? 0 : (1u << (left - 16)) - 1;
-    int64_t column[CHUNK];
-    for (int i = 0; i < CHUNK; i++)
-        column[i] = (chunk + i) * QUAD < head_dim ? (chunk + i) * QUAD / plane->dim * stages : 0;
-    __m512 low[ROWS], high[ROWS];
-    for (int r = 0; r < rows; r++) {
-        const float *sum = sums + (row + r) * head_dim + channel;
-        const __m512 shrink = _mm512_set1_ps(w->shrink[row + r]);
-        const __m512 first = _mm512_mul_ps(_mm512_maskz_loadu_ps(lows, sum), shrink);
-        const __m512 second = _mm512_mul_ps(_mm512_maskz_loadu_ps(highs, sum + 16), shrink);
-        /* Words in twos give sums of every other quad. */
-        low[r] = width == 1 ? first : _mm512_shuffle_f32x4(first, second, 0x88);
-        high[r] = width == 1 ? second : _mm512_shuffle_f32x4(first, second, 0xdd);
-    }
-    const int64_t step = stages * 256 * width;
-    for (int64_t t = w->begin / 2 * 2; t < w->end; t += 2) {
-        const uint32_t *weight = weights + row * (TILE / 2) + t / 2;
-        for (int64_t s = 0; s < stages; s++) {
-            const word *book = books + chunk / width * step + s * 256 * width;
-            const uint8_t *own = codes + t * pitch + s;
-            const __m512i x = chunk_of(book, step, own, column, whole, stages, width);
-            const __m512i y = chunk_of(book, step, own + pitch, column, whole, stages, width);
-            const __m512i lower = _mm512_unpacklo_epi16(x, y), upper = _mm512_unpackhi_epi16(x, y);
-            for (int r = 0; r < rows; r++) {
-                const __m512i both =
-                    _mm512_set1_epi32((int)weight[r * (TILE / 2)]);
-                low[r] = dot(low[r], lower, both);
-                high[r] = dot(high[r], upper, both);
-            }
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        float *sum = sums + (row + r) * head_dim + channel;
-        __m512 first = low[r], second = high[r];
-        if (width == 2) {
-            const __m512 lower = _mm512_shuffle_f32x4(first, second, 0x44);
-            const __m512 upper = _mm512_shuffle_f32x4(first, second, 0xee);
-            first = _mm512_shuffle_f32x4(lower, lower, 0xd8);
-            second = _mm512_shuffle_f32x4(upper, upper, 0xd8);
-        }
-        _mm512_mask_storeu_ps(sum, lows, first);
-        _mm512_mask_storeu_ps(sum + 16, highs, second);
-    }
-}
-
-/* In blocks of 64 tokens by 16 columns, every 16 tokens in a lane of 16 bytes: interleaving the halves of a
- * block four times transposes lanes. */
-TARGET void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed)
-{
-    for (int64_t c = 0; c < columns; c += 16)
-        for (int64_t t = 0; t < tokens; t += 64) {
-            __m512i x[16], y[16];
-            for (int i = 0; i < 16; i++) {
-                const uint8_t *from = codes + (t + i) * columns + c;
-#define LANE(n) _mm_loadu_si128((const __m128i *)(from + 16 * (n) * columns))
-                x[i] = _mm512_castsi128_si512(LANE(0));
-                x[i] = _mm512_inserti32x4(x[i], LANE(1), 1);
-                x[i] = _mm512_inserti32x4(x[i], LANE(2), 2);
-                x[i] = _mm512_inserti32x4(x[i], LANE(3), 3);
-#undef LANE
-            }
-            for (int round = 0; round < 4; round++) {
-                for (int i = 0; i < 8; i++) {
-                    y[2 * i] = _mm512_unpacklo_epi8(x[i], x[i + 8]);
-                    y[2 * i + 1] = _mm512_unpackhi_epi8(x[i], x[i + 8]);
-                }
-                for (int i = 0; i < 16; i++)
-                    x[i] = y[i];
-            }
-            for (int i = 0; i < 16; i++)
-                _mm512_storeu_si512(transposed + (c + i) * TILE + t, x[i]);
-        }
-}
-
-TARGET void scores_bf16(struct work *w, int64_t tokens)
+static TARGET void scores(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
     const struct pieces p = pieces_of(w);
     const int64_t stages = a->keys.stages, width = width_of(&a->keys);
-    const int turned = a->page_turns != NULL;
-    transpose(w->keys, a->keys.groups * stages, tokens, p.codes);
+    transpose(w->keys.codes, a->keys.groups * stages, tokens, p.codes);
     for (int64_t chunk = 0; chunk < a->head_dim / QUAD; chunk += CHUNK)
         for (int64_t row = 0; row < a->rows;) {
-#define SCORE(rows, turned, stages, width) \
-    score_chunk(w, &p, row, rows, chunk, tokens, turned, stages, width)
-#define TURNED_SINGLE(rows) SCORE(rows, 1, 1, 1)
-#define TURNED_WIDE(rows) SCORE(rows, 1, 1, 2)
-#define TURNED(rows) SCORE(rows, 1, stages, width)
-#define SINGLE(rows) SCORE(rows, 0, 1, 1)
-#define ANY(rows) SCORE(rows, 0, stages, width)
-            if (turned && stages == 1 && width == 1)
-                FOR_ROWS(a->rows - row, TURNED_SINGLE)
-            else if (turned && stages == 1)
-                FOR_ROWS(a->rows - row, TURNED_WIDE)
-            else if (turned)
-                FOR_ROWS(a->rows - row, TURNED)
-            else if (stages == 1 && width == 1)
+#define SCORE(rows, stages, width) score_chunk(w, &p, row, rows, chunk, tokens, stages, width)
+#define SINGLE(rows) SCORE(rows, 1, 1)
+#define WIDE(rows) SCORE(rows, 1, 2)
+#define ANY(rows) SCORE(rows, stages, width)
+            if (stages == 1 && width == 1)
                 FOR_ROWS(a->rows - row, SINGLE)
+            else if (stages == 1)
+                FOR_ROWS(a->rows - row, WIDE)
             else
                 FOR_ROWS(a->rows - row, ANY)
 #undef ANY
+#undef WIDE
 #undef SINGLE
+#undef SCORE
         }
 }
 
-TARGET void sums_bf16(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
-{
-    const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
-    const word *books = plane == &a->keys ? p.keys : p.values;
-    const int64_t stages = plane->stages, width = width_of(plane);
-    const int together = plane->dim == QUAD * width; /* no code but that of a word or two */
-    for (int64_t i = 0; i < a->rows * TILE; i += 32) {
-        const __m512 low = _mm512_loadu_ps(w->scores + i);
-        const __m512 high = _mm512_loadu_ps(w->scores + i + 16);
-        _mm512_storeu_si512(p.weights + i / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    for (int64_t chunk = 0; chunk < a->head_dim / QUAD; chunk += CHUNK)
-        for (int64_t row = 0; row < a->rows;) {
-#define SUM(rows, whole, stages, width) \
-    sum_chunk(w, p.weights, plane, books, codes, row, rows, chunk, whole, stages, width, sums)
-#define SINGLE(rows) SUM(rows, 1, 1, 1)
-#define WIDE(rows) SUM(rows, 1, 1, 2)
-#define WIDE_TWICE(rows) SUM(rows, 1, 2, 2)
-#define ANY_WIDE(rows) SUM(rows, 0, stages, 2)
-#define ANY(rows) SUM(rows, 0, stages, 1)
-            const int whole = together && a->head_dim / QUAD - chunk >= CHUNK;
-            if (whole && stages == 1 && width == 1)
-                FOR_ROWS(a->rows - row, SINGLE)
-            else if (whole && stages == 1)
-                FOR_ROWS(a->rows - row, WIDE)
-            else if (whole && stages == 2 && width == 2)
-                FOR_ROWS(a->rows - row, WIDE_TWICE)
-            else if (width == 2)
-                FOR_ROWS(a->rows - row, ANY_WIDE)
-            else
-                FOR_ROWS(a->rows - row, ANY)
-        }
-}
-
-const struct kernel attend_bf16 = {prepare_bf16, queries_bf16, scores_bf16, softmax_avx512,
-                                   sums_bf16};
+const struct scoring turned_bf16 = {prepare, queries, scores};
 
 #endif

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "attend.h"
+#include "attend_codewords.h"
 
 /* `call`, in which DIM is `given`: a constant where that is usual, as loops of so few steps are slow
  * where a compiler does not know how many. */

@@ -13,13 +13,9 @@
 
 #define TARGET VNNI_TARGET
 #define CHANNELS 16
-#define ROWS 8 /* of weights at a time, at most */
 #define MOST 32767
-/* Numbers that leave room for the rounding of stages and turns: keys' in 16 bits, and values', of which 32
- * are multiplied by `MOST` and added up, in 32. */
-#define MOST_KEY 32700
+/* Values, of which 32 are multiplied by `MOST` and added up in 32 bits, with room for the rounding of stages. */
 #define MOST_VALUE 2000
-#define MOST_STAGES 16
 
 static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
 {
@@ -65,7 +61,7 @@ static size_t lay_out(const struct attention *a, char *memory, struct whole_piec
     return used;
 }
 
-size_t attend_vnni_scratch(const struct attention *a)
+size_t vnni_scratch(const struct attention *a)
 {
     struct whole_pieces p;
     return lay_out(a, NULL, &p);
@@ -78,29 +74,14 @@ struct whole_pieces whole_pieces_of(const struct work *w)
     return p;
 }
 
-int attend_vnni_takes(const struct attention *a)
-{
-    return a->head_dim % 2 == 0 && a->keys.stages <= MOST_STAGES && a->values.stages <= MOST_STAGES;
-}
-
-static TARGET void prepare(struct work *w)
+/* Keys that scores are of this way are there already. */
+static void prepare(struct work *w, const struct stream *stream)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
-    tabulate_vnni(&a->keys, w->head, a->page_turns != NULL, MOST_KEY, p.keys);
-    tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p.values);
-    if (a->page_turns != NULL)
-        prepare_turns_vnni(w);
-}
-
-/* Where attend_tables.c has scores. */
-TARGET void prepare_sums_vnni(struct work *w)
-{
-    const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
-    round_keys(w);
-    tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p.values);
-    if (a->key_mean != NULL)
+    if (stream == &w->values)
+        tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p.values);
+    else if (!turned_vnni_takes(a))
         tabulate_vnni(&a->keys, w->head, 0, MOST_KEY, p.keys);
 }
 
@@ -194,7 +175,7 @@ INLINE TARGET void sum_channels(const struct work *w, const struct bytes *tables
 {
     /* Keys' numbers are larger than sums have room for. */
     const __m512i less = _mm512_set1_epi16(MOST_VALUE);
-    __m512i sums[2][ROWS];
+    __m512i sums[2][MOST_ROWS];
     for (int i = 0; i < channels; i++)
         for (int r = 0; r < rows; r++)
             sums[i][r] = _mm512_setzero_si512();
@@ -226,7 +207,7 @@ INLINE TARGET void sum_rows(const struct work *w, const struct whole_pieces *p,
     const int64_t dim = w->a->head_dim;
     const struct whole_words words = keys ? p->keys : p->values;
     const float more = keys ? 32768.0f / MOST_VALUE : 1.0f;
-    __m512i lanes[ROWS * CHANNELS];
+    __m512i lanes[MOST_ROWS * CHANNELS];
     for (int64_t first = 0; first < dim; first += CHANNELS) {
         const int64_t count = dim - first < CHANNELS ? dim - first : CHANNELS;
         if (count < CHANNELS)
@@ -277,22 +258,31 @@ static TARGET void sum_all(const struct work *w, const struct plane *plane, cons
     }
 }
 
-TARGET void sums_vnni(struct work *w, const struct plane *plane, const uint8_t *codes, float *sums)
+static TARGET void add(struct work *w, const struct stream *stream)
 {
     const struct attention *a = w->a;
+    const struct plane *plane = stream->plane;
     const struct whole_pieces p = whole_pieces_of(w);
     int coarse = 0;
-    transpose(codes, plane->groups * plane->stages, w->end, p.codes);
+    transpose(stream->codes, plane->groups * plane->stages, w->end, p.codes);
     for (int64_t r = 0; r < a->rows; r++)
         coarse |= weigh(w, r, &p);
-    sum_all(w, plane, w->shrink, sums);
+    sum_all(w, plane, w->shrink, stream->sums);
     if (!coarse)
         return;
     for (int64_t r = 0; r < a->rows; r++)
         weigh_rest(w, r, &p);
-    sum_all(w, plane, NULL, sums);
+    sum_all(w, plane, NULL, stream->sums);
 }
 
-const struct kernel attend_vnni = {prepare, queries_vnni, scores_vnni, softmax_avx512, sums_vnni};
+/* Sums by codeword take an addition for each code, of four rows or of eight; these take as long for any `dim`,
+ * but longer for more rows. */
+int sums_vnni_takes(const struct attention *a, const struct plane *plane)
+{
+    return plane->stages <= MOST_STAGES && a->head_dim % 2 == 0 &&
+           plane->dim <= (a->rows <= 4 ? 4 : 2);
+}
+
+const struct summing sums_vnni = {prepare, add, NULL};
 
 #endif

@@ -8,7 +8,7 @@
 #ifndef VQKV_ATTEND_VNNI_H
 #define VQKV_ATTEND_VNNI_H
 
-#include "attend_bf16.h"
+#include "attend.h"
 
 #ifdef HAVE_X86
 
@@ -16,6 +16,10 @@
 
 #define VNNI_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
+
+/* Of keys, which leaves room for the rounding of stages and turns in 16 bits. */
+#define MOST_KEY 32700
+#define MOST_STAGES 16
 
 /* A channel's numbers of a stage's codewords. */
 struct bytes {
@@ -83,11 +87,6 @@ INLINE VNNI_TARGET struct numbers numbers_of(const struct bytes *table, const ui
  * `turned` by each other have a scale that does for both. */
 void tabulate_vnni(const struct plane *plane, int64_t head, int turned, int limit,
                    struct whole_words to);
-
-/* Queries and scores. */
-void prepare_turns_vnni(struct work *w);
-void queries_vnni(struct work *w, int64_t page, const float *turns);
-void scores_vnni(struct work *w, int64_t tokens);
 
 #pragma GCC visibility pop
 

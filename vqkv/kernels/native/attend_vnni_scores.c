@@ -1,4 +1,4 @@
-/* Attention on codes by whole numbers (attend_vnni.h): scores of keys, turned or not.
+/* Attention on codes by whole numbers (attend_vnni.h): scores of keys that are turned.
  *
  * Numbers of a pair of channels are turned by products of 16 bits, lie side by side for each token, and meet
  * those of a query in one instruction. Queries are whole numbers so small that no sum of products exceeds 32
@@ -22,10 +22,11 @@ struct pairs {
 };
 
 /* Turns of the offsets in the order of `numbers`, divided by the longest: RoPE may scale keys, too. */
-TARGET void prepare_turns_vnni(struct work *w)
+static TARGET void prepare(struct work *w)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
+    tabulate_vnni(&a->keys, w->head, 1, MOST_KEY, p.keys);
     const int32_t *pairs = a->pairs + w->head * a->head_dim / 2;
     float longest = 0.0f, none = 0.0f; /* or NaN */
     for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
@@ -108,7 +109,7 @@ INLINE TARGET float round_query(const float *scaled, int64_t half, int32_t *to)
 }
 
 /* Queries of a page, turned back by its first position, times scales of keys' channels, as whole numbers. */
-TARGET void queries_vnni(struct work *w, int64_t page, const float *turns)
+static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
@@ -117,27 +118,21 @@ TARGET void queries_vnni(struct work *w, int64_t page, const float *turns)
     for (int64_t j = 0; j < half; j += 16) {
         const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
         const struct sixteen scale = apart_at(p.keys.scales + 2 * j, half - j);
-        const struct sixteen turn = turns == NULL ? scale : turns_of(turns, pairs + j, some);
+        const struct sixteen turn = turns_of(turns, pairs + j, some);
         for (int64_t r = 0; r < a->rows; r++) {
             const float *given = w->given + r * 2 * half;
-            struct sixteen query;
-            if (turns == NULL) {
-                query = apart_at(given + 2 * j, half - j);
-            } else {
-                const __m512 x = _mm512_maskz_loadu_ps(some, given + j);
-                const __m512 y = _mm512_maskz_loadu_ps(some, given + half + j);
-                query.x = _mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x));
-                query.y = _mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x));
-            }
+            const __m512 x = _mm512_maskz_loadu_ps(some, given + j);
+            const __m512 y = _mm512_maskz_loadu_ps(some, given + half + j);
+            const __m512 back_x = _mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x));
+            const __m512 back_y = _mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x));
             float *to = p.scaled + r * pitch + 2 * j;
-            _mm512_storeu_ps(to, _mm512_mul_ps(query.x, scale.x));
-            _mm512_storeu_ps(to + 16, _mm512_mul_ps(query.y, scale.y));
+            _mm512_storeu_ps(to, _mm512_mul_ps(back_x, scale.x));
+            _mm512_storeu_ps(to + 16, _mm512_mul_ps(back_y, scale.y));
         }
     }
-    const float longest = turns == NULL ? 1.0f : *p.turn_scale;
     for (int64_t r = 0; r < a->rows; r++)
         p.units[page * a->rows + r] =
-            longest * round_query(p.scaled + r * pitch, half,
+            *p.turn_scale * round_query(p.scaled + r * pitch, half,
                                   p.queries + (page * a->rows + r) * half);
 }
 
@@ -195,26 +190,22 @@ INLINE TARGET void store_products(const struct products *sums, int32_t *to, int 
 }
 
 /* Looks up pairs of a page from `pair` on, to `to`, and multiplies them by the first `rows` rows. Constant
- * where this is inlined: `rows`, `turned`, and, in the case that matters most, `stages`. */
+ * where this is inlined: `rows`, and, in the case that matters most, `stages`. */
 INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces *p, int64_t page,
-                                 int64_t pair, int64_t count, int turned, int64_t stages,
-                                 int rows, struct pairs *to)
+                                 int64_t pair, int64_t count, int64_t stages, int rows,
+                                 struct pairs *to)
 {
     const int64_t dim = w->a->keys.dim, all = w->a->head_dim / 2;
-    const int32_t *queries = p->queries + (turned ? page * w->a->rows : 0) * all;
+    const int32_t *queries = p->queries + page * w->a->rows * all;
     struct products sums;
     load_products(&sums, p->products + page * PAGE, pair > 0, rows);
     for (int64_t j = pair; j < pair + count; j++, to++) {
         const struct bytes *tables = p->keys.tables + 2 * j * stages;
-        const uint8_t *codes = p->codes + page * PAGE;
-        struct numbers x = channel_of(tables, codes + 2 * j / dim * stages * TILE, stages);
-        /* A code has whole pairs where these are turned. */
-        const int64_t other = turned ? 2 * j / dim : (2 * j + 1) / dim;
-        struct numbers y = channel_of(tables + stages, codes + other * stages * TILE, stages);
-        if (turned) {
-            turn(&x.first, &y.first, p->turns + 2 * j * PAGE);
-            turn(&x.second, &y.second, p->turns + 2 * j * PAGE + 32);
-        }
+        const uint8_t *codes = p->codes + 2 * j / dim * stages * TILE + page * PAGE;
+        struct numbers x = channel_of(tables, codes, stages);
+        struct numbers y = channel_of(tables + stages, codes, stages);
+        turn(&x.first, &y.first, p->turns + 2 * j * PAGE);
+        turn(&x.second, &y.second, p->turns + 2 * j * PAGE + 32);
         const struct pairs own = {
             {_mm512_unpacklo_epi16(x.first, y.first), _mm512_unpackhi_epi16(x.first, y.first),
              _mm512_unpacklo_epi16(x.second, y.second),
@@ -255,38 +246,32 @@ static TARGET void write_scores(const int32_t *products, float unit, float *scor
     }
 }
 
-TARGET void scores_vnni(struct work *w, int64_t tokens)
+static TARGET void scores(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
     const struct whole_pieces p = whole_pieces_of(w);
     const int64_t stages = a->keys.stages, all = a->head_dim / 2;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
     const int64_t lines = lines_ahead(a, (all + CHUNK - 1) / CHUNK * TILE_PAGES);
-    const int turned = a->page_turns != NULL;
-    transpose(w->keys, a->keys.groups * stages, tokens, p.codes);
+    transpose(w->keys.codes, a->keys.groups * stages, tokens, p.codes);
     struct pairs pairs[CHUNK];
     for (int64_t pair = 0; pair < all; pair += CHUNK)
         for (int64_t page = 0; page < pages; page++) {
             const int64_t count = all - pair < CHUNK ? all - pair : CHUNK;
             fetch_ahead(w, lines);
             int64_t row = 0;
-#define LOOK_UP(turned, stages, rows) \
-    look_up_pairs(w, &p, page, pair, count, turned, stages, rows, pairs)
-#define TURNED_SINGLE(rows) LOOK_UP(1, 1, rows)
-#define TURNED(rows) LOOK_UP(1, stages, rows)
-#define ANY(rows) LOOK_UP(0, stages, rows)
-            if (turned && stages == 1)
-                FOR_UP_TO_4_ROWS(a->rows, TURNED_SINGLE)
-            else if (turned)
-                FOR_UP_TO_4_ROWS(a->rows, TURNED)
+#define LOOK_UP(stages, rows) look_up_pairs(w, &p, page, pair, count, stages, rows, pairs)
+#define SINGLE(rows) LOOK_UP(1, rows)
+#define ANY(rows) LOOK_UP(stages, rows)
+            if (stages == 1)
+                FOR_UP_TO_4_ROWS(a->rows, SINGLE)
             else
                 FOR_UP_TO_4_ROWS(a->rows, ANY)
 #undef ANY
-#undef TURNED
-#undef TURNED_SINGLE
+#undef SINGLE
 #undef LOOK_UP
             while (row < a->rows) {
-                const int64_t query = (turned ? page * a->rows : 0) + row;
+                const int64_t query = page * a->rows + row;
 #define MULTIPLY(rows) \
     multiply(pairs, count, p.queries + query * all + pair, all, \
              p.products + row * TILE + page * PAGE, pair > 0, rows)
@@ -297,8 +282,16 @@ TARGET void scores_vnni(struct work *w, int64_t tokens)
     for (int64_t r = 0; r < a->rows; r++)
         for (int64_t page = 0; page < pages; page++)
             write_scores(p.products + r * TILE + page * PAGE,
-                         p.units[(turned ? page * a->rows : 0) + r],
+                         p.units[page * a->rows + r],
                          w->scores + r * TILE + page * PAGE);
 }
+
+/* A code has whole pairs. */
+int turned_vnni_takes(const struct attention *a)
+{
+    return a->page_turns != NULL && a->keys.dim % 2 == 0 && a->keys.stages <= MOST_STAGES;
+}
+
+const struct scoring turned_vnni = {prepare, queries, scores};
 
 #endif

@@ -6,6 +6,9 @@
  *   V_MIN(a, b) = a < b ? a : b
  *   V_EQUAL(a, b), V_AT_MOST(a, b): bits of the lanes where a == b, a <= b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
+ * Where W > 1, also
+ *   V_FOURS(at, i): the four floats at each of at(i), at(i + 4), .. side by side, so many that they fill V
+ *   V_UNPACKLO, V_UNPACKHI, V_SHUFFLE: as _mm_unpacklo_ps and so on, of each four floats
  */
 
 #if W == 1
@@ -51,6 +54,11 @@
         (best) = _mm256_blendv_ps(best, score, less_); \
         (at) = _mm256_blendv_epi8(at, k, _mm256_castps_si256(less_)); \
     } while (0)
+#define V_FOURS(at, i) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at(i))), _mm_loadu_ps(at((i) + 4)), 1)
+#define V_UNPACKLO(a, b) _mm256_unpacklo_ps(a, b)
+#define V_UNPACKHI(a, b) _mm256_unpackhi_ps(a, b)
+#define V_SHUFFLE(a, b, how) _mm256_shuffle_ps(a, b, how)
 #define I_SET1(a) _mm256_set1_epi32(a)
 #define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 
@@ -76,6 +84,13 @@
         (best) = _mm512_mask_mov_ps(best, less_, score); \
         (at) = _mm512_mask_mov_epi32(at, less_, k); \
     } while (0)
+#define V_FOURS(at, i) \
+    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps( \
+        at(i))), _mm_loadu_ps(at((i) + 4)), 1), _mm_loadu_ps(at((i) + 8)), 2), \
+        _mm_loadu_ps(at((i) + 12)), 3)
+#define V_UNPACKLO(a, b) _mm512_unpacklo_ps(a, b)
+#define V_UNPACKHI(a, b) _mm512_unpackhi_ps(a, b)
+#define V_SHUFFLE(a, b, how) _mm512_shuffle_ps(a, b, how)
 #define I_SET1(a) _mm512_set1_epi32(a)
 #define I_STORE(p, a) _mm512_storeu_si512(p, a)
 

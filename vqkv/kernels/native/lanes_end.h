@@ -17,5 +17,9 @@
 #undef V_EQUAL
 #undef V_AT_MOST
 #undef V_KEEP_LESS
+#undef V_FOURS
+#undef V_UNPACKLO
+#undef V_UNPACKHI
+#undef V_SHUFFLE
 #undef I_SET1
 #undef I_STORE
