@@ -1,10 +1,10 @@
-/* Scores of keys that are turned by their offset in a page, with AVX-512 and products of bfloat16 pairs, where
- * subvectors are whole quads.
+/* Scores of keys that are turned by their offset in a page, with AVX-512 and products of bfloat16 pairs,
+ * where subvectors are whole quads.
  *
  * A quad is four neighbouring channels, so a codeword's part of it is 8 bytes, and eight of them fill a
- * vector: 8 tokens' words of one quad side by side, a lane being a pair of channels of one token. Two such
- * vectors are turned into 16 tokens' x and y. One instruction multiplies 32 numbers by a pair that is broadcast
- * from memory, and adds to 16 lanes of fp32.
+ * vector: 8 tokens' words of one quad side by side, a lane being a pair of channels of one token. Two
+ * such vectors are turned into 16 tokens' x and y. One instruction multiplies 32 numbers by a pair that
+ * is broadcast from memory, and adds to 16 lanes of fp32.
  *
  * Quads are taken 8 at a time over a whole tile: their codewords (16 KiB a stage) then stay in the
  * L1 cache.

@@ -1,9 +1,10 @@
 /* Scores of keys that are not turned by look-ups of bytes in registers (VBMI).
  *
- * A query's products with a column's codewords, made as attend_codewords_impl.h does, are up to 256 numbers, and a score is
- * the sum of one of each column. They are kept in steps so small that no score exceeds 15 bits, in
- * bytes of 7 low bits and of 8 high ones: then low bytes of two columns add up in a byte, and high bytes
- * of all do. A byte of 64 tokens is two look-ups in 128 bytes and a choice by the codes' highest bit.
+ * A query's products with a column's codewords, made as attend_codewords_impl.h does, are up to 256
+ * numbers, and a score is the sum of one of each column. Here they are kept in steps so small that no score
+ * exceeds 15 bits, in bytes of 7 low bits and of 8 high ones: then low bytes of two columns add up in a
+ * byte, and high bytes of all do. A byte of 64 tokens is two look-ups in 128 bytes and a choice by the
+ * codes' highest bit.
  */
 
 #include <math.h>

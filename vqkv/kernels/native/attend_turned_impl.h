@@ -1,5 +1,5 @@
-/* Scores of keys that are turned by their offset in a page, at one SIMD level. A page is looked up and turned,
- * some channels at a time, and then multiplied by all queries. */
+/* Scores of keys that are turned by their offset in a page, at one SIMD level. A page is looked up and
+ * turned, some channels at a time, and then multiplied by all queries. */
 
 /* Turns of the offsets in the order of this head's pairs. */
 static TARGET void NAME(prepare_turns)(struct work *w)
@@ -47,8 +47,8 @@ static int64_t NAME(together)(const struct plane *plane)
     return groups < least ? least : groups / least * least;
 }
 
-/* Some groups of keys, from `m` on, of a page's codes, as [channels, PAGE]. Constant where this is inlined, but
- * for rare shapes: `dim`. */
+/* Some groups of keys, from `m` on, of a page's codes, as [channels, PAGE]. Constant where this is inlined,
+ * but for rare shapes: `dim`. */
 INLINE TARGET void NAME(look_up)(const struct work *w, int64_t m, int64_t groups,
                                  const uint8_t *codes, int64_t dim)
 {
@@ -84,8 +84,8 @@ static TARGET void NAME(turn)(struct work *w, int64_t first, int64_t n)
 
 #if W > 1
 
-/* As `look_up` and `turn`, of groups of whole fours. Constant where this is inlined, but for rare shapes: `dim` and
- * `stages`. */
+/* As `look_up` and `turn`, of groups of whole fours: W tokens' codewords are transposed in registers. Constant
+ * where this is inlined, but for rare shapes: `dim` and `stages`. */
 INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t groups,
                                        const uint8_t *page_codes, int64_t dim, int64_t stages)
 {

@@ -14,7 +14,8 @@
 #define TARGET VNNI_TARGET
 #define CHANNELS 16
 #define MOST 32767
-/* Values, of which 32 are multiplied by `MOST` and added up in 32 bits, with room for the rounding of stages. */
+/* Values, of which 32 are multiplied by `MOST` and added up in 32 bits, with room for the rounding of
+ * stages. */
 #define MOST_VALUE 2000
 
 static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
@@ -275,8 +276,8 @@ static TARGET void add(struct work *w, const struct stream *stream)
     sum_all(w, plane, NULL, stream->sums);
 }
 
-/* Sums by codeword take an addition for each code, of four rows or of eight; these take as long for any `dim`,
- * but longer for more rows. */
+/* Sums by codeword take an addition for each code, of four rows or of eight; these take as long for any
+ * `dim`, but longer for more rows. */
 int sums_vnni_takes(const struct attention *a, const struct plane *plane)
 {
     return plane->stages <= MOST_STAGES && a->head_dim % 2 == 0 &&

@@ -6,7 +6,8 @@
 
 /* In blocks of 64 tokens by 16 columns, every 16 tokens in a lane of 16 bytes: interleaving the halves of a
  * block four times transposes lanes. */
-__attribute__((target("avx512f,avx512bw"))) void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed)
+__attribute__((target("avx512f,avx512bw")))
+void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed)
 {
     for (int64_t c = 0; c < columns; c += 16)
         for (int64_t t = 0; t < tokens; t += 64) {
