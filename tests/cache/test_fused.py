@@ -401,7 +401,7 @@ def test_compiled_reads_are_decoded_reads(family: str, rope: str) -> None:
     expected, _ = logits(model, compressor, "decode", sizes, pads)
     with using(attend_codes="cpu"):
         found, ran = logits(model, compressor, "auto", sizes, pads)
-        with native.forced_level("scalar"):
+        with native.forced_level("baseline"):
             exact, _ = logits(model, compressor, "auto", sizes, pads)
     assert "attend_codes.cpu" in ran and "attend.naive" not in ran
     torch.testing.assert_close(exact, expected, atol=2e-5, rtol=2e-5)

@@ -11,7 +11,7 @@ from vqkv.errors import KernelError
 from vqkv.kernels import native
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
 def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
     """Each SIMD level that this CPU has; coding needs no bfloat16."""
     with ExitStack() as stack:

@@ -330,7 +330,7 @@ int main(void)
         {4, 4, 1, 256}};
     /* CPUs with look-ups of bytes have products of pairs of 16 bits, if not as the faster way. */
     const int best = vqkv_best_level() == AVX512_VBMI ? AVX512_VNNI : vqkv_best_level();
-    for (int level = SCALAR; level <= best; level++) {
+    for (int level = BASELINE; level <= best; level++) {
         for (int64_t dim = 1; dim <= 17; dim++)
             for (int64_t rows = 1; rows < 140; rows += 63)
                 coding(level, rows, 3, 33, dim);

@@ -57,9 +57,6 @@ struct run {
 /* Of a tile the codes of keys and values by page, and a share of the next head's codewords. */
 #define RUNS (2 * TILE_PAGES + 2)
 
-/* Numbers of four rows of queries side by side. */
-typedef float quad __attribute__((vector_size(16), may_alias));
-
 /* Keys or values of a row and head. */
 struct stream {
     const struct plane *plane;
@@ -107,11 +104,11 @@ struct summing {
 };
 
 /* Of attend_general.c for each level: of keys that are turned, and of those that are not. */
-extern const struct scoring turned_scalar, turned_avx2, turned_avx512;
-extern const struct scoring products_scalar, products_avx2, products_avx512;
-extern const struct summing weights_scalar, weights_avx2, weights_avx512;
+extern const struct scoring turned_baseline, turned_avx2, turned_avx512;
+extern const struct scoring products_baseline, products_avx2, products_avx512;
+extern const struct summing weights_baseline, weights_avx2, weights_avx512;
 
-void softmax_scalar(struct work *w);
+void softmax_baseline(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
 

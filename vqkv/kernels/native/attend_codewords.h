@@ -3,9 +3,8 @@
 #ifndef VQKV_ATTEND_CODEWORDS_H
 #define VQKV_ATTEND_CODEWORDS_H
 
-#include <string.h>
-
 #include "attend.h"
+#include "quads.h"
 
 typedef float oct __attribute__((vector_size(32), may_alias));
 
@@ -48,21 +47,6 @@ INLINE void *kept(const void *entries)
 {
     __asm__("" : "+r"(entries));
     return (void *)entries;
-}
-
-/* Four by four numbers. */
-INLINE void transpose_quads(quad x[4])
-{
-#ifdef HAVE_X86
-    _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
-#else
-    quad y[4];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++)
-            y[i][j] = x[j][i];
-    for (int i = 0; i < 4; i++)
-        x[i] = y[i];
-#endif
 }
 
 /* Weights of a block of rows [rows, TILE] from `begin` to `end` as [TILE, rows]. Where there are fewer rows,

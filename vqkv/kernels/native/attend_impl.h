@@ -11,7 +11,7 @@
 /* Scores to weights relative to the best score so far. */
 TARGET void NAME(softmax)(struct work *w)
 {
-    enum { LANES = W > 4 ? W : 4 };
+    enum { LANES = W };
     for (int64_t r = 0; r < w->a->rows; r++) {
         float *scores = w->scores + r * TILE;
         for (int64_t t = 0; t < w->begin; t++)

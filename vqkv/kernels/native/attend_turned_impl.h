@@ -82,8 +82,6 @@ static TARGET void NAME(turn)(struct work *w, int64_t first, int64_t n)
     }
 }
 
-#if W > 1
-
 /* As `look_up` and `turn`, of groups of whole fours: W tokens' codewords are transposed in registers. Constant
  * where this is inlined, but for rare shapes: `dim` and `stages`. */
 INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t groups,
@@ -101,31 +99,27 @@ INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t 
             const float *word = words + first * size * dim + i % dim;
             const uint8_t *code = codes;
 #define WORD(t) (word + code[(t) * columns] * dim)
-            V a = V_FOURS(WORD, 0), b = V_FOURS(WORD, 1), c = V_FOURS(WORD, 2), d = V_FOURS(WORD, 3);
+            V x[4] = {V_FOURS(WORD, 0), V_FOURS(WORD, 1), V_FOURS(WORD, 2), V_FOURS(WORD, 3)};
             for (int64_t s = 1; s < stages; s++) {
                 word += size * dim;
                 code++;
-                a = V_ADD(a, V_FOURS(WORD, 0));
-                b = V_ADD(b, V_FOURS(WORD, 1));
-                c = V_ADD(c, V_FOURS(WORD, 2));
-                d = V_ADD(d, V_FOURS(WORD, 3));
+                x[0] = V_ADD(x[0], V_FOURS(WORD, 0));
+                x[1] = V_ADD(x[1], V_FOURS(WORD, 1));
+                x[2] = V_ADD(x[2], V_FOURS(WORD, 2));
+                x[3] = V_ADD(x[3], V_FOURS(WORD, 3));
             }
 #undef WORD
-            const V low_ab = V_UNPACKLO(a, b), high_ab = V_UNPACKHI(a, b);
-            const V low_cd = V_UNPACKLO(c, d), high_cd = V_UNPACKHI(c, d);
-            const V x[2] = {V_SHUFFLE(low_ab, low_cd, 0x44), V_SHUFFLE(high_ab, high_cd, 0x44)};
-            const V y[2] = {V_SHUFFLE(low_ab, low_cd, 0xee), V_SHUFFLE(high_ab, high_cd, 0xee)};
+            V_TRANSPOSE(x);
             for (int j = 0; j < 2; j++) {
                 const V cosine = V_LOAD(turns + 2 * j * PAGE);
                 const V sine = V_LOAD(turns + (2 * j + 1) * PAGE);
-                V_STORE(to + 2 * j * PAGE, V_FNMA(y[j], sine, V_MUL(x[j], cosine)));
-                V_STORE(to + (2 * j + 1) * PAGE, V_FMA(x[j], sine, V_MUL(y[j], cosine)));
+                const V even = x[2 * j], odd = x[2 * j + 1];
+                V_STORE(to + 2 * j * PAGE, V_FNMA(odd, sine, V_MUL(even, cosine)));
+                V_STORE(to + (2 * j + 1) * PAGE, V_FMA(even, sine, V_MUL(odd, cosine)));
             }
         }
     }
 }
-
-#endif
 
 /* Adds `pairs` pairs of channels from pair `first` on of a page of keys to its scores under `rows` rows from
  * `row`. */
@@ -165,7 +159,6 @@ static TARGET void NAME(decode_turned)(struct work *w, int64_t m, int64_t groups
 {
     const struct plane *keys = &w->a->keys;
     const int64_t dim = keys->dim;
-#if W > 1
     if (dim == 4 && keys->stages == 1) {
         NAME(look_up_fours)(w, m, groups, codes, 4, 1);
         return;
@@ -174,7 +167,6 @@ static TARGET void NAME(decode_turned)(struct work *w, int64_t m, int64_t groups
         NAME(look_up_fours)(w, m, groups, codes, dim, keys->stages);
         return;
     }
-#endif
     WITH_DIM(dim, NAME(look_up)(w, m, groups, codes, DIM))
     NAME(turn)(w, m * dim / 2, groups * dim / 2);
 }

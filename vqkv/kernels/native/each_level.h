@@ -1,7 +1,7 @@
 /* Includes IMPL once for each SIMD level of lanes.h, with NAME and W; takes IMPL back. */
 
-#define NAME(x) x##_scalar
-#define W 1
+#define NAME(x) x##_baseline
+#define W 4
 #include IMPL
 
 #ifdef HAVE_X86

@@ -1,4 +1,4 @@
-/* Vectors of W floats (V) and as many int32 (I) for what follows, W being 1, 8 (AVX2) or 16
+/* Vectors of W floats (V) and as many int32 (I) for what follows, W being 4, 8 (AVX2) or 16
  * (AVX-512); TARGET is the attribute of a function that has them. Included once per level, without a
  * guard; lanes_end.h takes all of it back.
  *
@@ -6,31 +6,38 @@
  *   V_MIN(a, b) = a < b ? a : b
  *   V_EQUAL(a, b), V_AT_MOST(a, b): bits of the lanes where a == b, a <= b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
- * Where W > 1, also
  *   V_FOURS(at, i): the four floats at each of at(i), at(i + 4), .. side by side, so many that they fill V
- *   V_UNPACKLO, V_UNPACKHI, V_SHUFFLE: as _mm_unpacklo_ps and so on, of each four floats
+ *   V_TRANSPOSE(x): of x[4], each four by four floats that lie side by side
  */
 
-#if W == 1
+#include "quads.h"
+
+#if W == 4
 
 #define TARGET
-#define V float
-#define I int32_t
-#define V_LOAD(p) (*(p))
-#define V_STORE(p, a) (*(p) = (a))
-#define V_SET1(a) (a)
+#define V quad
+#define I quad_of_int
+#define V_LOAD(p) load_quad(p)
+#define V_STORE(p, a) store_quad(p, a)
+#define V_SET1(a) all_of(a)
 #define V_ADD(a, b) ((a) + (b))
 #define V_SUB(a, b) ((a) - (b))
 #define V_MUL(a, b) ((a) * (b))
 #define V_FMA(a, b, c) ((a) * (b) + (c))
 #define V_FNMA(a, b, c) ((c) - (a) * (b))
-#define V_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define V_EQUAL(a, b) ((a) == (b))
-#define V_AT_MOST(a, b) ((a) <= (b))
+#define V_MIN(a, b) least_of_quads(a, b)
+#define V_EQUAL(a, b) bits_of((a) == (b))
+#define V_AT_MOST(a, b) bits_of((a) <= (b))
 #define V_KEEP_LESS(best, at, score, k) \
-    do { if ((score) < (best)) { (best) = (score); (at) = (k); } } while (0)
-#define I_SET1(a) (a)
-#define I_STORE(p, a) (*(p) = (a))
+    do { \
+        const quad_of_int less_ = (score) < (best); \
+        (best) = (quad)chosen(less_, (quad_of_int)(score), (quad_of_int)(best)); \
+        (at) = chosen(less_, k, at); \
+    } while (0)
+#define V_FOURS(at, i) load_quad(at(i))
+#define V_TRANSPOSE(x) transpose_quads(x)
+#define I_SET1(a) ((quad_of_int){a, a, a, a})
+#define I_STORE(p, a) memcpy(p, &(a), sizeof(quad_of_int))
 
 #elif W == 8
 
@@ -56,9 +63,16 @@
     } while (0)
 #define V_FOURS(at, i) \
     _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at(i))), _mm_loadu_ps(at((i) + 4)), 1)
-#define V_UNPACKLO(a, b) _mm256_unpacklo_ps(a, b)
-#define V_UNPACKHI(a, b) _mm256_unpackhi_ps(a, b)
-#define V_SHUFFLE(a, b, how) _mm256_shuffle_ps(a, b, how)
+#define V_TRANSPOSE(x) \
+    do { \
+        const __m256 low_ = _mm256_unpacklo_ps(x[0], x[1]), high_ = _mm256_unpackhi_ps(x[0], x[1]); \
+        const __m256 lower_ = _mm256_unpacklo_ps(x[2], x[3]); \
+        const __m256 higher_ = _mm256_unpackhi_ps(x[2], x[3]); \
+        x[0] = _mm256_shuffle_ps(low_, lower_, 0x44); \
+        x[1] = _mm256_shuffle_ps(low_, lower_, 0xee); \
+        x[2] = _mm256_shuffle_ps(high_, higher_, 0x44); \
+        x[3] = _mm256_shuffle_ps(high_, higher_, 0xee); \
+    } while (0)
 #define I_SET1(a) _mm256_set1_epi32(a)
 #define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 
@@ -88,9 +102,16 @@
     _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps( \
         at(i))), _mm_loadu_ps(at((i) + 4)), 1), _mm_loadu_ps(at((i) + 8)), 2), \
         _mm_loadu_ps(at((i) + 12)), 3)
-#define V_UNPACKLO(a, b) _mm512_unpacklo_ps(a, b)
-#define V_UNPACKHI(a, b) _mm512_unpackhi_ps(a, b)
-#define V_SHUFFLE(a, b, how) _mm512_shuffle_ps(a, b, how)
+#define V_TRANSPOSE(x) \
+    do { \
+        const __m512 low_ = _mm512_unpacklo_ps(x[0], x[1]), high_ = _mm512_unpackhi_ps(x[0], x[1]); \
+        const __m512 lower_ = _mm512_unpacklo_ps(x[2], x[3]); \
+        const __m512 higher_ = _mm512_unpackhi_ps(x[2], x[3]); \
+        x[0] = _mm512_shuffle_ps(low_, lower_, 0x44); \
+        x[1] = _mm512_shuffle_ps(low_, lower_, 0xee); \
+        x[2] = _mm512_shuffle_ps(high_, higher_, 0x44); \
+        x[3] = _mm512_shuffle_ps(high_, higher_, 0xee); \
+    } while (0)
 #define I_SET1(a) _mm512_set1_epi32(a)
 #define I_STORE(p, a) _mm512_storeu_si512(p, a)
 

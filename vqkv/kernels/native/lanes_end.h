@@ -18,8 +18,6 @@
 #undef V_AT_MOST
 #undef V_KEEP_LESS
 #undef V_FOURS
-#undef V_UNPACKLO
-#undef V_UNPACKHI
-#undef V_SHUFFLE
+#undef V_TRANSPOSE
 #undef I_SET1
 #undef I_STORE

@@ -19,5 +19,5 @@ int vqkv_best_level(void)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;
 #endif
-    return SCALAR;
+    return BASELINE;
 }

@@ -3,15 +3,19 @@
 #ifndef VQKV_LEVELS_H
 #define VQKV_LEVELS_H
 
+#include <stdint.h>
+#include <string.h>
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HAVE_X86 1
 #include <immintrin.h>
 #endif
 
-/* BF16 is AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes
- * in registers. VNNI is all that and products of pairs of 16 bits, where these are the faster way. */
+/* The baseline is what all CPUs of an architecture have, with vectors of four floats: SSE2, NEON. BF16 is
+ * AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes in
+ * registers. VNNI is all that and products of pairs of 16 bits, where these are the faster way. */
 enum level {
-    SCALAR = 0,
+    BASELINE = 0,
     AVX2 = 1,
     AVX512 = 2,
     AVX512_BF16 = 3,
@@ -22,11 +26,15 @@ enum level {
 /* Of a function that each_level.h made, the one for a level. */
 #ifdef HAVE_X86
 #define AT_LEVEL(level, name) \
-    ((level) >= AVX512 ? name##_avx512 : (level) >= AVX2 ? name##_avx2 : name##_scalar)
+    ((level) >= AVX512 ? name##_avx512 : (level) >= AVX2 ? name##_avx2 : name##_baseline)
 #else
-#define AT_LEVEL(level, name) ((void)(level), name##_scalar)
+#define AT_LEVEL(level, name) ((void)(level), name##_baseline)
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Four floats, or int32, of which compilers make what a CPU has. */
+typedef float quad __attribute__((vector_size(16), may_alias));
+typedef int32_t quad_of_int __attribute__((vector_size(16), may_alias));
 
 #endif

@@ -1,4 +1,4 @@
-/* Nearest codewords and k-means statistics on CPUs: AVX-512, AVX2 or scalar, chosen at run time.
+/* Nearest codewords and k-means statistics on CPUs: AVX-512, AVX2 or the baseline, chosen at run time.
  */
 
 #include "nearest.h"
@@ -14,8 +14,8 @@
 /* Codewords of which only the least score is kept. */
 #define BLOCK 16
 
-#define NAME(x) x##_scalar
-#define W 1
+#define NAME(x) x##_baseline
+#define W 4
 #define UNROLL 4
 #include "nearest_impl.h"
 
@@ -41,7 +41,8 @@ search_fn vqkv_search_of(int level)
     if (level == AVX2)
         return search_rows_avx2;
 #endif
-    return search_rows_scalar;
+    (void)level;
+    return search_rows_baseline;
 }
 
 int64_t vqkv_word_blocks(int64_t size)
