@@ -27,23 +27,33 @@ class Case:
     key_sums: bool = False
     paged: bool = False
     size: int = 256
+    value_dim: int | None = None  # as of keys
+    value_stages: int | None = None
+
+    def segment(self, dim: int, stages: int) -> Segment:
+        """Of a stream of such subvectors."""
+        groups = self.head_dim // dim
+        return Segment(self.heads, groups, dim, stages, 8, self.heads * groups)
 
     @property
     def layout(self) -> AttendLayout:
         """Of both streams."""
-        groups = self.head_dim // self.dim
-        segment = Segment(self.heads, groups, self.dim, self.stages, 8, self.heads * groups)
         keys = Layout(
             self.heads,
             self.head_dim,
-            (segment,),
+            (self.segment(self.dim, self.stages),),
             rope="pre" if self.rope else "post",
             pairs_whole=self.rope,
         )
         sources = (("keys", 0),) if self.key_sums else ()
         return AttendLayout(
             keys,
-            Layout(self.heads, self.head_dim, (segment,), sources=sources),  # type: ignore[arg-type]
+            Layout(
+                self.heads,
+                self.head_dim,
+                (self.segment(self.value_dim or self.dim, self.value_stages or self.stages),),
+                sources=sources,  # type: ignore[arg-type]
+            ),
         )
 
 
@@ -55,7 +65,11 @@ def problem(case: Case, seed: int = 0) -> tuple[torch.Tensor, Coded]:
         batch, case.heads * case.group, case.rows, case.head_dim, generator=generator
     )
     table = torch.randperm(batch * pages, generator=generator).view(batch, pages).int()
-    keys, values = (_plane(case, batch, pages, table, generator) for _ in range(2))
+    shapes = (
+        (case.dim, case.stages),
+        (case.value_dim or case.dim, case.value_stages or case.stages),
+    )
+    keys, values = (_plane(case, *shape, batch, pages, table, generator) for shape in shapes)
     stop = torch.tensor(case.lengths, dtype=torch.int32)
     coded = Coded(
         keys,
@@ -88,11 +102,17 @@ def by_token(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _plane(
-    case: Case, batch: int, pages: int, table: torch.Tensor, generator: torch.Generator
+    case: Case,
+    dim: int,
+    stages: int,
+    batch: int,
+    pages: int,
+    table: torch.Tensor,
+    generator: torch.Generator,
 ) -> Plane:
-    groups = case.head_dim // case.dim
-    words = torch.randn(case.heads, groups, case.stages, case.size, case.dim, generator=generator)
-    shape = (batch * pages, case.heads, PAGE_TOKENS, groups * case.stages)
+    groups = case.head_dim // dim
+    words = torch.randn(case.heads, groups, stages, case.size, dim, generator=generator)
+    shape = (batch * pages, case.heads, PAGE_TOKENS, groups * stages)
     codes = torch.randint(case.size, shape, generator=generator).to(torch.uint8)
     if not case.paged:
         codes = codes.view(batch, pages, *shape[1:]).transpose(1, 2).flatten(2, 3).contiguous()

@@ -47,6 +47,12 @@ CASES = [
     Case(group=1, rows=16, lengths=(65,)),
     Case(head_dim=4, rope=False, lengths=(600,)),
     Case(head_dim=36, dim=1, rope=False, group=9, stages=2, lengths=(513,), key_sums=True),
+    # Streams of unlike subvectors; rows that fill no block; a start in a later tile; many channels.
+    Case(value_dim=8, value_stages=2, group=4, lengths=(600,), key_sums=True),
+    Case(dim=8, value_dim=2, rope=False, group=4, lengths=(1600,), key_sums=True),
+    Case(rope=False, group=7, lengths=(700,), key_sums=True, size=77),
+    Case(rope=False, group=5, lengths=(1100, 600, 515), sinks=515, paged=True),
+    Case(head_dim=640, rope=False, group=13, heads=1, lengths=(130,)),
     # All tokens alike: weights and values are as large as they can be.
     Case(rope=False, lengths=(1100,), size=1, key_sums=True),
     Case(dim=8, stages=3, lengths=(600,), size=1, key_sums=True),
@@ -155,8 +161,21 @@ def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level) -> No
     query = 300 * query  # scores of some hundreds: one token takes it all
     found = run("cpu", case, query, coded)
     assert found.output.isfinite().all()
-    expected = run("naive", case, query, coded).lse
-    torch.testing.assert_close(found.lse, expected, rtol=1e-2, atol=0)
+    expected = run("naive", case, query, coded)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-2, atol=0)
+
+
+def test_later_tiles_may_leave_nothing_of_earlier_ones(level: native.Level) -> None:
+    """Scores of the second tile are far above those of the first, for some rows."""
+    case = Case(lengths=(1200,), rope=False, group=3, key_sums=True)
+    query, coded = problem(case)
+    query[:, 0], query[:, 3] = 0, 0
+    coded.keys.codewords[:, 0, 0, 7] = 100 * query[0, 1::3, 0, :4].sign()
+    coded.keys.codes[..., 0] = coded.keys.codes[..., 0].clamp_min(8)
+    coded.keys.codes[:, :, 700:800, 0] = 7
+    found, expected = run("cpu", case, query, coded), run("naive", case, query, coded)
+    torch.testing.assert_close(found.output, expected.output, rtol=2e-2, atol=5e-3)
+    torch.testing.assert_close(found.key_mean, expected.key_mean, rtol=2e-2, atol=5e-3)
 
 
 def test_tokens_without_a_finite_score_weigh_nothing(level: native.Level) -> None:
@@ -230,6 +249,17 @@ def test_tables_are_used_where_they_pay(tokens: int, tables: bool) -> None:
     with native.forced_level("avx512_bf16"):
         decoded = run("cpu", case, query, coded)
     assert torch.equal(found.lse, decoded.lse) is not tables
+
+
+@pytest.mark.skipif(native.simd_level()[:6] != "avx512", reason="this CPU has no AVX-512")
+def test_by_codeword_levels_do_the_same() -> None:
+    """What has no faster way at a higher level is as at the one below, bit for bit."""
+    case = Case(rope=False, group=8, dim=8, lengths=(1700,))
+    query, coded = problem(case)
+    with native.forced_level("avx512"):
+        expected = run("cpu", case, query, coded)
+    found = run("cpu", case, query, coded)
+    assert torch.equal(found.output, expected.output) and torch.equal(found.lse, expected.lse)
 
 
 @pytest.mark.parametrize("stream", ["keys", "values"])

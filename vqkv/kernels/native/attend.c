@@ -205,7 +205,7 @@ static int attend_part(struct work *w, int level, const struct scoring *scoring,
     const struct stream *const streams[2] = {&w->values, &w->keys};
     const int summed = a->key_mean == NULL ? 1 : 2;
     const float *turns = a->page_turns == NULL ? NULL : a->page_turns + w->row * a->turn_stride;
-    if (turns == NULL)
+    if (turns == NULL && to > from)
         scoring->queries(w, 0, NULL);
     for (int64_t tile = from; tile < to; tile++) {
         const int64_t first = tile * TILE, end = stop < first + TILE ? stop : first + TILE;

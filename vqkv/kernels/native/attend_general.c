@@ -1,4 +1,4 @@
-/* Attention on codes of any shape: scalar, AVX2 and AVX-512. */
+/* Attention on codes of any shape: with what all CPUs have, AVX2 and AVX-512. */
 
 #include <math.h>
 #include <string.h>

@@ -76,16 +76,18 @@ INLINE int64_t least_tokens(const struct attention *a)
     return 256 * (2 + a->rows);
 }
 
-/* The least of a column's products for each row; adds to `range` how far they reach. */
+/* The least of a column's products for each row, or NaN if any is; adds to `range` how far they reach. */
 INLINE TARGET quad least_of(const quad *products, int64_t size, quad *range)
 {
     __m128 least = (__m128)products[0], most = least;
-    for (int64_t k = 1; k < size; k++) {
+    quad none = {0}; /* or NaN, which comparisons forget */
+    for (int64_t k = 0; k < size; k++) {
         least = _mm_min_ps(least, (__m128)products[k]);
         most = _mm_max_ps(most, (__m128)products[k]);
+        none += 0.0f * products[k];
     }
     *range += (quad)most - (quad)least;
-    return (quad)least;
+    return (quad)least + none;
 }
 
 /* Products above the least in steps, as bytes, of `rows` rows whose tables are `apart`. */

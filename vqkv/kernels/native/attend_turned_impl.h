@@ -38,13 +38,11 @@ static TARGET void NAME(turn_back)(struct work *w, int64_t page, const float *tu
     }
 }
 
-/* Groups that are looked up together over a whole tile, as their codewords fit into the L1 cache; whole
- * pairs of channels. */
+/* Groups that are looked up together over a whole tile, as their codewords fit into the L1 cache. */
 static int64_t NAME(together)(const struct plane *plane)
 {
-    const int64_t channels = W == 16 ? 32 : 16, groups = channels / plane->dim;
-    const int64_t least = plane->dim % 2 == 0 ? 1 : 2;
-    return groups < least ? least : groups / least * least;
+    const int64_t groups = (W == 16 ? 32 : 16) / plane->dim;
+    return groups < 1 ? 1 : groups;
 }
 
 /* Some groups of keys, from `m` on, of a page's codes, as [channels, PAGE]. Constant where this is inlined,
@@ -82,8 +80,8 @@ static TARGET void NAME(turn)(struct work *w, int64_t first, int64_t n)
     }
 }
 
-/* As `look_up` and `turn`, of groups of whole fours: W tokens' codewords are transposed in registers. Constant
- * where this is inlined, but for rare shapes: `dim` and `stages`. */
+/* As `look_up` and `turn`, of groups of whole fours: W tokens' codewords are transposed in registers.
+ * Constant where this is inlined, but for rare shapes: `dim` and `stages`. */
 INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t groups,
                                        const uint8_t *page_codes, int64_t dim, int64_t stages)
 {
@@ -167,7 +165,10 @@ static TARGET void NAME(decode_turned)(struct work *w, int64_t m, int64_t groups
         NAME(look_up_fours)(w, m, groups, codes, dim, keys->stages);
         return;
     }
-    WITH_DIM(dim, NAME(look_up)(w, m, groups, codes, DIM))
+    if (dim == 2)
+        NAME(look_up)(w, m, groups, codes, 2);
+    else
+        NAME(look_up)(w, m, groups, codes, dim);
     NAME(turn)(w, m * dim / 2, groups * dim / 2);
 }
 
