@@ -26,8 +26,8 @@ class Plane(NamedTuple):
     Attributes:
         codes: `[B, H, T, M * S]` (uint8), a byte a code, the stages of a subvector side by side.
             Strides are free but for the last, which is 1. With `pages`, `[blocks, H, 64, M * S]`.
-        codewords: `[H, M, S, K, d]`, fp32 or fp16, `M · d = D`. Channels are in coded order. They are
-            finite: kernels may read those that no code names.
+        codewords: `[H, M, S, K, d]`, fp32 or fp16, `M · d = D`. Channels are in coded order.
+            They are finite: kernels may read those that no code names.
     """
 
     codes: torch.Tensor
