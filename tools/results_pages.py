@@ -272,9 +272,11 @@ def with_cpu_levels(page: str) -> str:
 
 
 def _spread(latest: dict[str, Any]) -> Iterator[str]:
-    """Ratios of the latest run beside the lowest and highest of it and earlier ones."""
+    """Ratios of the latest run beside the lowest and highest of it and earlier ones on its CPU."""
     files = sorted(RESULTS.glob("cpu-kernels-*.json"))
-    runs = [latest, *(json.loads(file.read_text(encoding="utf-8")) for file in files)]
+    others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    cpu = latest["machine"]["cpu"]
+    runs = [latest, *(run for run in others if run["machine"]["cpu"] == cpu)]
     commits = ", ".join(f"`{run['commit'][:7]}`" for run in runs)
     yield (
         "How far runs differ on that machine, which others use too: ratios of the run above, and "
