@@ -76,7 +76,9 @@ static size_t lay_out(struct work *w, char *memory)
 #ifdef HAVE_X86
     /* Keys are turned or not. */
     w->own = take(&memory, &used, bf16_scratch(a) + tables_scratch(a));
-    w->whole = take(&memory, &used, vnni_scratch(a));
+    w->whole = take(&memory, &used, vnni_lay_out(a, NULL));
+    if (w->whole != NULL)
+        vnni_lay_out(a, (char *)w->whole);
 #endif
     return used;
 }
@@ -262,6 +264,8 @@ static int attend_rows(int level, const struct attention *a, int64_t first_row, 
     lay_out(&w, (char *)(((uintptr_t)memory + 63) / 64 * 64));
     w.keys.summing = summing_of(level, a, &a->keys);
     w.values.summing = summing_of(level, a, &a->values);
+    if (scoring->begin != NULL)
+        scoring->begin(&w);
     int failed = 0;
     for (int64_t item = begin; item < end && !failed; item++) {
         const int64_t head = item / a->parts / a->batch;

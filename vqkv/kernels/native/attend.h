@@ -85,11 +85,12 @@ struct work {
     quad *products;               /* of queries with codewords of keys, where these are not turned */
     quad *side_by_side;           /* [TILE or D, 4 or 8]: numbers of all rows side by side */
     char *own;                    /* what attend_tables.c or attend_bf16.c keeps */
-    char *whole;                  /* what attend_vnni*.c keep */
+    struct whole_pieces *whole;   /* what attend_vnni*.c keep */
 };
 
 /* How one level computes scores of a tile. */
 struct scoring {
+    void (*begin)(struct work *w);   /* for a call, or NULL */
     void (*prepare)(struct work *w); /* for a head, or NULL */
     /* For page number `page` of a tile; where turns is NULL, page 0 serves all. */
     void (*queries)(struct work *w, int64_t page, const float *turns);
@@ -167,10 +168,11 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
 /* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
 void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);
 
-/* Bytes that attend_tables.c, attend_bf16.c and attend_vnni.c keep for themselves. */
+/* Bytes that attend_tables.c, attend_bf16.c and attend_vnni*.c keep for themselves; the last are laid out
+ * where there is `memory`. */
 size_t tables_scratch(const struct attention *a);
 size_t bf16_scratch(const struct attention *a);
-size_t vnni_scratch(const struct attention *a);
+size_t vnni_lay_out(const struct attention *a, char *memory);
 
 #pragma GCC visibility pop
 

@@ -297,6 +297,6 @@ static TARGET void scores(struct work *w, int64_t tokens)
         }
 }
 
-const struct scoring turned_bf16 = {prepare, queries, scores};
+const struct scoring turned_bf16 = {.prepare = prepare, .queries = queries, .scores = scores};
 
 #endif

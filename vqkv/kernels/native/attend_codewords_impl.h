@@ -85,5 +85,6 @@ static TARGET void NAME(finish_sums)(struct work *w, const struct stream *stream
 #undef FINISH
 }
 
-const struct scoring NAME(products) = {NULL, NAME(multiply_queries), NAME(add_up_products)};
+const struct scoring NAME(products) = {.queries = NAME(multiply_queries),
+                                       .scores = NAME(add_up_products)};
 const struct summing NAME(weights) = {NULL, NAME(add_up_weights), NAME(finish_sums)};

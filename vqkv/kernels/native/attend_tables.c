@@ -244,6 +244,6 @@ static TARGET void scores(struct work *w, int64_t tokens)
     }
 }
 
-const struct scoring tables = {NULL, queries, scores};
+const struct scoring tables = {.queries = queries, .scores = scores};
 
 #endif

@@ -190,4 +190,6 @@ static TARGET void NAME(scores_turned)(struct work *w, int64_t tokens)
     }
 }
 
-const struct scoring NAME(turned) = {NAME(prepare_turns), NAME(turn_back), NAME(scores_turned)};
+const struct scoring NAME(turned) = {.prepare = NAME(prepare_turns),
+                                     .queries = NAME(turn_back),
+                                     .scores = NAME(scores_turned)};

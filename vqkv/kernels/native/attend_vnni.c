@@ -18,20 +18,21 @@
  * stages. */
 #define MOST_VALUE 2000
 
-static size_t lay_out(const struct attention *a, char *memory, struct whole_pieces *p)
+size_t vnni_lay_out(const struct attention *a, char *memory)
 {
     const size_t dim = a->head_dim, rows = a->rows;
     const int64_t keys = a->keys.groups * a->keys.stages;
     const int64_t values = a->values.groups * a->values.stages;
     const size_t columns = ((keys > values ? keys : values) + 15) / 16 * 16;
     const size_t sizes[] = {
+        sizeof(struct whole_pieces),
         dim * a->keys.stages * sizeof(struct bytes),
         dim * a->values.stages * sizeof(struct bytes),
         dim * sizeof(float),
         dim * sizeof(float),
         columns * TILE,
         dim * PAGE * sizeof(int16_t),
-        sizeof(float),
+        dim * PAGE * sizeof(int16_t),
         rows * ((dim + 31) / 32 * 32) * sizeof(float),
         TILE_PAGES * rows * dim / 2 * sizeof(int32_t),
         TILE_PAGES * rows * sizeof(float),
@@ -46,44 +47,33 @@ static size_t lay_out(const struct attention *a, char *memory, struct whole_piec
         at[i] = memory == NULL ? NULL : memory + used;
         used += (sizes[i] + 63) / 64 * 64;
     }
-    *p = (struct whole_pieces){
-        .keys = {(struct bytes *)at[0], (float *)at[2]},
-        .values = {(struct bytes *)at[1], (float *)at[3]},
-        .codes = (uint8_t *)at[4],
-        .turns = (int16_t *)at[5],
-        .turn_scale = (float *)at[6],
-        .scaled = (float *)at[7],
-        .queries = (int32_t *)at[8],
-        .units = (float *)at[9],
-        .products = (int32_t *)at[10],
-        .weights = (int16_t *)at[11],
-        .weight_units = (float *)at[12],
+    if (memory == NULL)
+        return used;
+    *(struct whole_pieces *)memory = (struct whole_pieces){
+        .keys = {(struct bytes *)at[1], (float *)at[3]},
+        .values = {(struct bytes *)at[2], (float *)at[4]},
+        .codes = (uint8_t *)at[5],
+        .turns = (int16_t *)at[6],
+        .all_turns = (int16_t *)at[7],
+        .scaled = (float *)at[8],
+        .queries = (int32_t *)at[9],
+        .units = (float *)at[10],
+        .products = (int32_t *)at[11],
+        .weights = (int16_t *)at[12],
+        .weight_units = (float *)at[13],
     };
     return used;
-}
-
-size_t vnni_scratch(const struct attention *a)
-{
-    struct whole_pieces p;
-    return lay_out(a, NULL, &p);
-}
-
-struct whole_pieces whole_pieces_of(const struct work *w)
-{
-    struct whole_pieces p;
-    lay_out(w->a, w->whole, &p);
-    return p;
 }
 
 /* Keys that scores are of this way are there already. */
 static void prepare(struct work *w, const struct stream *stream)
 {
     const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
+    const struct whole_pieces *p = w->whole;
     if (stream == &w->values)
-        tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p.values);
+        tabulate_vnni(&a->values, w->head, 0, MOST_VALUE, p->values);
     else if (!turned_vnni_takes(a))
-        tabulate_vnni(&a->keys, w->head, 0, MOST_KEY, p.keys);
+        tabulate_vnni(&a->keys, w->head, 0, MOST_KEY, p->keys);
 }
 
 /* 16 weights of a page in steps. */
@@ -237,12 +227,12 @@ static TARGET void sum_all(const struct work *w, const struct plane *plane, cons
                            float *sums)
 {
     const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
+    const struct whole_pieces *p = w->whole;
     const int64_t stages = plane->stages;
     const int keys = plane == &a->keys;
     for (int64_t row = 0; row < a->rows;) {
 #define SUM(rows, keys, stages, channels) \
-    sum_rows(w, &p, plane, row, keys, stages, channels, rows, shrink, sums)
+    sum_rows(w, p, plane, row, keys, stages, channels, rows, shrink, sums)
 #define VALUES(rows) SUM(rows, 0, 1, 2)
 #define EVEN(rows) SUM(rows, keys, stages, 2)
 #define ANY(rows) SUM(rows, keys, stages, 1)
@@ -263,16 +253,16 @@ static TARGET void add(struct work *w, const struct stream *stream)
 {
     const struct attention *a = w->a;
     const struct plane *plane = stream->plane;
-    const struct whole_pieces p = whole_pieces_of(w);
+    const struct whole_pieces *p = w->whole;
     int coarse = 0;
-    transpose(stream->codes, plane->groups * plane->stages, w->end, p.codes);
+    transpose(stream->codes, plane->groups * plane->stages, w->end, p->codes);
     for (int64_t r = 0; r < a->rows; r++)
-        coarse |= weigh(w, r, &p);
+        coarse |= weigh(w, r, p);
     sum_all(w, plane, w->shrink, stream->sums);
     if (!coarse)
         return;
     for (int64_t r = 0; r < a->rows; r++)
-        weigh_rest(w, r, &p);
+        weigh_rest(w, r, p);
     sum_all(w, plane, NULL, stream->sums);
 }
 

@@ -36,8 +36,9 @@ struct whole_words {
 struct whole_pieces {
     struct whole_words keys, values;
     uint8_t *codes;    /* [M S up to a multiple of 16, TILE] */
-    int16_t *turns;    /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
-    float *turn_scale; /* length of the longest turn */
+    int16_t *all_turns; /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
+    int16_t *turns;    /* those of a head, in its order */
+    float turn_scale;  /* length of the longest turn */
     float *scaled;     /* [R, D up to a multiple of 32]: of a page's queries */
     int32_t *queries;  /* [TILE_PAGES, R, D / 2]: pairs of 16 bits */
     float *units;      /* [TILE_PAGES, R]: of queries */
@@ -45,8 +46,6 @@ struct whole_pieces {
     int16_t *weights;  /* [R, TILE]: as sums need them */
     float *weight_units; /* [R] */
 };
-
-struct whole_pieces whole_pieces_of(const struct work *w);
 
 /* A channel of 64 tokens: of the first 8 of every 16, and of the other 8. */
 struct numbers {

@@ -7,6 +7,7 @@
  */
 
 #include <math.h>
+#include <string.h>
 
 #include "attend_vnni.h"
 
@@ -22,12 +23,10 @@ struct pairs {
 };
 
 /* Turns of the offsets in the order of `numbers`, divided by the longest: RoPE may scale keys, too. */
-static TARGET void prepare(struct work *w)
+static TARGET void round_turns(struct work *w)
 {
     const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
-    tabulate_vnni(&a->keys, w->head, 1, MOST_KEY, p.keys);
-    const int32_t *pairs = a->pairs + w->head * a->head_dim / 2;
+    const struct whole_pieces *p = w->whole;
     float longest = 0.0f, none = 0.0f; /* or NaN */
     for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
         const float *turn = a->offset_turns + i;
@@ -35,15 +34,27 @@ static TARGET void prepare(struct work *w)
         longest = fmaxf(longest, square);
         none += 0.0f * square;
     }
-    *p.turn_scale = sqrtf(longest) + none;
-    const float steps = MOST / *p.turn_scale;
+    w->whole->turn_scale = sqrtf(longest) + none;
+    const float steps = MOST / p->turn_scale;
     for (int64_t o = 0; o < PAGE; o++)
         for (int64_t j = 0; j < a->head_dim / 2; j++) {
-            const float *turn = a->offset_turns + o * a->head_dim + 2 * pairs[j];
-            int16_t *to = p.turns + 2 * j * PAGE + o / 8 % 2 * 32 + o / 16 * 8 + o % 8;
+            const float *turn = a->offset_turns + o * a->head_dim + 2 * j;
+            int16_t *to = p->all_turns + 2 * j * PAGE + o / 8 % 2 * 32 + o / 16 * 8 + o % 8;
             to[0] = (int16_t)_mm_cvtss_si32(_mm_set_ss(turn[0] * steps));
             to[PAGE] = (int16_t)_mm_cvtss_si32(_mm_set_ss(turn[1] * steps));
         }
+}
+
+/* Codewords as whole numbers, and the turns in the order of this head's pairs. */
+static TARGET void prepare(struct work *w)
+{
+    const struct attention *a = w->a;
+    const struct whole_pieces *p = w->whole;
+    const int64_t half = a->head_dim / 2, numbers = 2 * PAGE;
+    const int32_t *pairs = a->pairs + w->head * half;
+    tabulate_vnni(&a->keys, w->head, 1, MOST_KEY, p->keys);
+    for (int64_t j = 0; j < half; j++)
+        memcpy(p->turns + j * numbers, p->all_turns + pairs[j] * numbers, numbers * sizeof(int16_t));
 }
 
 /* x and y of 16 pairs of channels. */
@@ -112,12 +123,12 @@ INLINE TARGET float round_query(const float *scaled, int64_t half, int32_t *to)
 static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
+    const struct whole_pieces *p = w->whole;
     const int64_t half = a->head_dim / 2, pitch = (half + 15) / 16 * 32;
     const int32_t *pairs = a->pairs + w->head * half;
     for (int64_t j = 0; j < half; j += 16) {
         const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
-        const struct sixteen scale = apart_at(p.keys.scales + 2 * j, half - j);
+        const struct sixteen scale = apart_at(p->keys.scales + 2 * j, half - j);
         const struct sixteen turn = turns_of(turns, pairs + j, some);
         for (int64_t r = 0; r < a->rows; r++) {
             const float *given = w->given + r * 2 * half;
@@ -125,15 +136,15 @@ static TARGET void queries(struct work *w, int64_t page, const float *turns)
             const __m512 y = _mm512_maskz_loadu_ps(some, given + half + j);
             const __m512 back_x = _mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x));
             const __m512 back_y = _mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x));
-            float *to = p.scaled + r * pitch + 2 * j;
+            float *to = p->scaled + r * pitch + 2 * j;
             _mm512_storeu_ps(to, _mm512_mul_ps(back_x, scale.x));
             _mm512_storeu_ps(to + 16, _mm512_mul_ps(back_y, scale.y));
         }
     }
     for (int64_t r = 0; r < a->rows; r++)
-        p.units[page * a->rows + r] =
-            *p.turn_scale * round_query(p.scaled + r * pitch, half,
-                                  p.queries + (page * a->rows + r) * half);
+        p->units[page * a->rows + r] =
+            p->turn_scale * round_query(p->scaled + r * pitch, half,
+                                  p->queries + (page * a->rows + r) * half);
 }
 
 /* A channel's numbers of all stages. */
@@ -199,13 +210,15 @@ INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces
     const int32_t *queries = p->queries + page * w->a->rows * all;
     struct products sums;
     load_products(&sums, p->products + page * PAGE, pair > 0, rows);
-    for (int64_t j = pair; j < pair + count; j++, to++) {
-        const struct bytes *tables = p->keys.tables + 2 * j * stages;
-        const uint8_t *codes = p->codes + 2 * j / dim * stages * TILE + page * PAGE;
+    const struct bytes *tables = p->keys.tables + 2 * pair * stages;
+    const uint8_t *codes = p->codes + 2 * pair / dim * stages * TILE + page * PAGE;
+    const int16_t *turns = p->turns + 2 * pair * PAGE;
+    int64_t left = dim / 2 - pair % (dim / 2);
+    for (int64_t j = pair; j < pair + count; j++, to++, tables += 2 * stages, turns += 2 * PAGE) {
         struct numbers x = channel_of(tables, codes, stages);
         struct numbers y = channel_of(tables + stages, codes, stages);
-        turn(&x.first, &y.first, p->turns + 2 * j * PAGE);
-        turn(&x.second, &y.second, p->turns + 2 * j * PAGE + 32);
+        turn(&x.first, &y.first, turns);
+        turn(&x.second, &y.second, turns + 32);
         const struct pairs own = {
             {_mm512_unpacklo_epi16(x.first, y.first), _mm512_unpackhi_epi16(x.first, y.first),
              _mm512_unpacklo_epi16(x.second, y.second),
@@ -213,6 +226,10 @@ INLINE TARGET void look_up_pairs(const struct work *w, const struct whole_pieces
         add_products(&sums, &own, queries + j, all, rows);
         if (w->a->rows > rows)
             *to = own;
+        if (--left == 0) {
+            left = dim / 2;
+            codes += stages * TILE;
+        }
     }
     store_products(&sums, p->products + page * PAGE, rows);
 }
@@ -249,18 +266,18 @@ static TARGET void write_scores(const int32_t *products, float unit, float *scor
 static TARGET void scores(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
-    const struct whole_pieces p = whole_pieces_of(w);
+    const struct whole_pieces *p = w->whole;
     const int64_t stages = a->keys.stages, all = a->head_dim / 2;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
     const int64_t lines = lines_ahead(a, (all + CHUNK - 1) / CHUNK * TILE_PAGES);
-    transpose(w->keys.codes, a->keys.groups * stages, tokens, p.codes);
+    transpose(w->keys.codes, a->keys.groups * stages, tokens, p->codes);
     struct pairs pairs[CHUNK];
     for (int64_t pair = 0; pair < all; pair += CHUNK)
         for (int64_t page = 0; page < pages; page++) {
             const int64_t count = all - pair < CHUNK ? all - pair : CHUNK;
             fetch_ahead(w, lines);
             int64_t row = 0;
-#define LOOK_UP(stages, rows) look_up_pairs(w, &p, page, pair, count, stages, rows, pairs)
+#define LOOK_UP(stages, rows) look_up_pairs(w, p, page, pair, count, stages, rows, pairs)
 #define SINGLE(rows) LOOK_UP(1, rows)
 #define ANY(rows) LOOK_UP(stages, rows)
             if (stages == 1)
@@ -273,16 +290,16 @@ static TARGET void scores(struct work *w, int64_t tokens)
             while (row < a->rows) {
                 const int64_t query = page * a->rows + row;
 #define MULTIPLY(rows) \
-    multiply(pairs, count, p.queries + query * all + pair, all, \
-             p.products + row * TILE + page * PAGE, pair > 0, rows)
+    multiply(pairs, count, p->queries + query * all + pair, all, \
+             p->products + row * TILE + page * PAGE, pair > 0, rows)
                 FOR_UP_TO_4_ROWS(a->rows - row, MULTIPLY)
 #undef MULTIPLY
             }
         }
     for (int64_t r = 0; r < a->rows; r++)
         for (int64_t page = 0; page < pages; page++)
-            write_scores(p.products + r * TILE + page * PAGE,
-                         p.units[page * a->rows + r],
+            write_scores(p->products + r * TILE + page * PAGE,
+                         p->units[page * a->rows + r],
                          w->scores + r * TILE + page * PAGE);
 }
 
@@ -292,6 +309,6 @@ int turned_vnni_takes(const struct attention *a)
     return a->page_turns != NULL && a->keys.dim % 2 == 0 && a->keys.stages <= MOST_STAGES;
 }
 
-const struct scoring turned_vnni = {prepare, queries, scores};
+const struct scoring turned_vnni = {round_turns, prepare, queries, scores};
 
 #endif
