@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
 )
 
-#: Relative RMS of outputs, and absolute error of log-sum-exp: fp32, and bfloat16 operands.
+#: Relative RMS of outputs, and absolute error of log-sum-exp: fp32, bfloat16, 16 bits.
 TOLERANCE: dict[native.Level, tuple[float, float]] = {
     "baseline": (1e-5, 1e-4),
     "avx2": (1e-5, 1e-4),
@@ -26,6 +26,13 @@ TOLERANCE: dict[native.Level, tuple[float, float]] = {
     "avx512_bf16": (2e-2, 5e-2),
     "avx512_vbmi": (2e-2, 5e-2),
     "avx512_vnni": (2e-2, 5e-2),
+}
+#: The same, where keys are turned as whole numbers of 16 bits.
+TURNED: dict[native.Level, tuple[float, float]] = {
+    **TOLERANCE,
+    "avx2": (1e-3, 5e-3),
+    "avx512": (1e-3, 5e-3),
+    "avx512_vnni": (3e-3, 1e-2),
 }
 
 CASES = [
@@ -89,8 +96,8 @@ def run(kernel: str, case: Case, query: torch.Tensor, coded: Coded) -> Partial:
     return found
 
 
-def assert_same(found: Partial, expected: Partial, level: native.Level) -> None:
-    relative, absolute = TOLERANCE[level]
+def assert_same(found: Partial, expected: Partial, level: native.Level, case: Case) -> None:
+    relative, absolute = (TURNED if case.rope else TOLERANCE)[level]
     for mine, truth in ((found.output, expected.output), (found.key_mean, expected.key_mean)):
         if truth is None:
             assert mine is None
@@ -108,7 +115,7 @@ def assert_same(found: Partial, expected: Partial, level: native.Level) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_equals_the_naive_kernel(level: native.Level, case: Case, poisoned: None) -> None:
     query, coded = problem(case)
-    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[11]], ids=str)
@@ -124,7 +131,7 @@ def test_threads_share_the_tokens_of_few_heads(
         found = run("cpu", case, query, coded)
     finally:
         torch.set_num_threads(threads)
-    assert_same(found, expected, level)
+    assert_same(found, expected, level, case)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -144,7 +151,7 @@ def test_strides_are_free(level: native.Level, paged: bool) -> None:
     assert coded.turns is not None
     page = coded.turns.page.expand(2, -1, -1, -1).transpose(0, 1).contiguous().transpose(0, 1)
     coded = coded._replace(turns=coded.turns._replace(page=page))
-    assert_same(run("cpu", case, query, coded), expected, level)
+    assert_same(run("cpu", case, query, coded), expected, level, case)
 
 
 def test_rows_may_share_the_turns_of_pages(level: native.Level) -> None:
@@ -152,11 +159,54 @@ def test_rows_may_share_the_turns_of_pages(level: native.Level) -> None:
     query, coded = problem(case)
     assert coded.turns is not None
     coded = coded._replace(turns=coded.turns._replace(page=coded.turns.page[:1]))
-    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
 
 
-def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level) -> None:
-    case = Case(lengths=(1200,), rope=False)
+def aligned(case: Case, query: torch.Tensor, coded: Coded) -> Coded:
+    """All keys are the query, before a RoPE that turns nothing."""
+    assert coded.turns is not None
+    groups = query[0, :, 0].view(case.heads, -1, 1, 1, case.dim)
+    words = groups.expand(-1, -1, case.stages, case.size, -1).clone()
+    words[:, :, 1:] = 0
+    turns = coded.turns
+    page, offset = torch.zeros_like(turns.page), torch.zeros_like(turns.offset)
+    page[..., 0], offset[..., 0] = 1, 1
+    turned = turns._replace(page=page, offset=offset)
+    return coded._replace(keys=coded.keys._replace(codewords=words), turns=turned)
+
+
+@pytest.mark.parametrize("dim", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["normal", "equal", "one pair", "odd pairs"])
+def test_the_largest_products_do_not_overflow(level: native.Level, dim: int, kind: str) -> None:
+    case = Case(heads=1, group=1, head_dim=256, dim=dim, lengths=(70,))
+    query, coded = problem(case)
+    if kind != "normal":
+        query = torch.zeros_like(query)
+        query[
+            ...,
+            {"equal": slice(None), "one pair": slice(6, 8), "odd pairs": slice(2, None, 4)}[kind],
+        ] = 1
+    coded = aligned(case, query, coded)
+    found, expected = run("cpu", case, query, coded), run("naive", case, query, coded)
+    relative, absolute = TURNED[level]
+    torch.testing.assert_close(found.lse, expected.lse, rtol=relative, atol=absolute)
+    torch.testing.assert_close(found.output, expected.output, rtol=relative, atol=absolute)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.4, 30])
+def test_a_model_may_scale_its_turns(level: native.Level, scale: float) -> None:
+    case = Case(lengths=(130, 70))
+    query, coded = problem(case)
+    assert coded.turns is not None
+    turns = coded.turns._replace(offset=scale * coded.turns.offset)
+    coded = coded._replace(turns=turns)
+    query = query / scale
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_scores_far_apart_neither_overflow_nor_vanish(level: native.Level, rope: bool) -> None:
+    case = Case(lengths=(1200,), rope=rope)
     query, coded = problem(case)
     query = 300 * query  # scores of some hundreds: one token takes it all
     found = run("cpu", case, query, coded)
@@ -217,7 +267,7 @@ def test_a_token_of_no_value_does_not_hide_the_others(level: native.Level, lead:
     for plane in (coded.keys, coded.values):
         plane.codes[plane.codes == 9] = 8
         plane.codes[:, :, 77] = 9
-    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level)
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
 
 
 def has_tables() -> bool:
@@ -280,7 +330,7 @@ def test_what_lies_before_the_start_is_not_looked_at(level: native.Level) -> Non
     coded.keys.codes[second, :, :6] = 255
     coded.values.codes[second, :, :6] = 255
     coded.pages[0, 0] = -1
-    assert_same(run("cpu", case, query, coded), expected, level)
+    assert_same(run("cpu", case, query, coded), expected, level, case)
 
 
 @pytest.mark.parametrize("block", [-1, 2])
@@ -323,7 +373,7 @@ def test_queries_come_in_the_order_that_is_named(level: native.Level, rope: bool
     by_head = order.repeat_interleave(case.group, 0)[None, :, None].expand_as(query)
     mixed.scatter_(3, by_head, query)
     found = run("cpu", case, mixed, coded._replace(order=order))
-    assert_same(found, run("cpu", case, query, coded), level)
+    assert_same(found, run("cpu", case, query, coded), level, case)
 
 
 def test_a_reader_takes_one_query_after_another(level: native.Level) -> None:
@@ -331,7 +381,7 @@ def test_a_reader_takes_one_query_after_another(level: native.Level) -> None:
     query, coded = problem(case)
     read = Reader(coded, case.layout)
     for each in (query, -query, query.repeat(1, 1, 3, 1), query.half()):
-        assert_same(read(each), run("naive", case, each, coded), level)
+        assert_same(read(each), run("naive", case, each, coded), level, case)
     with pytest.raises(KernelError, match=r"codes are \[1, 2, T, 16\]"):
         read(query[:1])
 

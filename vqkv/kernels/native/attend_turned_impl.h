@@ -80,9 +80,9 @@ static TARGET void NAME(turn)(struct work *w, int64_t first, int64_t n)
     }
 }
 
-/* As `look_up` and `turn`, of groups of whole fours: W tokens' codewords are transposed in registers.
+/* As `look_up` and `turn`, of groups of whole quads: codewords of four tokens are transposed in registers.
  * Constant where this is inlined, but for rare shapes: `dim` and `stages`. */
-INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t groups,
+INLINE TARGET void NAME(look_up_quads)(const struct work *w, int64_t m, int64_t groups,
                                        const uint8_t *page_codes, int64_t dim, int64_t stages)
 {
     const struct plane *keys = &w->a->keys;
@@ -93,27 +93,27 @@ INLINE TARGET void NAME(look_up_fours)(const struct work *w, int64_t m, int64_t 
     for (int64_t i = 0; i < channels; i += 4, turns += 3 * PAGE, to += 3 * PAGE) {
         const int64_t first = i / dim * stages;
         const uint8_t *codes = page_codes + m * stages + first;
-        for (int64_t t = 0; t < PAGE; t += W, codes += W * columns, turns += W, to += W) {
+        for (int64_t t = 0; t < PAGE; t += 4, codes += 4 * columns, turns += 4, to += 4) {
             const float *word = words + first * size * dim + i % dim;
             const uint8_t *code = codes;
-#define WORD(t) (word + code[(t) * columns] * dim)
-            V x[4] = {V_FOURS(WORD, 0), V_FOURS(WORD, 1), V_FOURS(WORD, 2), V_FOURS(WORD, 3)};
+#define WORD(t) load_quad(word + code[(t) * columns] * dim)
+            quad x[4] = {WORD(0), WORD(1), WORD(2), WORD(3)};
             for (int64_t s = 1; s < stages; s++) {
                 word += size * dim;
                 code++;
-                x[0] = V_ADD(x[0], V_FOURS(WORD, 0));
-                x[1] = V_ADD(x[1], V_FOURS(WORD, 1));
-                x[2] = V_ADD(x[2], V_FOURS(WORD, 2));
-                x[3] = V_ADD(x[3], V_FOURS(WORD, 3));
+                x[0] += WORD(0);
+                x[1] += WORD(1);
+                x[2] += WORD(2);
+                x[3] += WORD(3);
             }
 #undef WORD
-            V_TRANSPOSE(x);
+            transpose_quads(x);
             for (int j = 0; j < 2; j++) {
-                const V cosine = V_LOAD(turns + 2 * j * PAGE);
-                const V sine = V_LOAD(turns + (2 * j + 1) * PAGE);
-                const V even = x[2 * j], odd = x[2 * j + 1];
-                V_STORE(to + 2 * j * PAGE, V_FNMA(odd, sine, V_MUL(even, cosine)));
-                V_STORE(to + (2 * j + 1) * PAGE, V_FMA(even, sine, V_MUL(odd, cosine)));
+                const quad cosine = load_quad(turns + 2 * j * PAGE);
+                const quad sine = load_quad(turns + (2 * j + 1) * PAGE);
+                const quad even = x[2 * j], odd = x[2 * j + 1];
+                store_quad(to + 2 * j * PAGE, even * cosine - odd * sine);
+                store_quad(to + (2 * j + 1) * PAGE, odd * cosine + even * sine);
             }
         }
     }
@@ -158,11 +158,11 @@ static TARGET void NAME(decode_turned)(struct work *w, int64_t m, int64_t groups
     const struct plane *keys = &w->a->keys;
     const int64_t dim = keys->dim;
     if (dim == 4 && keys->stages == 1) {
-        NAME(look_up_fours)(w, m, groups, codes, 4, 1);
+        NAME(look_up_quads)(w, m, groups, codes, 4, 1);
         return;
     }
     if (dim % 4 == 0) {
-        NAME(look_up_fours)(w, m, groups, codes, dim, keys->stages);
+        NAME(look_up_quads)(w, m, groups, codes, dim, keys->stages);
         return;
     }
     if (dim == 2)

@@ -6,8 +6,6 @@
  *   V_MIN(a, b) = a < b ? a : b
  *   V_EQUAL(a, b), V_AT_MOST(a, b): bits of the lanes where a == b, a <= b
  *   V_KEEP_LESS(best, at, score, k): where score < best, take score and k
- *   V_FOURS(at, i): the four floats at each of at(i), at(i + 4), .. side by side, so many that they fill V
- *   V_TRANSPOSE(x): of x[4], each four by four floats that lie side by side
  */
 
 #include "quads.h"
@@ -34,8 +32,6 @@
         (best) = (quad)chosen(less_, (quad_of_int)(score), (quad_of_int)(best)); \
         (at) = chosen(less_, k, at); \
     } while (0)
-#define V_FOURS(at, i) load_quad(at(i))
-#define V_TRANSPOSE(x) transpose_quads(x)
 #define I_SET1(a) ((quad_of_int){a, a, a, a})
 #define I_STORE(p, a) memcpy(p, &(a), sizeof(quad_of_int))
 
@@ -61,18 +57,6 @@
         (best) = _mm256_blendv_ps(best, score, less_); \
         (at) = _mm256_blendv_epi8(at, k, _mm256_castps_si256(less_)); \
     } while (0)
-#define V_FOURS(at, i) \
-    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at(i))), _mm_loadu_ps(at((i) + 4)), 1)
-#define V_TRANSPOSE(x) \
-    do { \
-        const __m256 low_ = _mm256_unpacklo_ps(x[0], x[1]), high_ = _mm256_unpackhi_ps(x[0], x[1]); \
-        const __m256 lower_ = _mm256_unpacklo_ps(x[2], x[3]); \
-        const __m256 higher_ = _mm256_unpackhi_ps(x[2], x[3]); \
-        x[0] = _mm256_shuffle_ps(low_, lower_, 0x44); \
-        x[1] = _mm256_shuffle_ps(low_, lower_, 0xee); \
-        x[2] = _mm256_shuffle_ps(high_, higher_, 0x44); \
-        x[3] = _mm256_shuffle_ps(high_, higher_, 0xee); \
-    } while (0)
 #define I_SET1(a) _mm256_set1_epi32(a)
 #define I_STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 
@@ -97,20 +81,6 @@
         const __mmask16 less_ = _mm512_cmp_ps_mask(score, best, _CMP_LT_OQ); \
         (best) = _mm512_mask_mov_ps(best, less_, score); \
         (at) = _mm512_mask_mov_epi32(at, less_, k); \
-    } while (0)
-#define V_FOURS(at, i) \
-    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps( \
-        at(i))), _mm_loadu_ps(at((i) + 4)), 1), _mm_loadu_ps(at((i) + 8)), 2), \
-        _mm_loadu_ps(at((i) + 12)), 3)
-#define V_TRANSPOSE(x) \
-    do { \
-        const __m512 low_ = _mm512_unpacklo_ps(x[0], x[1]), high_ = _mm512_unpackhi_ps(x[0], x[1]); \
-        const __m512 lower_ = _mm512_unpacklo_ps(x[2], x[3]); \
-        const __m512 higher_ = _mm512_unpackhi_ps(x[2], x[3]); \
-        x[0] = _mm512_shuffle_ps(low_, lower_, 0x44); \
-        x[1] = _mm512_shuffle_ps(low_, lower_, 0xee); \
-        x[2] = _mm512_shuffle_ps(high_, higher_, 0x44); \
-        x[3] = _mm512_shuffle_ps(high_, higher_, 0xee); \
     } while (0)
 #define I_SET1(a) _mm512_set1_epi32(a)
 #define I_STORE(p, a) _mm512_storeu_si512(p, a)

@@ -17,7 +17,5 @@
 #undef V_EQUAL
 #undef V_AT_MOST
 #undef V_KEEP_LESS
-#undef V_FOURS
-#undef V_TRANSPOSE
 #undef I_SET1
 #undef I_STORE
