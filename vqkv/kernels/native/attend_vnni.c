@@ -35,7 +35,7 @@ size_t vnni_lay_out(const struct attention *a, char *memory)
         dim * PAGE * sizeof(int16_t),
         rows * ((dim + 31) / 32 * 32) * sizeof(float),
         TILE_PAGES * rows * dim / 2 * sizeof(int32_t),
-        TILE_PAGES * rows * sizeof(float),
+        rows * sizeof(float),
         rows * TILE * sizeof(int32_t),
         rows * TILE * sizeof(int16_t),
         rows * sizeof(float),

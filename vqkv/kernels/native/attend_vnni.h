@@ -39,9 +39,9 @@ struct whole_pieces {
     int16_t *all_turns; /* [D / 2, 2, PAGE]: cosines and sines, as scores need them */
     int16_t *turns;    /* those of a head, in its order */
     float turn_scale;  /* length of the longest turn */
-    float *scaled;     /* [R, D up to a multiple of 32]: of a page's queries */
+    float *scaled;     /* [R, P / 16, 2, 16]: queries in steps; P is D / 2 up to a multiple of 16 */
     int32_t *queries;  /* [TILE_PAGES, R, D / 2]: pairs of 16 bits */
-    float *units;      /* [TILE_PAGES, R]: of queries */
+    float *units;      /* [R]: of products of queries and keys */
     int32_t *products; /* [R, TILE]: scores as whole numbers */
     int16_t *weights;  /* [R, TILE]: as sums need them */
     float *weight_units; /* [R] */

@@ -92,59 +92,65 @@ INLINE TARGET struct sixteen turns_of(const float *turns, const int32_t *pairs, 
 #undef EIGHT
 }
 
-/* Whole numbers of a row's query, pair by pair, of a scaled one [half / 16, 2, 16]. Returns their unit. */
-INLINE TARGET float round_query(const float *scaled, int64_t half, int32_t *to)
+/* Pairs from pair j on that are there, of 16. */
+INLINE __mmask16 some_of(int64_t half, int64_t j)
 {
-    const int64_t all = (half + 15) / 16 * 32;
-    __m512 most = _mm512_setzero_ps(), sum = most;
-    for (int64_t i = 0; i < all; i += 16) {
-        const __m512 number = _mm512_abs_ps(_mm512_loadu_ps(scaled + i));
-        most = _mm512_max_ps(most, number);
-        sum = _mm512_add_ps(sum, number);
-    }
-    /* Below 2^31 is then the sum of what keys of `MOST` would give, with half a step more for each
-     * channel. */
-    const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
-    const float steps = size > 0.0f ? fminf(MOST / size, (2 * MOST - 2 * half) / total) : 0.0f;
-    for (int64_t j = 0; j < half; j += 16) {
-        const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
-#define WHOLE(at) \
-    _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(scaled + (at)), _mm512_set1_ps(steps)))
-        const __m512i x = WHOLE(2 * j), y = WHOLE(2 * j + 16);
-#undef WHOLE
-        _mm512_mask_storeu_epi32(
-            to + j, some, _mm512_mask_blend_epi16(0xaaaaaaaau, x, _mm512_slli_epi32(y, 16)));
-    }
-    /* Of a query that is not finite, NaN. */
-    return (size > 0.0f ? 1.0f / steps : 0.0f) + 0.0f * total;
+    return half - j >= 16 ? 0xffff : (__mmask16)((1u << (half - j)) - 1);
 }
 
-/* Queries of a page, turned back by its first position, times scales of keys' channels, as whole numbers. */
+/* A row's query times scales of keys' channels, in steps so large that whole numbers of them and their sums
+ * of products with keys fit into 16 and 32 bits however a page turns them. */
+static TARGET void scale_query(const struct work *w, int64_t row, const struct whole_pieces *p)
+{
+    const int64_t half = w->a->head_dim / 2, pitch = (half + 15) / 16 * 32;
+    const float *given = w->given + row * 2 * half;
+    float *scaled = p->scaled + row * pitch;
+    __m512 most = _mm512_setzero_ps(), sum = most; /* of lengths */
+    for (int64_t j = 0; j < half; j += 16) {
+        const __mmask16 some = some_of(half, j);
+        const __m512 scale = apart_at(p->keys.scales + 2 * j, half - j).x;
+        const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, given + j), scale);
+        const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, given + half + j), scale);
+        const __m512 length = _mm512_sqrt_ps(_mm512_fmadd_ps(x, x, _mm512_mul_ps(y, y)));
+        most = _mm512_max_ps(length, most);
+        sum = _mm512_add_ps(length, sum);
+        _mm512_storeu_ps(scaled + 2 * j, x);
+        _mm512_storeu_ps(scaled + 2 * j + 16, y);
+    }
+    /* A key's x and y are at most `MOST` in length, and rounding leaves a query's less than 1 longer. */
+    const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
+    const float by_size = MOST / size, by_sum = (float)(2 * MOST - half) / total;
+    const float steps = size > 0.0f ? (by_size < by_sum ? by_size : by_sum) : 0.0f;
+    for (int64_t j = 0; j < pitch; j++)
+        scaled[j] *= steps;
+    /* Of a query that is not finite, NaN. */
+    p->units[row] = p->turn_scale * (size > 0.0f ? 1.0f / steps : 0.0f) + 0.0f * total;
+}
+
+/* Queries of a page, turned back by its first position, as whole numbers. */
 static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
     const struct whole_pieces *p = w->whole;
     const int64_t half = a->head_dim / 2, pitch = (half + 15) / 16 * 32;
     const int32_t *pairs = a->pairs + w->head * half;
+    for (int64_t r = 0; page == 0 && r < a->rows; r++)
+        scale_query(w, r, p);
     for (int64_t j = 0; j < half; j += 16) {
-        const __mmask16 some = half - j >= 16 ? 0xffff : (1u << (half - j)) - 1;
-        const struct sixteen scale = apart_at(p->keys.scales + 2 * j, half - j);
+        const __mmask16 some = some_of(half, j);
         const struct sixteen turn = turns_of(turns, pairs + j, some);
         for (int64_t r = 0; r < a->rows; r++) {
-            const float *given = w->given + r * 2 * half;
-            const __m512 x = _mm512_maskz_loadu_ps(some, given + j);
-            const __m512 y = _mm512_maskz_loadu_ps(some, given + half + j);
-            const __m512 back_x = _mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x));
-            const __m512 back_y = _mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x));
-            float *to = p->scaled + r * pitch + 2 * j;
-            _mm512_storeu_ps(to, _mm512_mul_ps(back_x, scale.x));
-            _mm512_storeu_ps(to + 16, _mm512_mul_ps(back_y, scale.y));
+            const float *scaled = p->scaled + r * pitch + 2 * j;
+            const __m512 x = _mm512_loadu_ps(scaled), y = _mm512_loadu_ps(scaled + 16);
+            const __m512i back_x =
+                _mm512_cvtps_epi32(_mm512_fmadd_ps(y, turn.y, _mm512_mul_ps(x, turn.x)));
+            const __m512i back_y =
+                _mm512_cvtps_epi32(_mm512_fnmadd_ps(x, turn.y, _mm512_mul_ps(y, turn.x)));
+            _mm512_mask_storeu_epi32(
+                p->queries + (page * a->rows + r) * half + j, some,
+                _mm512_mask_blend_epi16(0xaaaaaaaau, back_x, _mm512_slli_epi32(back_y, 16)));
         }
     }
-    for (int64_t r = 0; r < a->rows; r++)
-        p->units[page * a->rows + r] =
-            p->turn_scale * round_query(p->scaled + r * pitch, half,
-                                  p->queries + (page * a->rows + r) * half);
 }
 
 /* A channel's numbers of all stages. */
@@ -298,8 +304,7 @@ static TARGET void scores(struct work *w, int64_t tokens)
         }
     for (int64_t r = 0; r < a->rows; r++)
         for (int64_t page = 0; page < pages; page++)
-            write_scores(p->products + r * TILE + page * PAGE,
-                         p->units[page * a->rows + r],
+            write_scores(p->products + r * TILE + page * PAGE, p->units[r],
                          w->scores + r * TILE + page * PAGE);
 }
 
