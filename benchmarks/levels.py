@@ -33,7 +33,7 @@ from vqkv.kernels.native.attend import attend_codes
 from vqkv.provenance import write
 
 ROUNDS = 31
-LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_vnni")
+LEVELS: tuple[native.Level, ...] = ("avx2", "avx512", "avx512_vbmi", "avx512_vnni")
 #: By which torch and the libraries that multiply for it are told to do without what a CPU has.
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 

@@ -18,21 +18,19 @@ pytestmark = pytest.mark.skipif(
     not native.available(), reason="the package was built without a C compiler"
 )
 
-#: Relative RMS of outputs, and absolute error of log-sum-exp: fp32, bfloat16, 16 bits.
+#: Relative RMS of outputs, and absolute error of log-sum-exp: fp32, and 16 bits.
 TOLERANCE: dict[native.Level, tuple[float, float]] = {
     "baseline": (1e-5, 1e-4),
     "avx2": (1e-5, 1e-4),
     "avx512": (1e-5, 1e-4),
-    "avx512_bf16": (2e-2, 5e-2),
-    "avx512_vbmi": (2e-2, 5e-2),
-    "avx512_vnni": (2e-2, 5e-2),
+    "avx512_vbmi": (3e-3, 1e-2),
+    "avx512_vnni": (3e-3, 1e-2),
 }
 #: The same, where keys are turned as whole numbers of 16 bits.
 TURNED: dict[native.Level, tuple[float, float]] = {
     **TOLERANCE,
     "avx2": (1e-3, 5e-3),
     "avx512": (1e-3, 5e-3),
-    "avx512_vnni": (3e-3, 1e-2),
 }
 
 CASES = [
@@ -296,7 +294,7 @@ def test_tables_are_used_where_they_pay(tokens: int, tables: bool) -> None:
     query, coded = problem(case)
     with native.forced_level("avx512_vbmi"):
         found = run("cpu", case, query, coded)
-    with native.forced_level("avx512_bf16"):
+    with native.forced_level("avx512"):
         decoded = run("cpu", case, query, coded)
     assert torch.equal(found.lse, decoded.lse) is not tables
 

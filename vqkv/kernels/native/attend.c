@@ -18,8 +18,6 @@ static const struct scoring *scoring_of(int level, const struct attention *a)
         return &tables;
     if (level >= AVX512_VNNI && turned_vnni_takes(a))
         return &turned_vnni;
-    if (level >= AVX512_BF16 && turned_bf16_takes(a))
-        return &turned_bf16;
     if (level >= AVX2 && turned_madd_takes(a))
         return &turned_madd;
 #endif
@@ -77,7 +75,7 @@ static size_t lay_out(struct work *w, char *memory)
     w->side_by_side = take(&memory, &used, 2 * (dim > TILE ? dim : TILE) * sizeof(quad));
 #ifdef HAVE_X86
     /* Keys are turned or not. */
-    w->own = take(&memory, &used, bf16_scratch(a) + tables_scratch(a) + madd_scratch(a));
+    w->own = take(&memory, &used, madd_scratch(a) + tables_scratch(a));
     w->whole = take(&memory, &used, vnni_lay_out(a, NULL));
     if (w->whole != NULL)
         vnni_lay_out(a, (char *)w->whole);

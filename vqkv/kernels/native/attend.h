@@ -84,7 +84,7 @@ struct work {
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
     quad *products;               /* of queries with codewords of keys, where these are not turned */
     quad *side_by_side;           /* [TILE or D, 4 or 8]: numbers of all rows side by side */
-    char *own;                    /* what attend_tables.c, attend_bf16.c or attend_madd.c keeps */
+    char *own;                    /* what attend_tables.c or attend_madd.c keeps */
     struct whole_pieces *whole;   /* what attend_vnni*.c keep */
 };
 
@@ -113,11 +113,10 @@ void softmax_baseline(struct work *w);
 void softmax_avx2(struct work *w);
 void softmax_avx512(struct work *w);
 
-/* With tables in registers, with bfloat16 and with whole numbers; whether they take what a call has. */
-extern const struct scoring tables, turned_madd, turned_bf16, turned_vnni;
+/* With tables in registers, and with whole numbers; whether they take what a call has. */
+extern const struct scoring tables, turned_madd, turned_vnni;
 int tables_take(const struct attention *a);
 int turned_madd_takes(const struct attention *a);
-int turned_bf16_takes(const struct attention *a);
 int turned_vnni_takes(const struct attention *a);
 
 /* With whole numbers, and whether it takes these shapes and is the faster way. */
@@ -169,11 +168,10 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
 /* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
 void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);
 
-/* Bytes that attend_tables.c, attend_bf16.c and attend_vnni*.c keep for themselves; the last are laid out
+/* Bytes that attend_tables.c, attend_madd.c and attend_vnni*.c keep for themselves; the last are laid out
  * where there is `memory`. */
 size_t tables_scratch(const struct attention *a);
 size_t madd_scratch(const struct attention *a);
-size_t bf16_scratch(const struct attention *a);
 size_t vnni_lay_out(const struct attention *a, char *memory);
 
 #pragma GCC visibility pop

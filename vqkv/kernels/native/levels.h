@@ -11,16 +11,15 @@
 #include <immintrin.h>
 #endif
 
-/* The baseline is what all CPUs of an architecture have, with vectors of four floats: SSE2, NEON. BF16 is
- * AVX-512 with products of bfloat16 pairs (F, BW, VL, BF16), VBMI that and look-ups of bytes in
- * registers. VNNI is all that and products of pairs of 16 bits, where these are the faster way. */
+/* The baseline is what all CPUs of an architecture have, with vectors of four floats: SSE2, NEON. VBMI is
+ * AVX-512 with look-ups of bytes in registers (F, BW, VL, VBMI), VNNI that and sums of products of pairs
+ * of 16 bits, where these are the faster way. */
 enum level {
     BASELINE = 0,
     AVX2 = 1,
     AVX512 = 2,
-    AVX512_BF16 = 3,
-    AVX512_VBMI = 4,
-    AVX512_VNNI = 5
+    AVX512_VBMI = 3,
+    AVX512_VNNI = 4
 };
 
 /* Of a function that each_level.h made, the one for a level. */

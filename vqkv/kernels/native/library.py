@@ -18,10 +18,9 @@ import torch
 
 from vqkv.errors import KernelError
 
-#: `avx512_bf16` is AVX-512 with products of bfloat16 pairs, `avx512_vbmi` that and look-ups of
-#: bytes in registers, `avx512_vnni` all that and products of pairs of 16 bits, where these are the
-#: faster way, as on Intel's CPUs.
-Level = Literal["baseline", "avx2", "avx512", "avx512_bf16", "avx512_vbmi", "avx512_vnni"]
+#: `avx512_vbmi` is AVX-512 with look-ups of bytes in registers, `avx512_vnni` that and sums of
+#: products of pairs of 16 bits, where these are the faster way, as on Intel's CPUs.
+Level = Literal["baseline", "avx2", "avx512", "avx512_vbmi", "avx512_vnni"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 #: Floats of the longest vectors.
