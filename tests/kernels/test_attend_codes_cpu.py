@@ -24,13 +24,13 @@ TOLERANCE: dict[native.Level, tuple[float, float]] = {
     "avx2": (1e-5, 1e-4),
     "avx512": (1e-5, 1e-4),
     "avx512_vbmi": (3e-3, 1e-2),
-    "avx512_vnni": (3e-3, 1e-2),
+    "avx512_vnni": (6e-3, 1e-2),
 }
 #: The same, where keys are turned as whole numbers of 16 bits.
 TURNED: dict[native.Level, tuple[float, float]] = {
-    **TOLERANCE,
-    "avx2": (1e-3, 5e-3),
-    "avx512": (1e-3, 5e-3),
+    **dict.fromkeys(TOLERANCE, (1e-3, 5e-3)),
+    "baseline": TOLERANCE["baseline"],
+    "avx512_vnni": TOLERANCE["avx512_vnni"],
 }
 
 CASES = [
@@ -61,6 +61,8 @@ CASES = [
     # All tokens alike: weights and values are as large as they can be.
     Case(rope=False, lengths=(1100,), size=1, key_sums=True),
     Case(dim=8, stages=3, lengths=(600,), size=1, key_sums=True),
+    # More channels than whole numbers take.
+    Case(head_dim=640, group=2, heads=1, lengths=(130,)),
     # Long enough for tables of scores.
     Case(rope=False, lengths=(1300, 1284, 7), sinks=4, paged=True, key_sums=True),
     Case(head_dim=128, dim=8, stages=2, rope=False, group=4, heads=1, lengths=(1600,)),
@@ -95,7 +97,8 @@ def run(kernel: str, case: Case, query: torch.Tensor, coded: Coded) -> Partial:
 
 
 def assert_same(found: Partial, expected: Partial, level: native.Level, case: Case) -> None:
-    relative, absolute = (TURNED if case.rope else TOLERANCE)[level]
+    turned = case.rope and case.dim % 4 == 0 and case.stages <= 16
+    relative, absolute = (TURNED if turned else TOLERANCE)[level]
     for mine, truth in ((found.output, expected.output), (found.key_mean, expected.key_mean)):
         if truth is None:
             assert mine is None
@@ -191,6 +194,27 @@ def test_the_largest_products_do_not_overflow(level: native.Level, dim: int, kin
     torch.testing.assert_close(found.output, expected.output, rtol=relative, atol=absolute)
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_rounding_does_not_lean_to_one_side(level: native.Level, head_dim: int) -> None:
+    """Under a query whose channels have one sign it would not cancel."""
+    case = Case(heads=1, group=1, head_dim=head_dim, lengths=(640,))
+    query, coded = problem(case)
+    coded = aligned(case, query, coded)._replace(keys=coded.keys)
+    query = torch.full_like(query, 0.5)
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
+
+
+@pytest.mark.parametrize("stages", [16, 17])
+def test_stages_may_be_as_many_as_whole_numbers_take_or_more(
+    level: native.Level, stages: int
+) -> None:
+    case = Case(stages=stages, lengths=(70,), group=4)
+    query, coded = problem(case)
+    for plane in (coded.keys, coded.values):
+        plane.codewords[:] *= (0.7 ** torch.arange(stages))[:, None, None]
+    assert_same(run("cpu", case, query, coded), run("naive", case, query, coded), level, case)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.4, 30])
 def test_a_model_may_scale_its_turns(level: native.Level, scale: float) -> None:
     case = Case(lengths=(130, 70))
@@ -240,16 +264,26 @@ def test_tokens_without_a_finite_score_weigh_nothing(level: native.Level) -> Non
     torch.testing.assert_close(found.output, expected.output, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("part", ["query", "keys", "values"])
-def test_what_is_not_a_number_is_not_hidden(level: native.Level, part: str) -> None:
+@pytest.mark.parametrize("part", ["query", "zeros", "keys", "values", "turns"])
+@pytest.mark.parametrize("channel", [0, 1, 2, 3])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_is_not_a_number_is_not_hidden(
+    level: native.Level, part: str, channel: int, number: float
+) -> None:
     case = CASES[0]
     query, coded = problem(case)
-    if part == "query":
-        query[0, 0, 0, 3] = torch.nan
+    if part == "zeros":
+        query[0, 0, 0] = 0.0
+    if part in ("query", "zeros"):
+        query[0, 0, 0, channel] = number
+    elif part == "turns":
+        assert coded.turns is not None
+        coded.turns.offset[5, channel // 2, channel % 2] = number
     else:
         plane = coded.keys if part == "keys" else coded.values
-        plane.codewords[:, 0, 0, :] = torch.nan
-    assert run("cpu", case, query, coded).output[0, 0, 0].isnan().any()
+        plane.codewords[:, 0, 0, :, channel] = number
+    found = run("cpu", case, query, coded).output[0, 0, 0]
+    assert not found.isfinite().all()
 
 
 @pytest.mark.parametrize("lead", [8, 12])

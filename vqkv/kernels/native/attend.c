@@ -36,12 +36,16 @@ static const struct summing *summing_of(int level, const struct attention *a,
     return AT_LEVEL(level, &weights);
 }
 
-/* Hands out cache-aligned pieces of one allocation; with memory == NULL it only counts. */
-static void *take(char **memory, size_t *used, size_t bytes)
+float longest_turn(const struct attention *a)
 {
-    void *piece = *memory == NULL ? NULL : *memory + *used;
-    *used += (bytes + 63) / 64 * 64;
-    return piece;
+    float longest = 0.0f, none = 0.0f; /* or NaN */
+    for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
+        const float *turn = a->offset_turns + i;
+        const float square = turn[0] * turn[0] + turn[1] * turn[1];
+        longest = square > longest ? square : longest;
+        none += 0.0f * square;
+    }
+    return sqrtf(longest) + none;
 }
 
 static size_t lay_out(struct work *w, char *memory)
@@ -74,8 +78,10 @@ static size_t lay_out(struct work *w, char *memory)
                                            sizeof(quad));
     w->side_by_side = take(&memory, &used, 2 * (dim > TILE ? dim : TILE) * sizeof(quad));
 #ifdef HAVE_X86
-    /* Keys are turned or not. */
-    w->own = take(&memory, &used, madd_scratch(a) + tables_scratch(a));
+    w->own = take(&memory, &used, tables_scratch(a));
+    w->madd = take(&memory, &used, madd_lay_out(a, NULL));
+    if (w->madd != NULL)
+        madd_lay_out(a, (char *)w->madd);
     w->whole = take(&memory, &used, vnni_lay_out(a, NULL));
     if (w->whole != NULL)
         vnni_lay_out(a, (char *)w->whole);

@@ -19,6 +19,14 @@
 /* Query rows for which codes are read at a time: what levels keep of more would not stay in the L2 cache. */
 #define MOST_ROWS 8
 
+/* The largest whole number of 16 bits, and of a key's codeword, which leaves room for the rounding of so many
+ * stages and of turns. */
+#define MOST 32767
+#define MOST_KEY 32700
+#define MOST_STAGES 16
+/* Channels for which queries keep 8 bits or more, whatever they are: sums of products take the others. */
+#define MOST_CHANNELS 512
+
 /* Codes [B, H, T, M S] with strides in bytes, or with pages [blocks, H, 64, M S]; `words` is
  * [H, M, S, K, d], contiguous. `Plane` in attend.py is the same. */
 struct plane {
@@ -38,7 +46,7 @@ struct attention {
     const int32_t *start, *stop; /* [B] */
     const int32_t *pages;        /* [B, P], or NULL */
     int64_t page_count, blocks;  /* P, and how many blocks there are */
-    const float *page_turns;     /* [B or 1, P, D / 2, 2], or NULL for keys coded after RoPE */
+    const float *page_turns;     /* [B or 1, P, D / 2, 2] of length 1, or NULL for keys coded after RoPE */
     int64_t turn_stride;         /* floats from one row to the next, 0 where rows share */
     const float *offset_turns;   /* [64, D / 2, 2] */
     const int32_t *pairs;        /* [H, D / 2] */
@@ -84,7 +92,8 @@ struct work {
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
     quad *products;               /* of queries with codewords of keys, where these are not turned */
     quad *side_by_side;           /* [TILE or D, 4 or 8]: numbers of all rows side by side */
-    char *own;                    /* what attend_tables.c or attend_madd.c keeps */
+    char *own;                    /* what attend_tables.c keeps */
+    struct madd_pieces *madd;     /* what attend_madd.c keeps */
     struct whole_pieces *whole;   /* what attend_vnni*.c keep */
 };
 
@@ -92,7 +101,7 @@ struct work {
 struct scoring {
     void (*begin)(struct work *w);   /* for a call, or NULL */
     void (*prepare)(struct work *w); /* for a head, or NULL */
-    /* For page number `page` of a tile; where turns is NULL, page 0 serves all. */
+    /* For page number `page` of a tile, from 0 on; where turns is NULL, page 0 serves all. */
     void (*queries)(struct work *w, int64_t page, const float *turns);
     void (*scores)(struct work *w, int64_t tokens);
 };
@@ -142,6 +151,14 @@ int sums_vnni_takes(const struct attention *a, const struct plane *plane);
             FOR_UP_TO_4_ROWS(remaining, call) \
     }
 
+/* Hands out cache-aligned pieces of one allocation; with memory == NULL it only counts. */
+INLINE void *take(char **memory, size_t *used, size_t bytes)
+{
+    void *piece = *memory == NULL ? NULL : *memory + *used;
+    *used += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
 /* Has some cache lines of `ahead` fetched while a tile is worked on. */
 INLINE void fetch_ahead(struct work *w, int64_t lines)
 {
@@ -165,13 +182,16 @@ INLINE int64_t lines_ahead(const struct attention *a, int64_t calls)
     return bytes / 64 / calls + 1;
 }
 
+/* Length of the longest turn within a page, NaN if any is not finite. */
+float longest_turn(const struct attention *a);
+
 /* Codes [columns, TILE] of [TILE, columns], as far as there are tokens. */
 void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *transposed);
 
-/* Bytes that attend_tables.c, attend_madd.c and attend_vnni*.c keep for themselves; the last are laid out
- * where there is `memory`. */
+/* Bytes that attend_tables.c, attend_madd.c and attend_vnni*.c keep for themselves, laid out where there is
+ * `memory`. */
 size_t tables_scratch(const struct attention *a);
-size_t madd_scratch(const struct attention *a);
+size_t madd_lay_out(const struct attention *a, char *memory);
 size_t vnni_lay_out(const struct attention *a, char *memory);
 
 #pragma GCC visibility pop

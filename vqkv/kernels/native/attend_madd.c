@@ -18,9 +18,7 @@
 #define QUAD 4
 #define CHUNK 8          /* quads */
 #define FOURS (PAGE / 4) /* of tokens */
-#define MOST 32767
-#define MOST_KEY 32700   /* leaves room for the rounding of stages */
-#define MOST_STAGES 16
+#define MARGIN 8         /* of turns' lengths, which are 1 but for rounding */
 
 /* x and y, 16 bits each, of two pairs of channels of four tokens. */
 struct four {
@@ -32,103 +30,71 @@ struct turns {
     struct four x, y;
 };
 
-/* Pieces of `own`. P is the number of pairs of channels, up to a multiple of 8. */
-struct pieces {
-    int16_t *words;       /* [M, S, K, d] */
-    float *scales;        /* [D / 2]: of pairs of channels */
-    int32_t *all_turns;   /* [64, D / 2, 2]: for x and for y, in RoPE's order */
-    float *turn_scale;    /* length of the longest turn */
-    struct turns *turns;  /* [D / 4, FOURS]: in this head's order */
-    float *steps;         /* [R, 2, P]: queries' x and y in steps */
-    float *units;         /* [R]: of products of these and keys */
-    float *page_turn;     /* [2, P]: cosines and sines of a page's first position */
-    int32_t *queries;     /* [TILE_PAGES, R, P]: pairs, turned back by it */
-    float *cut_off;       /* [TILE_PAGES, R]: what these lack, as keys are rounded down */
-    struct four *products; /* [R, TILE / 4]: 32 bits, of even and of odd pairs */
-};
-
 /* Pairs of channels, up to whole vectors. */
 static int64_t pitch_of(const struct attention *a)
 {
     return (a->head_dim / 2 + 7) / 8 * 8;
 }
 
-static size_t lay_out(const struct attention *a, char *memory, struct pieces *p)
+/* What is kept. P is that number. */
+struct madd_pieces {
+    int16_t *words;        /* [M, S, K, d] */
+    float *scales;         /* [D / 2]: of pairs of channels */
+    float *largest;        /* [D]: numbers of codewords */
+    float turn_scale;      /* length of the longest turn */
+    int32_t *all_turns;    /* [64, D / 2, 2]: for x and for y, in RoPE's order */
+    struct turns *turns;   /* [D / 4, FOURS]: in this head's order */
+    float *scaled;         /* [R, 2, P]: queries' x and y in steps */
+    float *units;          /* [R]: of products of these and keys */
+    float *page_turn;      /* [2, P]: cosines and sines of a page's first position */
+    int32_t *queries;      /* [TILE_PAGES, R, P]: pairs, turned back by it */
+    float *cut_off;        /* [TILE_PAGES, R]: what scores lack on average, as keys are rounded down */
+    struct four *products; /* [R, TILE / 4]: 32 bits, of even and of odd pairs */
+};
+
+size_t madd_lay_out(const struct attention *a, char *memory)
 {
-    const size_t dim = a->head_dim, rows = a->rows, pitch = pitch_of(a);
-    const size_t sizes[] = {
-        dim * a->keys.stages * a->keys.size * sizeof(int16_t),
-        dim / 2 * sizeof(float),
-        PAGE * dim * sizeof(int32_t),
-        sizeof(float),
-        dim / QUAD * FOURS * sizeof(struct turns),
-        rows * 2 * pitch * sizeof(float),
-        rows * sizeof(float),
-        2 * pitch * sizeof(float),
-        TILE_PAGES * rows * pitch * sizeof(int32_t),
-        TILE_PAGES * rows * sizeof(float),
-        rows * TILE / 4 * sizeof(struct four),
-    };
-    enum { COUNT = sizeof sizes / sizeof *sizes };
-    char *at[COUNT];
+    const size_t dim = a->head_dim, rows = a->rows, pitch = pitch_of(a), real = sizeof(float);
     size_t used = 0;
-    for (int i = 0; i < COUNT; i++) {
-        at[i] = memory == NULL ? NULL : memory + used;
-        used += (sizes[i] + 63) / 64 * 64;
-    }
-    *p = (struct pieces){
-        .words = (int16_t *)at[0],
-        .scales = (float *)at[1],
-        .all_turns = (int32_t *)at[2],
-        .turn_scale = (float *)at[3],
-        .turns = (struct turns *)at[4],
-        .steps = (float *)at[5],
-        .units = (float *)at[6],
-        .page_turn = (float *)at[7],
-        .queries = (int32_t *)at[8],
-        .cut_off = (float *)at[9],
-        .products = (struct four *)at[10],
+    if (!turned_madd_takes(a))
+        return 0;
+    struct madd_pieces *p = take(&memory, &used, sizeof *p);
+    const struct madd_pieces pieces = {
+        .words = take(&memory, &used, dim * a->keys.stages * a->keys.size * sizeof(int16_t)),
+        .scales = take(&memory, &used, dim / 2 * real),
+        .largest = take(&memory, &used, dim * real),
+        .all_turns = take(&memory, &used, PAGE * dim * sizeof(int32_t)),
+        .turns = take(&memory, &used, dim / QUAD * FOURS * sizeof(struct turns)),
+        .scaled = take(&memory, &used, rows * 2 * pitch * real),
+        .units = take(&memory, &used, rows * real),
+        .page_turn = take(&memory, &used, 2 * pitch * real),
+        .queries = take(&memory, &used, TILE_PAGES * rows * pitch * sizeof(int32_t)),
+        .cut_off = take(&memory, &used, TILE_PAGES * rows * real),
+        .products = take(&memory, &used, rows * TILE / 4 * sizeof(struct four)),
     };
+    if (p != NULL)
+        *p = pieces;
     return used;
-}
-
-size_t madd_scratch(const struct attention *a)
-{
-    struct pieces p;
-    return turned_madd_takes(a) ? lay_out(a, NULL, &p) : 0;
-}
-
-static struct pieces pieces_of(const struct work *w)
-{
-    struct pieces p;
-    lay_out(w->a, w->own, &p);
-    return p;
 }
 
 /* Two numbers of 16 bits side by side. */
 INLINE TARGET int32_t beside(float x, float y)
 {
-    return (_mm_cvtss_si32(_mm_set_ss(x)) & 0xffff) | _mm_cvtss_si32(_mm_set_ss(y)) * 65536;
+    const uint32_t low = (uint32_t)_mm_cvtss_si32(_mm_set_ss(x));
+    const uint32_t high = (uint32_t)_mm_cvtss_si32(_mm_set_ss(y));
+    return (int32_t)((low & 0xffff) | high << 16);
 }
 
 /* Turns of the offsets, divided by the longest: RoPE may scale keys, too. */
 static TARGET void round_turns(struct work *w)
 {
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
-    float longest = 0.0f, none = 0.0f; /* or NaN */
-    for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
-        const float *turn = a->offset_turns + i;
-        const float square = turn[0] * turn[0] + turn[1] * turn[1];
-        longest = fmaxf(longest, square);
-        none += 0.0f * square;
-    }
-    *p.turn_scale = sqrtf(longest) + none;
-    const float steps = MOST / *p.turn_scale;
+    w->madd->turn_scale = longest_turn(a);
+    const float steps = MOST / w->madd->turn_scale;
     for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
         const float cosine = a->offset_turns[i] * steps, sine = a->offset_turns[i + 1] * steps;
-        p.all_turns[i] = beside(cosine, -sine);
-        p.all_turns[i + 1] = beside(sine, cosine);
+        w->madd->all_turns[i] = beside(cosine, -sine);
+        w->madd->all_turns[i + 1] = beside(sine, cosine);
     }
 }
 
@@ -148,7 +114,7 @@ static TARGET void add_largest(const float *words, int64_t size, int64_t dim, fl
 
 /* A quad of a stage's codewords in so many steps. */
 static TARGET void round_quad(const float *words, int64_t size, int64_t dim, __m128 steps,
-                                   int16_t *to)
+                              int16_t *to)
 {
     for (int64_t k = 0; k < size; k++) {
         const __m128i whole = _mm_cvtps_epi32(_mm_mul_ps(_mm_loadu_ps(words + k * dim), steps));
@@ -156,17 +122,18 @@ static TARGET void round_quad(const float *words, int64_t size, int64_t dim, __m
     }
 }
 
-/* A head's codewords; channels of a pair, which are turned by each other, have a scale that does for both. */
-static TARGET void round_words(const struct plane *keys, const float *words, const struct pieces *p)
+/* A head's codewords; channels of a pair, which are turned by each other, have a scale that does for
+ * both. */
+static TARGET void round_words(const struct plane *keys, const float *words,
+                               const struct madd_pieces *p)
 {
     const int64_t dim = keys->dim, stages = keys->stages, channels = keys->groups * dim;
     const int64_t numbers = keys->size * dim; /* of a stage */
-    float *largest = p->steps; /* not in use yet */
-    memset(largest, 0, channels * sizeof(float));
+    memset(p->largest, 0, channels * sizeof(float));
     for (int64_t column = 0; column < keys->groups * stages; column++)
-        add_largest(words + column * numbers, keys->size, dim, largest + column / stages * dim);
+        add_largest(words + column * numbers, keys->size, dim, p->largest + column / stages * dim);
     for (int64_t c = 0; c < channels; c += 2)
-        p->scales[c / 2] = hypotf(largest[c], largest[c + 1]) / MOST_KEY;
+        p->scales[c / 2] = hypotf(p->largest[c], p->largest[c + 1]) / MOST_KEY;
     for (int64_t column = 0; column < keys->groups * stages; column++)
         for (int64_t i = 0; i < dim; i += QUAD) {
             const float *scales = p->scales + (column / stages * dim + i) / 2;
@@ -181,13 +148,14 @@ static TARGET void round_words(const struct plane *keys, const float *words, con
 static void prepare(struct work *w)
 {
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
+    const struct madd_pieces *p = w->madd;
     const int32_t *pairs = a->pairs + w->head * a->head_dim / 2;
-    round_words(&a->keys, a->keys.words + w->head * a->head_dim * a->keys.stages * a->keys.size, &p);
+    const int64_t words = a->head_dim * a->keys.stages * a->keys.size;
+    round_words(&a->keys, a->keys.words + w->head * words, p);
     for (int64_t j = 0; j < a->head_dim / 2; j++)
         for (int64_t o = 0; o < PAGE; o++) {
-            const int32_t *turn = p.all_turns + o * a->head_dim + 2 * pairs[j];
-            struct turns *to = p.turns + j / 2 * FOURS + o / 4;
+            const int32_t *turn = p->all_turns + o * a->head_dim + 2 * pairs[j];
+            struct turns *to = p->turns + j / 2 * FOURS + o / 4;
             to->x.pairs[o % 4][j % 2] = turn[0];
             to->y.pairs[o % 4][j % 2] = turn[1];
         }
@@ -215,11 +183,11 @@ INLINE TARGET __m256 length_of(__m256 x, __m256 y)
 /* A row's query times scales of keys' pairs, in steps so large that whole numbers of them and their sums
  * of products with keys, of the even pairs or of the odd ones, fit into 16 and 32 bits however a page
  * turns them: a key's x and y are below 2^14 in length. */
-static TARGET void scale_query(const struct work *w, int64_t row, const struct pieces *p)
+static TARGET void scale_query(const struct work *w, int64_t row, const struct madd_pieces *p)
 {
     const int64_t dim = w->a->head_dim, half = dim / 2, pitch = pitch_of(w->a);
-    const float *restrict given = w->given + row * dim;
-    float *restrict x = p->steps + row * 2 * pitch, *restrict y = x + pitch;
+    const float *given = w->given + row * dim;
+    float *x = p->scaled + row * 2 * pitch, *y = x + pitch;
     memset(x, 0, 2 * pitch * sizeof(float));
     for (int64_t j = 0; j < half; j++) {
         x[j] = given[j] * p->scales[j];
@@ -234,17 +202,18 @@ static TARGET void scale_query(const struct work *w, int64_t row, const struct p
     const float size = largest_of(most);
     const __m128 sums = by_parity(sum);
     const float even = _mm_cvtss_f32(sums), odd = _mm_cvtss_f32(_mm_shuffle_ps(sums, sums, 1));
-    const float by_size = MOST / size, by_sum = (float)(4 * MOST - dim) / (even > odd ? even : odd);
+    const float by_size = (MOST - MARGIN) / size;
+    const float by_sum = (float)(4 * (MOST - MARGIN) - dim) / (even > odd ? even : odd);
     const float steps = size > 0.0f ? (by_size < by_sum ? by_size : by_sum) : 0.0f;
     for (int64_t j = 0; j < 2 * pitch; j++)
         x[j] *= steps;
     /* Of a query that is not finite, NaN. What a turn leaves of a key is the upper half of 32 bits. */
-    p->units[row] = 65536.0f / MOST * *p->turn_scale * (size > 0.0f ? 1.0f / steps : 0.0f) +
+    p->units[row] = 65536.0f / MOST * p->turn_scale * (size > 0.0f ? 1.0f / steps : 0.0f) +
                     0.0f * (even + odd);
 }
 
 /* Cosines and sines of a page's first position in this head's order. */
-static void take_turn(const struct work *w, const float *turns, const struct pieces *p)
+static void take_turn(const struct work *w, const float *turns, const struct madd_pieces *p)
 {
     const int64_t half = w->a->head_dim / 2, pitch = pitch_of(w->a);
     const int32_t *pairs = w->a->pairs + w->head * half;
@@ -261,29 +230,29 @@ static void take_turn(const struct work *w, const float *turns, const struct pie
 static TARGET void queries(struct work *w, int64_t page, const float *turns)
 {
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
+    const struct madd_pieces *p = w->madd;
     const int64_t pitch = pitch_of(a);
-    take_turn(w, turns, &p);
+    take_turn(w, turns, p);
     for (int64_t r = 0; r < a->rows; r++) {
         if (page == 0)
-            scale_query(w, r, &p);
-        const float *given = p.steps + r * 2 * pitch;
+            scale_query(w, r, p);
+        const float *given = p->scaled + r * 2 * pitch;
         const int64_t at = page * a->rows + r;
         __m256i sum = _mm256_setzero_si256();
         for (int64_t j = 0; j < pitch; j += 8) {
-            const __m256 cosine = _mm256_loadu_ps(p.page_turn + j);
-            const __m256 sine = _mm256_loadu_ps(p.page_turn + pitch + j);
+            const __m256 cosine = _mm256_loadu_ps(p->page_turn + j);
+            const __m256 sine = _mm256_loadu_ps(p->page_turn + pitch + j);
             const __m256 x = _mm256_loadu_ps(given + j), y = _mm256_loadu_ps(given + pitch + j);
             const __m256i back_x =
                 _mm256_cvtps_epi32(_mm256_fmadd_ps(y, sine, _mm256_mul_ps(x, cosine)));
             const __m256i back_y =
                 _mm256_cvtps_epi32(_mm256_fnmadd_ps(x, sine, _mm256_mul_ps(y, cosine)));
             sum = _mm256_add_epi32(sum, _mm256_add_epi32(back_x, back_y));
-            _mm256_storeu_si256((__m256i *)(p.queries + at * pitch + j),
+            _mm256_storeu_si256((__m256i *)(p->queries + at * pitch + j),
                                 _mm256_blend_epi16(back_x, _mm256_slli_epi32(back_y, 16), 0xaa));
         }
         const __m128 sums = by_parity(_mm256_cvtepi32_ps(sum));
-        p.cut_off[at] = 0.5f * p.units[r] *
+        p->cut_off[at] = 0.5f * p->units[r] *
                         _mm_cvtss_f32(_mm_add_ss(sums, _mm_shuffle_ps(sums, sums, 1)));
     }
 }
@@ -299,7 +268,8 @@ INLINE TARGET void store(struct four *to, __m256i four)
 }
 
 /* A quad of four codewords, each `apart` codes from the next. */
-INLINE TARGET __m256i words_of(const int16_t *words, int64_t dim, const uint8_t *codes, int64_t apart)
+INLINE TARGET __m256i words_of(const int16_t *words, int64_t dim, const uint8_t *codes,
+                               int64_t apart)
 {
 #define WORD(i) (words + codes[(i) * apart] * dim)
 #define TWO(i) \
@@ -318,10 +288,10 @@ INLINE TARGET __m256i turned(__m256i words, const struct turns *turns)
     return _mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xaa);
 }
 
-/* Looks `count` quads of a page up, from the `first` on, turns them, and multiplies them by `rows` rows. Constant
- * where this is inlined: `rows`, how many `fours` are worked on at a time, and, in the case that matters
- * most, `dim` and `stages`. */
-INLINE TARGET void look_up(const struct plane *keys, const struct pieces *p, int64_t first,
+/* Looks `count` quads of a page up, from the `first` on, turns them, and multiplies them by `rows` rows.
+ * Constant where this is inlined: `rows`, how many `fours` are worked on at a time, and, in the cases
+ * that matter most, `dim` and `stages`. */
+INLINE TARGET void look_up(const struct plane *keys, const struct madd_pieces *p, int64_t first,
                            int64_t count, const uint8_t *codes, int64_t dim, int64_t stages,
                            const int32_t *queries, int64_t pitch, struct four *products, int fours,
                            int rows)
@@ -367,7 +337,8 @@ INLINE TARGET void look_up(const struct plane *keys, const struct pieces *p, int
 }
 
 /* Scores of a page. */
-static TARGET void write_scores(const struct four *products, float unit, float cut_off, float *scores)
+static TARGET void write_scores(const struct four *products, float unit, float cut_off,
+                                float *scores)
 {
     for (int i = 0; i < FOURS; i += 2) {
         const __m256 low = _mm256_cvtepi32_ps(load(products + i));
@@ -382,7 +353,7 @@ static TARGET void write_scores(const struct four *products, float unit, float c
 static TARGET void scores(struct work *w, int64_t tokens)
 {
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
+    const struct madd_pieces *p = w->madd;
     const struct plane *keys = &a->keys;
     const int64_t dim = keys->dim, stages = keys->stages;
     const int64_t quads = a->head_dim / QUAD, pitch = pitch_of(a);
@@ -394,34 +365,36 @@ static TARGET void scores(struct work *w, int64_t tokens)
             const uint8_t *codes = w->keys.codes + page * PAGE * keys->groups * stages;
             fetch_ahead(w, lines);
             for (int64_t row = 0; row < a->rows;) {
-                const int32_t *queries = p.queries + (page * a->rows + row) * pitch;
-                struct four *products = p.products + (row * TILE + page * PAGE) / 4;
+                const int32_t *queries = p->queries + (page * a->rows + row) * pitch;
+                struct four *products = p->products + (row * TILE + page * PAGE) / 4;
 #define LOOK_UP(rows, dim, stages, fours) \
-    look_up(keys, &p, quad, count, codes, dim, stages, queries, pitch, products, fours, rows)
+    look_up(keys, p, quad, count, codes, dim, stages, queries, pitch, products, fours, rows)
 #define SINGLE(rows) LOOK_UP(rows, QUAD, 1, (rows) > 4 ? 1 : 2)
 #define DOUBLE(rows) LOOK_UP(rows, 2 * QUAD, 1, (rows) > 4 ? 1 : 2)
 #define ANY(rows) LOOK_UP(rows, dim, stages, 1)
                 if (dim == QUAD && stages == 1)
                     FOR_ROWS(a->rows - row, SINGLE)
-                else if (dim == 2*QUAD && stages == 1)
+                else if (dim == 2 * QUAD && stages == 1)
                     FOR_ROWS(a->rows - row, DOUBLE)
                 else
                     FOR_ROWS(a->rows - row, ANY)
 #undef ANY
+#undef DOUBLE
 #undef SINGLE
 #undef LOOK_UP
             }
         }
     for (int64_t r = 0; r < a->rows; r++)
         for (int64_t page = 0; page < pages; page++)
-            write_scores(p.products + (r * TILE + page * PAGE) / 4, p.units[r],
-                         p.cut_off[page * a->rows + r], w->scores + r * TILE + page * PAGE);
+            write_scores(p->products + (r * TILE + page * PAGE) / 4, p->units[r],
+                         p->cut_off[page * a->rows + r], w->scores + r * TILE + page * PAGE);
 }
 
 /* Subvectors are whole quads. */
 int turned_madd_takes(const struct attention *a)
 {
-    return a->page_turns != NULL && a->keys.dim % QUAD == 0 && a->keys.stages <= MOST_STAGES;
+    return a->page_turns != NULL && a->keys.dim % QUAD == 0 && a->keys.stages <= MOST_STAGES &&
+           a->head_dim <= MOST_CHANNELS;
 }
 
 const struct scoring turned_madd = {round_turns, prepare, queries, scores};

@@ -18,7 +18,6 @@
 #define FEW_ROWS 4 /* of queries: with more, looking them up side by side is as fast */
 #define MOST_COLUMNS 64 /* of codes: each rounds scores once more, to steps that are larger */
 #define LOW_BITS 7
-#define MOST 32767
 
 /* A query's products with a column's codewords, in steps. */
 struct table {

@@ -13,55 +13,36 @@
 
 #define TARGET VNNI_TARGET
 #define CHANNELS 16
-#define MOST 32767
 /* Values, of which 32 are multiplied by `MOST` and added up in 32 bits, with room for the rounding of
  * stages. */
 #define MOST_VALUE 2000
 
 size_t vnni_lay_out(const struct attention *a, char *memory)
 {
-    const size_t dim = a->head_dim, rows = a->rows;
+    const size_t dim = a->head_dim, rows = a->rows, real = sizeof(float), word = sizeof(struct bytes);
     const int64_t keys = a->keys.groups * a->keys.stages;
     const int64_t values = a->values.groups * a->values.stages;
     const size_t columns = ((keys > values ? keys : values) + 15) / 16 * 16;
-    const size_t sizes[] = {
-        sizeof(struct whole_pieces),
-        dim * a->keys.stages * sizeof(struct bytes),
-        dim * a->values.stages * sizeof(struct bytes),
-        dim * sizeof(float),
-        dim * sizeof(float),
-        columns * TILE,
-        dim * PAGE * sizeof(int16_t),
-        dim * PAGE * sizeof(int16_t),
-        rows * ((dim + 31) / 32 * 32) * sizeof(float),
-        TILE_PAGES * rows * dim / 2 * sizeof(int32_t),
-        rows * sizeof(float),
-        rows * TILE * sizeof(int32_t),
-        rows * TILE * sizeof(int16_t),
-        rows * sizeof(float),
-    };
-    enum { COUNT = sizeof sizes / sizeof *sizes };
-    char *at[COUNT];
+    const size_t turns = dim * PAGE * sizeof(int16_t);
     size_t used = 0;
-    for (int i = 0; i < COUNT; i++) {
-        at[i] = memory == NULL ? NULL : memory + used;
-        used += (sizes[i] + 63) / 64 * 64;
-    }
-    if (memory == NULL)
-        return used;
-    *(struct whole_pieces *)memory = (struct whole_pieces){
-        .keys = {(struct bytes *)at[1], (float *)at[3]},
-        .values = {(struct bytes *)at[2], (float *)at[4]},
-        .codes = (uint8_t *)at[5],
-        .turns = (int16_t *)at[6],
-        .all_turns = (int16_t *)at[7],
-        .scaled = (float *)at[8],
-        .queries = (int32_t *)at[9],
-        .units = (float *)at[10],
-        .products = (int32_t *)at[11],
-        .weights = (int16_t *)at[12],
-        .weight_units = (float *)at[13],
+    struct whole_pieces *p = take(&memory, &used, sizeof *p);
+    const struct whole_pieces pieces = {
+        .keys = {take(&memory, &used, dim * a->keys.stages * word),
+                 take(&memory, &used, dim * real)},
+        .values = {take(&memory, &used, dim * a->values.stages * word),
+                   take(&memory, &used, dim * real)},
+        .codes = take(&memory, &used, columns * TILE),
+        .all_turns = take(&memory, &used, turns),
+        .turns = take(&memory, &used, turns),
+        .scaled = take(&memory, &used, rows * ((dim + 31) / 32 * 32) * real),
+        .queries = take(&memory, &used, TILE_PAGES * rows * dim / 2 * sizeof(int32_t)),
+        .units = take(&memory, &used, rows * real),
+        .products = take(&memory, &used, rows * TILE * sizeof(int32_t)),
+        .weights = take(&memory, &used, rows * TILE * sizeof(int16_t)),
+        .weight_units = take(&memory, &used, rows * real),
     };
+    if (p != NULL)
+        *p = pieces;
     return used;
 }
 

@@ -17,10 +17,6 @@
 #define VNNI_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 
-/* Of keys, which leaves room for the rounding of stages and turns in 16 bits. */
-#define MOST_KEY 32700
-#define MOST_STAGES 16
-
 /* A channel's numbers of a stage's codewords. */
 struct bytes {
     uint8_t high[256], low[256];

@@ -15,7 +15,7 @@
 
 #define TARGET VNNI_TARGET
 #define CHUNK 16 /* pairs of channels */
-#define MOST 32767
+#define MARGIN 8 /* of turns' lengths, which are 1 but for rounding */
 
 /* A pair of channels of 64 tokens, 4 of every 16 to a vector. */
 struct pairs {
@@ -27,14 +27,7 @@ static TARGET void round_turns(struct work *w)
 {
     const struct attention *a = w->a;
     const struct whole_pieces *p = w->whole;
-    float longest = 0.0f, none = 0.0f; /* or NaN */
-    for (int64_t i = 0; i < PAGE * a->head_dim; i += 2) {
-        const float *turn = a->offset_turns + i;
-        const float square = turn[0] * turn[0] + turn[1] * turn[1];
-        longest = fmaxf(longest, square);
-        none += 0.0f * square;
-    }
-    w->whole->turn_scale = sqrtf(longest) + none;
+    w->whole->turn_scale = longest_turn(a);
     const float steps = MOST / p->turn_scale;
     for (int64_t o = 0; o < PAGE; o++)
         for (int64_t j = 0; j < a->head_dim / 2; j++) {
@@ -119,7 +112,8 @@ static TARGET void scale_query(const struct work *w, int64_t row, const struct w
     }
     /* A key's x and y are at most `MOST` in length, and rounding leaves a query's less than 1 longer. */
     const float size = _mm512_reduce_max_ps(most), total = _mm512_reduce_add_ps(sum);
-    const float by_size = MOST / size, by_sum = (float)(2 * MOST - half) / total;
+    const float by_size = (MOST - MARGIN) / size;
+    const float by_sum = (float)(2 * (MOST - MARGIN) - half) / total;
     const float steps = size > 0.0f ? (by_size < by_sum ? by_size : by_sum) : 0.0f;
     for (int64_t j = 0; j < pitch; j++)
         scaled[j] *= steps;
@@ -311,7 +305,8 @@ static TARGET void scores(struct work *w, int64_t tokens)
 /* A code has whole pairs. */
 int turned_vnni_takes(const struct attention *a)
 {
-    return a->page_turns != NULL && a->keys.dim % 2 == 0 && a->keys.stages <= MOST_STAGES;
+    return a->page_turns != NULL && a->keys.dim % 2 == 0 && a->keys.stages <= MOST_STAGES &&
+           a->head_dim <= MOST_CHANNELS;
 }
 
 const struct scoring turned_vnni = {round_turns, prepare, queries, scores};

@@ -12,8 +12,8 @@
 #endif
 
 /* The baseline is what all CPUs of an architecture have, with vectors of four floats: SSE2, NEON. VBMI is
- * AVX-512 with look-ups of bytes in registers (F, BW, VL, VBMI), VNNI that and sums of products of pairs
- * of 16 bits, where these are the faster way. */
+ * AVX-512 with look-ups of bytes in registers, VNNI that and sums of products of pairs of 16 bits, where
+ * these are the faster way; either is used where a CPU has all of F, BW, VL, VBMI and VNNI. */
 enum level {
     BASELINE = 0,
     AVX2 = 1,
