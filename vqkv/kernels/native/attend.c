@@ -48,6 +48,18 @@ float longest_turn(const struct attention *a)
     return sqrtf(longest) + none;
 }
 
+#ifdef HAVE_X86
+/* What a level keeps for itself. */
+static void *laid_out(const struct attention *a, size_t (*lay_out)(const struct attention *, char *),
+                      char **memory, size_t *used)
+{
+    char *piece = take(memory, used, lay_out(a, NULL));
+    if (piece != NULL)
+        lay_out(a, piece);
+    return piece;
+}
+#endif
+
 static size_t lay_out(struct work *w, char *memory)
 {
     const struct attention *a = w->a;
@@ -78,13 +90,9 @@ static size_t lay_out(struct work *w, char *memory)
                                            sizeof(quad));
     w->side_by_side = take(&memory, &used, 2 * (dim > TILE ? dim : TILE) * sizeof(quad));
 #ifdef HAVE_X86
-    w->own = take(&memory, &used, tables_scratch(a));
-    w->madd = take(&memory, &used, madd_lay_out(a, NULL));
-    if (w->madd != NULL)
-        madd_lay_out(a, (char *)w->madd);
-    w->whole = take(&memory, &used, vnni_lay_out(a, NULL));
-    if (w->whole != NULL)
-        vnni_lay_out(a, (char *)w->whole);
+    w->tables = laid_out(a, tables_lay_out, &memory, &used);
+    w->madd = laid_out(a, madd_lay_out, &memory, &used);
+    w->whole = laid_out(a, vnni_lay_out, &memory, &used);
 #endif
     return used;
 }

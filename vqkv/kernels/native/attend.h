@@ -24,7 +24,7 @@
 #define MOST 32767
 #define MOST_KEY 32700
 #define MOST_STAGES 16
-/* Channels for which queries keep 8 bits or more, whatever they are: sums of products take the others. */
+/* Channels for which queries keep 8 bits, their sign among them, or more: sums of products take the others. */
 #define MOST_CHANNELS 512
 
 /* Codes [B, H, T, M S] with strides in bytes, or with pages [blocks, H, 64, M S]; `words` is
@@ -92,7 +92,7 @@ struct work {
     float *offset_turns;          /* [D / 2, 2, PAGE]: cosines and sines in coded order */
     quad *products;               /* of queries with codewords of keys, where these are not turned */
     quad *side_by_side;           /* [TILE or D, 4 or 8]: numbers of all rows side by side */
-    char *own;                    /* what attend_tables.c keeps */
+    struct table_pieces *tables;  /* what attend_tables.c keeps */
     struct madd_pieces *madd;     /* what attend_madd.c keeps */
     struct whole_pieces *whole;   /* what attend_vnni*.c keep */
 };
@@ -190,7 +190,7 @@ void transpose(const uint8_t *codes, int64_t columns, int64_t tokens, uint8_t *t
 
 /* Bytes that attend_tables.c, attend_madd.c and attend_vnni*.c keep for themselves, laid out where there is
  * `memory`. */
-size_t tables_scratch(const struct attention *a);
+size_t tables_lay_out(const struct attention *a, char *memory);
 size_t madd_lay_out(const struct attention *a, char *memory);
 size_t vnni_lay_out(const struct attention *a, char *memory);
 

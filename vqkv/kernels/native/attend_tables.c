@@ -29,34 +29,13 @@ struct scale {
     float step, least;
 };
 
-/* Pieces of `own`. */
-struct pieces {
+/* What is kept. */
+struct table_pieces {
     struct table *tables; /* [R, columns] */
     quad *least;          /* [columns] */
     uint8_t *codes;       /* [columns up to a multiple of 16, TILE] */
     struct scale *scales; /* [R] */
 };
-
-static size_t lay_out(const struct attention *a, char *memory, struct pieces *p)
-{
-    const size_t columns = a->keys.groups * a->keys.stages;
-    const size_t tables = a->rows * columns * sizeof(struct table);
-    const size_t least = columns * sizeof(quad), codes = (columns + 15) / 16 * 16 * TILE;
-    if (memory != NULL) {
-        p->tables = (struct table *)memory;
-        p->least = (quad *)(memory += tables);
-        p->codes = (uint8_t *)(memory += least);
-        p->scales = (struct scale *)(memory + codes);
-    }
-    return tables + least + codes + a->rows * sizeof(struct scale);
-}
-
-static struct pieces pieces_of(const struct work *w)
-{
-    struct pieces pieces = {0};
-    lay_out(w->a, w->own, &pieces);
-    return pieces;
-}
 
 int tables_take(const struct attention *a)
 {
@@ -64,9 +43,22 @@ int tables_take(const struct attention *a)
            a->keys.groups * a->keys.stages <= MOST_COLUMNS;
 }
 
-size_t tables_scratch(const struct attention *a)
+size_t tables_lay_out(const struct attention *a, char *memory)
 {
-    return tables_take(a) ? lay_out(a, NULL, NULL) : 0;
+    const size_t columns = a->keys.groups * a->keys.stages, rows = a->rows;
+    size_t used = 0;
+    if (!tables_take(a))
+        return 0;
+    struct table_pieces *p = take(&memory, &used, sizeof *p);
+    const struct table_pieces pieces = {
+        .tables = take(&memory, &used, rows * columns * sizeof(struct table)),
+        .least = take(&memory, &used, columns * sizeof(quad)),
+        .codes = take(&memory, &used, (columns + 15) / 16 * 16 * TILE),
+        .scales = take(&memory, &used, rows * sizeof(struct scale)),
+    };
+    if (p != NULL)
+        *p = pieces;
+    return used;
 }
 
 /* Of a part: fewer do not pay for the tables, which take as long for each row. */
@@ -137,20 +129,20 @@ static TARGET void queries(struct work *w, int64_t page, const float *turns)
     if (w->tokens < least_tokens(w->a))
         return;
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
+    const struct table_pieces *p = w->tables;
     const int64_t columns = a->keys.groups * a->keys.stages, size = a->keys.size;
     quad range = {0}, sum = {0}, steps = {0};
     for (int64_t c = 0; c < columns; c++) {
-        p.least[c] = least_of(w->products + c * size, size, &range);
-        sum += p.least[c];
+        p->least[c] = least_of(w->products + c * size, size, &range);
+        sum += p->least[c];
     }
     for (int64_t r = 0; r < a->rows; r++) {
         /* Rounding may add half a step a column. */
-        p.scales[r] = (struct scale){range[r] / (float)(MOST - columns), sum[r]};
-        steps[r] = range[r] > 0.0f ? 1.0f / p.scales[r].step : 0.0f;
+        p->scales[r] = (struct scale){range[r] / (float)(MOST - columns), sum[r]};
+        steps[r] = range[r] > 0.0f ? 1.0f / p->scales[r].step : 0.0f;
     }
     for (int64_t c = 0; c < columns; c++)
-        tabulate(w->products + c * size, size, p.least[c], steps, p.tables + c, columns, a->rows);
+        tabulate(w->products + c * size, size, p->least[c], steps, p->tables + c, columns, a->rows);
 }
 
 /* Sums of 64 tokens: of high bytes; of low bytes as 16-bit numbers, of an even token and 256 times
@@ -219,17 +211,17 @@ static TARGET void scores(struct work *w, int64_t tokens)
         return;
     }
     const struct attention *a = w->a;
-    const struct pieces p = pieces_of(w);
+    const struct table_pieces *p = w->tables;
     const int64_t columns = a->keys.groups * a->keys.stages;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
     const int64_t lines = lines_ahead(a, a->rows * (columns / 2 + 1));
-    transpose(w->keys.codes, columns, pages * PAGE, p.codes);
+    transpose(w->keys.codes, columns, pages * PAGE, p->codes);
     for (int64_t r = 0; r < a->rows; r++) {
-        const struct table *tables = p.tables + r * columns;
+        const struct table *tables = p->tables + r * columns;
         struct sums sums[TILE_PAGES];
         memset(sums, 0, sizeof sums);
         for (int64_t c = 0; c < columns; c += 2) {
-            const uint8_t *codes = p.codes + c * TILE;
+            const uint8_t *codes = p->codes + c * TILE;
             fetch_ahead(w, lines);
             if (c + 1 < columns)
                 for (int64_t i = 0; i < pages; i++)
@@ -239,7 +231,7 @@ static TARGET void scores(struct work *w, int64_t tokens)
                     add_columns(&sums[i], tables + c, codes + i * PAGE, 1);
         }
         for (int64_t i = 0; i < pages; i++)
-            store_scores(&sums[i], p.scales[r], w->scores + r * TILE + i * PAGE);
+            store_scores(&sums[i], p->scales[r], w->scores + r * TILE + i * PAGE);
     }
 }
 
